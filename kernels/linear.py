@@ -1,0 +1,343 @@
+"""The student's head and a sparse divergence in one: logits exist a chunk of rows at a time, never as a whole.
+
+A chunk's logits come from one matrix product, become their own gradient in place (a Triton row kernel on CUDA, the reference
+elsewhere), and two more products take that into dH and dW. 6NVH FLOP, nothing computed twice; 4NVH for a frozen head. The
+gradients are made in the forward and scaled in the backward, so the loss must be a leaf of the graph's end: one backward, no
+second derivative.
+"""
+
+import torch
+from torch import Tensor
+
+from logitcache.kernels.reference import Objective, RowValues, SparseTargets, resolve_ce_weights, sparse_divergence_
+
+# N taught rows, H hidden, V vocabulary, C rows of a chunk.
+
+CUDA_ROWS, CUDA_BYTES = 2048, 512 << 20  # beyond 2048 rows the products gain nothing
+CPU_ROWS, CPU_BYTES = 128, 32 << 20
+FLOAT32_CHUNKS = 8  # bf16 dW is rounded once a chunk: above this many, accumulate in float32
+
+
+def linear_sparse_divergence(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets: SparseTargets,
+    *,
+    divergence: str = "forward_kl",
+    tail: str = "bucket",
+    beta: float = 0.5,
+    alpha: float = 0.1,
+    temperature: float = 1.0,
+    bias_V: Tensor | None = None,
+    weights_N: Tensor | None = None,
+    ce_weight: float = 0.0,
+    ce_weights_N: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    accumulate: torch.dtype | None = None,
+    check: bool = True,
+) -> Tensor:
+    """Sum over rows of weights_N * divergence + ce weight * cross-entropy of softcap(logit_scale * (h W^T + b)).
+
+    A sum, not a mean: the caller divides. Options as in `reference.sparse_divergence`, which defines them.
+
+    Args:
+        hidden_NH: floating [N, H], the hidden states that predict the taught rows. N may be 0: a connected zero.
+        weight_VH: [V, H], the head's weight, same dtype (under autocast both are cast). Its gradient is skipped if frozen.
+        bias_V: [V] or None. weights_N, ce_weights_N: float [N] or None.
+        chunk_rows: rows of logits at a time; None: at most 2048 and 512 MiB on CUDA, 128 and 32 MiB on a CPU.
+        accumulate: dtype in which dW adds up; None: the weight's, or float32 for more than 8 chunks.
+        check: refuse ids >= V and ids twice in a row; waits for the device. Without it such ids are dropped.
+    Returns: float32 [] (float64 for float64 inputs), nats.
+    Raises: ValueError for options or targets that do not fit, TypeError for a head that is no plain tensor,
+        NotImplementedError for a sharded or adapted head and for a second derivative.
+    """
+    objective = Objective.of(divergence, tail, beta, alpha, temperature, softcap, logit_scale)
+    hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, len(targets))
+    ce_weights_N = resolve_ce_weights(targets, objective, ce_weight, ce_weights_N)
+    grad = torch.is_grad_enabled()
+    loss, *_ = _linear_sparse_divergence(
+        hidden_NH,
+        weight_VH,
+        bias_V,
+        targets.offsets,
+        targets.ids,
+        targets.logprobs,
+        targets.log_tail,
+        targets.labels,
+        weights_N,
+        ce_weights_N,
+        objective.divergence,
+        objective.tail,
+        objective.mix,
+        objective.temperature,
+        objective.softcap,
+        objective.logit_scale,
+        chunk_rows,
+        accumulate,
+        check,
+        grad and hidden_NH.requires_grad,
+        grad and weight_VH.requires_grad,
+        grad and bias_V is not None and bias_V.requires_grad,
+    )
+    return loss
+
+
+@torch.no_grad()
+def linear_sparse_metrics(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    targets: SparseTargets,
+    *,
+    bias_V: Tensor | None = None,
+    softcap: float | None = None,
+    logit_scale: float = 1.0,
+    chunk_rows: int | None = None,
+    check: bool = True,
+) -> dict[str, Tensor]:
+    """Per-row values for evaluation, in the same chunks and without gradients.
+
+    Returns: tensors [N]: `forward_kl` (bucketed, nats), `ce` (nats, 0 where there is no label), `log_tail` (the student's log
+    mass outside the support), all float32; `argmax` int64, the student's best id; `top1` bool, whether it is also the
+    teacher's best id.
+    """
+    objective = Objective.of(softcap=softcap, logit_scale=logit_scale)
+    hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, len(targets))
+    if check:
+        targets.check(weight_VH.shape[0])
+    chunks = _Chunks(hidden_NH, weight_VH, bias_V, chunk_rows)
+    best_N, parts = [], []
+    for start, stop in chunks.spans:
+        logits_CV = chunks.logits(start, stop)
+        best_N.append(logits_CV.argmax(dim=1))
+        parts.append(chunks.divergence_(targets.rows(start, stop), objective, grad=False))
+    values = _cat(parts, hidden_NH)
+    argmax_N = torch.cat(best_N) if best_N else targets.offsets[:0]
+    ids_NK, logp_NK, valid_NK = targets.padded()
+    slot_N = logp_NK.masked_fill(~valid_NK, -torch.inf).argmax(dim=1, keepdim=True)
+    top_N = ids_NK.masked_fill(~valid_NK, -1).gather(1, slot_N)[:, 0]
+    return {
+        "forward_kl": values.divergence_N,
+        "ce": values.ce_N,
+        "log_tail": values.log_tail_N,
+        "argmax": argmax_N,
+        "top1": argmax_N == top_N,
+    }
+
+
+def _plain(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The three tensors in one dtype, or a refusal with the way out."""
+    if not isinstance(weight_VH, Tensor):
+        if hasattr(weight_VH, "lora_A"):
+            raise NotImplementedError(
+                "the head carries a LoRA adapter, which a fused head would leave out: merge it, take the head out of "
+                "target_modules, or train it whole (modules_to_save)"
+            )
+        raise TypeError(f"weight_VH must be the head's weight tensor [V, H], found {type(weight_VH).__name__}: pass its .weight")
+    for name, tensor in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH), ("bias_V", bias_V)):
+        if hasattr(tensor, "full_tensor"):
+            raise NotImplementedError(f"{name} is a DTensor, sharded over ranks: pass {name}.full_tensor()")
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} is {tensor.dtype}: dequantise it to a floating dtype first")
+    vocab, width = weight_VH.shape
+    if hidden_NH.shape != (rows, width):
+        raise ValueError(f"hidden_NH is {list(hidden_NH.shape)}, targets and weight_VH ask for {[rows, width]}")
+    if bias_V is not None and bias_V.shape != (vocab,):
+        raise ValueError(f"bias_V is {list(bias_V.shape)}, weight_VH asks for {[vocab]}")
+    device = hidden_NH.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        return hidden_NH.to(dtype), weight_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
+    if hidden_NH.dtype != weight_VH.dtype or (bias_V is not None and bias_V.dtype != weight_VH.dtype):
+        raise TypeError(
+            f"hidden_NH is {hidden_NH.dtype}, weight_VH {weight_VH.dtype}"
+            f"{'' if bias_V is None else f', bias_V {bias_V.dtype}'}: cast them to one dtype, or use torch.autocast"
+        )
+    return hidden_NH, weight_VH, bias_V
+
+
+class _Chunks:
+    """Row spans over one reused logits buffer, and the way from logits to their gradient on this device."""
+
+    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, chunk_rows: int | None):
+        if chunk_rows is not None and chunk_rows < 1:
+            raise ValueError(f"chunk_rows={chunk_rows} must be positive, or None for the default")
+        self.hidden_NH, self.weight_VH, self.bias_V = hidden_NH, weight_VH, bias_V
+        n, vocab = hidden_NH.shape[0], weight_VH.shape[0]
+        rows = min(chunk_rows or default_rows(n, vocab, hidden_NH.dtype, hidden_NH.device), max(n, 1))
+        self.spans = [(start, min(start + rows, n)) for start in range(0, n, rows)]
+        stride = -(-vocab // 16) * 16  # rows start on 32 bytes: vector loads and aligned products for any V
+        self.buffer_CV = hidden_NH.new_empty(rows, stride)[:, :vocab]
+        half = hidden_NH.dtype in (torch.bfloat16, torch.float16)
+        self.wide_CV = None
+        if half and not hidden_NH.is_cuda:
+            self.wide_CV = torch.empty(rows, vocab, device=hidden_NH.device)
+
+    def logits(self, start: int, stop: int) -> Tensor:
+        self.logits_CV = self.buffer_CV[: stop - start]
+        self.hidden_CH = self.hidden_NH[start:stop]
+        if self.bias_V is None:
+            return torch.mm(self.hidden_CH, self.weight_VH.t(), out=self.logits_CV)
+        return torch.addmm(self.bias_V, self.hidden_CH, self.weight_VH.t(), out=self.logits_CV)
+
+    def divergence_(
+        self,
+        targets: SparseTargets,
+        objective: Objective,
+        weights_C: Tensor | None = None,
+        ce_weights_C: Tensor | None = None,
+        grad: bool = True,
+    ) -> RowValues:
+        if self.logits_CV.is_cuda:
+            from logitcache.kernels import sparse_divergence as triton_rows
+
+            return triton_rows.sparse_divergence_(
+                self.logits_CV, targets, objective, weights_C, ce_weights_C, grad=grad
+            )
+        if self.wide_CV is None:
+            return sparse_divergence_(self.logits_CV, targets, objective, weights_C, ce_weights_C, grad=grad)
+        wide_CV = self.wide_CV[: len(targets)].copy_(self.logits_CV)
+        values = sparse_divergence_(wide_CV, targets, objective, weights_C, ce_weights_C, grad=grad)
+        if grad:
+            self.logits_CV.copy_(wide_CV)
+        return values
+
+
+def default_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a chunk: under the device's limits, and chunks of nearly equal size."""
+    most, limit = (CUDA_ROWS, CUDA_BYTES) if device.type == "cuda" else (CPU_ROWS, CPU_BYTES)
+    step = 128 if device.type == "cuda" else 16
+    most = min(most, max(limit // (vocab * dtype.itemsize) // step * step, step))
+    chunks = max(-(-n // most), 1)
+    return min(most, max(-(-n // chunks // step) * step, step))
+
+
+def _cat(parts: list[RowValues], like: Tensor) -> RowValues:
+    if not parts:
+        empty_N = like.new_empty(0, dtype=torch.promote_types(like.dtype, torch.float32))
+        return RowValues(empty_N, empty_N, empty_N)
+    return RowValues(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+@torch.library.custom_op("logitcache::linear_sparse_divergence", mutates_args=())
+def _linear_sparse_divergence(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    offsets: Tensor,
+    ids: Tensor,
+    logprobs: Tensor,
+    log_tail: Tensor,
+    labels: Tensor | None,
+    weights_N: Tensor | None,
+    ce_weights_N: Tensor | None,
+    divergence: str,
+    tail: str,
+    mix: float,
+    temperature: float,
+    softcap: float | None,
+    logit_scale: float,
+    chunk_rows: int | None,
+    accumulate: torch.dtype | None,
+    check: bool,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss and its gradients with respect to hidden, weight and bias (empty where not needed)."""
+    targets = SparseTargets(offsets, ids, logprobs, log_tail, labels)
+    objective = Objective(divergence, tail, mix, temperature, softcap, logit_scale)
+    if check:
+        targets.check(weight_VH.shape[0])
+    needs = (need_hidden, need_weight, need_bias)
+    return _run(
+        hidden_NH, weight_VH, bias_V, targets, objective, weights_N, ce_weights_N, chunk_rows, accumulate, *needs
+    )
+
+
+def _run(
+    hidden_NH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets: SparseTargets,
+    objective: Objective,
+    weights_N: Tensor | None,
+    ce_weights_N: Tensor | None,
+    chunk_rows: int | None,
+    accumulate: torch.dtype | None,
+    need_hidden: bool,
+    need_weight: bool,
+    need_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    chunks = _Chunks(hidden_NH, weight_VH, bias_V, chunk_rows)
+    wide = torch.promote_types(weight_VH.dtype, torch.float32)
+    total = hidden_NH.new_zeros((), dtype=wide)
+    dtype = accumulate or (wide if len(chunks.spans) > FLOAT32_CHUNKS else weight_VH.dtype)
+    grad_hidden_NH = torch.empty_like(hidden_NH) if need_hidden else hidden_NH.new_empty(0)
+    grad_weight_VH = weight_VH.new_zeros(weight_VH.shape if need_weight else 0, dtype=dtype)
+    grad_bias_V = weight_VH.new_zeros(weight_VH.shape[0] if need_bias else 0, dtype=wide)
+    for start, stop in chunks.spans:
+        grad_CV = chunks.logits(start, stop)
+        weights_C = None if weights_N is None else weights_N[start:stop]
+        ce_weights_C = None if ce_weights_N is None else ce_weights_N[start:stop]
+        grad = need_hidden or need_weight or need_bias
+        values = chunks.divergence_(targets.rows(start, stop), objective, weights_C, ce_weights_C, grad)
+        total += (values.divergence_N if weights_C is None else values.divergence_N * weights_C).sum()
+        if ce_weights_C is not None:
+            total += (values.ce_N * ce_weights_C).sum()
+        if need_hidden:
+            torch.mm(grad_CV, weight_VH, out=grad_hidden_NH[start:stop])
+        if need_weight:
+            _add_product(grad_weight_VH, grad_CV, chunks.hidden_CH)
+        if need_bias:
+            grad_bias_V += grad_CV.sum(dim=0, dtype=wide)
+    return total, grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), grad_bias_V.to(weight_VH.dtype)
+
+
+def _add_product(grad_weight_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
+    """dW += G^T X, in dW's dtype."""
+    if grad_weight_VH.dtype == grad_CV.dtype:
+        grad_weight_VH.addmm_(grad_CV.t(), hidden_CH)
+    elif grad_CV.is_cuda:
+        torch.addmm(grad_weight_VH, grad_CV.t(), hidden_CH, out_dtype=grad_weight_VH.dtype, out=grad_weight_VH)
+    else:  # no mixed product on CPUs: by slices of the vocabulary, so that the half product stays small
+        for start in range(0, grad_weight_VH.shape[0], 8192):
+            grad_weight_VH[start : start + 8192] += grad_CV[:, start : start + 8192].t() @ hidden_CH
+
+
+@_linear_sparse_divergence.register_fake
+def _(hidden_NH, weight_VH, bias_V, *rest):
+    need_hidden, need_weight, need_bias = rest[-3:]
+    wide = torch.promote_types(weight_VH.dtype, torch.float32)
+    return (
+        hidden_NH.new_empty((), dtype=wide),
+        torch.empty_like(hidden_NH) if need_hidden else hidden_NH.new_empty(0),
+        weight_VH.new_empty(weight_VH.shape) if need_weight else weight_VH.new_empty(0),
+        weight_VH.new_empty(weight_VH.shape[0] if need_bias else 0),
+    )
+
+
+def _keep(ctx, inputs, output):
+    _, *grads = output
+    ctx.mark_non_differentiable(*grads)
+    ctx.set_materialize_grads(False)
+    ctx.needed = inputs[-3:]
+    ctx.inputs = len(inputs)
+    ctx.save_for_backward(*grads)
+
+
+def _scale(ctx, grad_loss, *_):
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            "linear_sparse_divergence has no second derivative: backward without create_graph, or differentiate "
+            "logitcache.kernels.reference.sparse_divergence on whole logits"
+        )
+    grads = [
+        grad.mul_(grad_loss.to(grad.dtype)) if needed else None
+        for grad, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
+    ]
+    return (*grads, *[None] * (ctx.inputs - 3))
+
+
+_linear_sparse_divergence.register_autograd(_scale, setup_context=_keep)

@@ -1,0 +1,110 @@
+"""What a person sees while a long command runs: a bar on a terminal, plain lines elsewhere, and nobody else's chatter."""
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, TextIO
+
+
+@contextlib.contextmanager
+def chatter_to(log: Path) -> Iterator[TextIO]:
+    """Sends everything this process and its children print to ``log``; yields the real standard error.
+
+    Works on file descriptors, so that C libraries and the engine's processes are caught too.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = [os.dup(1), os.dup(2)]
+    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(target, 1)
+    os.dup2(target, 2)
+    os.close(target)
+    terminal = os.fdopen(os.dup(kept[1]), "w", buffering=1)
+    try:
+        yield terminal
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        terminal.close()
+        for descriptor, original in enumerate(kept, 1):
+            os.dup2(original, descriptor)
+            os.close(original)
+
+
+class Progress:
+    """Traces done, tokens a second, time left. A context manager.
+
+    Args:
+        out: where to show it; a terminal gets a bar, anything else a line every ``every`` seconds.
+        total: traces to come.
+    """
+
+    def __init__(self, out: TextIO, total: int, what: str = "traces", every: float = 10.0) -> None:
+        self.out, self.total, self.what, self.every = out, total, what, every
+        self.done = self.tokens = 0
+        self._began = self._last = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "Progress":
+        self._began = self._last = time.monotonic()
+        if self.out.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as Bar
+
+            columns = [
+                "{task.completed}/{task.total} " + self.what,
+                BarColumn(),
+                TextColumn("{task.fields[speed]}"),
+                TimeRemainingColumn(),
+            ]
+            self._bar = Bar(*columns, console=Console(file=self.out), redirect_stdout=False, redirect_stderr=False)
+            self._task = self._bar.add_task("", total=self.total, speed="")
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.done:
+            self._line()
+
+    def add(self, done: int, tokens: int) -> None:
+        """Counts ``done`` more traces of together ``tokens`` tokens."""
+        self.done += done
+        self.tokens += tokens
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, speed=f"{self.speed:,.0f} tokens/s")
+        elif time.monotonic() - self._last >= self.every:
+            self._line()
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def speed(self) -> float:
+        """Tokens a second since the start."""
+        return self.tokens / max(self.seconds, 1e-9)
+
+    def say(self, text: str) -> None:
+        """One line above the bar."""
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            print(text, file=self.out, flush=True)
+
+    def _line(self) -> None:
+        self._last = time.monotonic()
+        left = (self.total - self.done) * self.seconds / max(self.done, 1)
+        self.say(f"{self.done}/{self.total} {self.what}, {self.speed:,.0f} tokens/s, {_duration(left)} left")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

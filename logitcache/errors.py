@@ -1,0 +1,75 @@
+"""Every deliberate exception of logitcache.
+
+LogitcacheError                 all of them; the CLI prints its text as one line
+├── InputError                  the user's input is wrong: exit code 2
+│   ├── PromptsError            a prompts file: names file and line
+│   ├── TeacherError            the teacher cannot be used as asked
+│   └── StudentError            the student cannot learn from this cache
+├── CacheError                  a cache cannot be used: exit code 2
+│   ├── NotACacheError          the directory is something else
+│   ├── FormatVersionError      written by a newer logitcache
+│   ├── IdentityError           the cache holds another teacher, or another setting
+│   ├── CacheBusyError          another process writes to it
+│   └── ShardCorruptError       bytes on disk are not the bytes that were written
+├── EngineError                 the inference engine died: exit code 1, run again to resume
+├── WriteError                  the disk refused a shard: exit code 1, run again to resume
+└── TrainingError               training stopped: exit code 1
+"""
+
+
+class LogitcacheError(Exception):
+    """Base of every deliberate exception; its text is one line with what, where and the way out."""
+
+    exit_code = 1
+
+
+class InputError(LogitcacheError):
+    exit_code = 2
+
+
+class PromptsError(InputError):
+    pass
+
+
+class TeacherError(InputError):
+    pass
+
+
+class StudentError(InputError):
+    pass
+
+
+class CacheError(LogitcacheError):
+    exit_code = 2
+
+
+class NotACacheError(CacheError):
+    pass
+
+
+class FormatVersionError(CacheError):
+    pass
+
+
+class IdentityError(CacheError):
+    pass
+
+
+class CacheBusyError(CacheError):
+    pass
+
+
+class ShardCorruptError(CacheError):
+    pass
+
+
+class EngineError(LogitcacheError):
+    pass
+
+
+class WriteError(LogitcacheError):
+    pass
+
+
+class TrainingError(LogitcacheError):
+    pass

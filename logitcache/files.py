@@ -1,0 +1,92 @@
+"""Files that appear whole or not at all."""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from logitcache.errors import CacheBusyError, ShardCorruptError, WriteError
+
+
+def publish(path: Path, data: bytes | memoryview) -> None:
+    """Writes ``path`` so that a reader, or a crash, sees all of it or nothing: ``.part``, fsync, rename, fsync.
+
+    Raises: WriteError where the disk refuses; the part is removed.
+    """
+    part = path.with_name(path.name + ".part")
+    try:
+        with part.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.rename(path)
+        _sync_directory(path.parent)
+    except OSError as e:
+        with contextlib.suppress(OSError):
+            part.unlink(missing_ok=True)
+        way_out = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        raise WriteError(
+            f"{path}: {e.strerror or e} while writing {len(data):,} bytes; "
+            f"what was published before is safe: {way_out} and run the same command again"
+        ) from e
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def publish_json(path: Path, fields: dict[str, Any]) -> None:
+    """Publishes ``fields`` as JSON, with a checksum of themselves under ``check``."""
+    publish(path, _render(fields))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads what ``publish_json`` wrote.
+
+    Raises: ShardCorruptError if a byte differs.
+    """
+    data = path.read_bytes()
+    try:
+        fields = json.loads(data)
+        del fields["check"]
+        whole = _render(fields) == data
+    except (ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise ShardCorruptError(f"{path}: not the bytes that were written, by its checksum; restore it from a copy")
+    return fields
+
+
+def _render(fields: dict[str, Any]) -> bytes:
+    canonical = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+    check = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
+    return json.dumps(fields | {"check": check}, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass")
+
+
+@contextlib.contextmanager
+def exclusive(path: Path, what: str) -> Iterator[None]:
+    """Holds an advisory lock on ``path`` for as long as this process lives.
+
+    Raises: CacheBusyError if another process holds it.
+    """
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise CacheBusyError(
+                f"{what} is written by another process ({file.read().strip()}); let it finish or stop it"
+            ) from None
+        file.truncate(0)
+        file.write(f"pid {os.getpid()}")
+        file.flush()
+        yield

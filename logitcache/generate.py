@@ -1,0 +1,374 @@
+"""Prompts -> teacher -> shards. What is in the cache is not made again, and what was published is never lost."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+
+import logitcache
+from logitcache import codec, manifest, prompts, schema, sections, shard, teacher, topk
+from logitcache.cache import Cache
+from logitcache.console import Progress, chatter_to
+from logitcache.errors import EngineError, InputError
+from logitcache.files import exclusive, publish_json
+from logitcache.manifest import Identity
+from logitcache.prompts import Prompt
+from logitcache.schema import Trace
+from logitcache.sections import Markers
+from logitcache.shard import EncodedTrace
+from logitcache.teacher import Completion, Engine, TeacherFacts, TeacherSpec
+
+
+@dataclass(frozen=True)
+class GenerateOptions:
+    """One call of ``logitcache generate``."""
+
+    source: str
+    out: Path
+    spec: TeacherSpec
+    samples: int = 1
+    limit: int | None = None
+    top_p: float | None = None
+    min_k: int = 1
+    markers: Markers | None = None  # None: found in the tokenizer or the chat template
+    unit_size: int = 64  # prompts that become one shard
+
+    def __post_init__(self) -> None:
+        if self.samples < 1 or self.unit_size < 1 or self.min_k < 1 or (self.limit is not None and self.limit < 1):
+            raise InputError("--samples, --unit-size, --min-k and --limit must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise InputError(f"--top-p {self.top_p}: the share of mass a row keeps lies in (0, 1]")
+        if self.min_k > self.spec.top_k:
+            raise InputError(f"--min-k {self.min_k} is above --top-k {self.spec.top_k}")
+
+
+@dataclass
+class Summary:
+    """What a call did. ``stopped`` names the signal that ended it early."""
+
+    wanted: int
+    before: int
+    made: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    load_seconds: float = 0.0
+    skipped: list[str] = field(default_factory=list)
+    repeated: int = 0
+    stopped: str | None = None
+
+    @property
+    def tokens_per_s(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def text(self, out: Path) -> str:
+        """What to tell a person at the end."""
+        lines = []
+        if self.repeated:
+            lines.append(f"{self.repeated} repeated prompts were read once")
+        if self.skipped:
+            names = ", ".join(self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
+            lines.append(f"{len(self.skipped)} prompts are longer than the teacher takes and were skipped: {names}")
+        if self.stopped:
+            lines.append(f"stopped by {self.stopped}: run the same command again to go on")
+        if self.before == self.wanted:
+            lines.append(f"{out}: nothing to do, all {self.wanted} traces are there")
+        else:
+            lines.append(
+                f"{out}: {self.made} traces made, {self.before + self.made} of {self.wanted} there; "
+                f"{self.tokens:,} tokens in {self.seconds:.1f} s, {self.tokens_per_s:,.0f} tokens/s"
+            )
+        return "\n".join(lines)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    trace_id: str
+    prompt: Prompt
+    sample_index: int
+
+
+@dataclass
+class Unit:
+    """The prompts that become one shard, while they are under way."""
+
+    size: int = 0  # requests that joined
+    encoded: list[Future[EncodedTrace]] = field(default_factory=list)
+    closed: bool = False  # no more requests join
+
+    @property
+    def complete(self) -> bool:
+        return self.closed and len(self.encoded) == self.size
+
+
+class Stop:
+    """Ctrl-C and SIGTERM, turned into a flag while the caller is ``patient``; a second one, or an impatient caller, raises.
+
+    Raises: KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self.patient = False
+
+    def __enter__(self) -> "Stop":
+        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        again, self.signal = self.signal, signal.Signals(number).name
+        if again or not self.patient:
+            raise KeyboardInterrupt
+
+
+def identify(options: GenerateOptions, facts: TeacherFacts) -> Identity:
+    """The identity of the cache that ``options`` would make."""
+    markers, spec = markers_of(options, facts), options.spec
+    return Identity(
+        teacher=facts.name,
+        teacher_revision=facts.revision,
+        tokenizer_hash=facts.tokenizer_hash,
+        chat_template_hash=facts.chat_template_hash,
+        vocab_size=facts.vocab_size,
+        top_k=spec.top_k,
+        top_p=options.top_p,
+        min_k=options.min_k,
+        prompt_logits=spec.prompt_logits,
+        sampling={"temperature": spec.temperature, "max_tokens": spec.max_tokens, "seed": spec.seed, **spec.sampling},
+        reasoning_markers=[markers.opening, markers.closing] if markers.opening and markers.closing else None,
+        answer_regex=markers.answer_regex,
+        dtype=facts.dtype,
+        engine=teacher.engine_version(),
+        engine_args=spec.identity_args(),
+    )
+
+
+def markers_of(options: GenerateOptions, facts: TeacherFacts) -> Markers:
+    given = options.markers or Markers()
+    if given.closing or options.markers == Markers():
+        return given
+    found = Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
+    return Markers(found.opening, found.closing, given.answer_regex)
+
+
+def generate(options: GenerateOptions) -> Summary:
+    """Fills the cache at ``options.out`` with what is missing of prompts times samples.
+
+    Finished traces survive whatever ends the call: an error, a signal and a dead engine publish what they had in hand,
+    and only a kill that leaves no time to do so loses the units in flight.
+
+    Raises: InputError and CacheError before anything is written; EngineError and WriteError, after which the same call
+        goes on where this one stopped.
+    """
+    source = prompts.load(options.source, options.limit)
+    facts = teacher.inspect(options.spec)
+    identity = identify(options, facts)
+    manifest.create_or_match(options.out, identity)
+    with exclusive(options.out / ".lock", str(options.out)):
+        cache = Cache.open(options.out)
+        present = set(cache.trace_ids)
+        missing = [
+            request
+            for prompt in source
+            for sample in range(options.samples)
+            if (request := Request(identity.trace_id(prompt.id, prompt.digest(), sample), prompt, sample)).trace_id
+            not in present
+        ]
+        wanted = len(source) * options.samples
+        summary = Summary(wanted=wanted, before=wanted - len(missing), repeated=source.repeated)
+        if missing:
+            next_number = 1 + max((int(s.name.removeprefix("unit-")) for s in cache.shards), default=-1)
+            _Run(options, facts, identity, summary, next_number).work(missing)
+        return summary
+
+
+class _Run:
+    """One engine's life over the missing requests."""
+
+    def __init__(
+        self, options: GenerateOptions, facts: TeacherFacts, identity: Identity, summary: Summary, next_number: int
+    ) -> None:
+        self.options, self.facts, self.identity, self.summary = options, facts, identity, summary
+        self.markers = markers_of(options, facts)
+        self.number = next_number
+        self.requests: dict[str, tuple[Request, Unit]] = {}
+        self.open: list[Unit] = []
+        self.published: list[Future[None]] = []
+        # One thread finishes traces and writes shards, in order, while the engine steps.
+        self.finisher = ThreadPoolExecutor(1, thread_name_prefix="shards")
+        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+        self.log = options.out / "logs" / f"generate-{stamp}-{os.getpid()}.log"
+
+    def work(self, missing: list[Request]) -> None:
+        with ExitStack() as stack:
+            terminal = stack.enter_context(chatter_to(self.log))
+            stop = stack.enter_context(Stop())
+            print(
+                f"{self.summary.before} traces in the cache, {len(missing)} to make; loading {self.facts.name} (log: {self.log})",
+                file=terminal,
+            )
+            began = time.monotonic()
+            try:
+                engine = Engine(self.options.spec)
+            except EngineError as e:
+                raise self._with_cause(e) from e
+            stack.callback(engine.close)
+            self.summary.load_seconds = time.monotonic() - began
+            stop.patient = True
+            self.progress = stack.enter_context(Progress(terminal, len(missing)))
+            try:
+                self._drive(engine, missing, stop)
+            except EngineError as e:
+                if not stop.signal:  # a Ctrl-C reaches the engine's processes too
+                    raise self._with_cause(e) from e
+            finally:
+                self.summary.seconds = self.progress.seconds
+                self._publish_rest()
+                self.summary.stopped = stop.signal
+                publish_json(self.log.with_suffix(".json"), asdict(self.summary))
+
+    def _drive(self, engine: Engine, missing: list[Request], stop: Stop) -> None:
+        # The engine always has a queue behind what it runs: prompts of the next unit enter while stragglers finish.
+        window = engine.max_num_seqs + max(8, engine.max_num_seqs // 4)
+        requests = iter(missing)
+        exhausted = False
+        while not stop.signal:
+            while not exhausted and len(self.requests) < window:
+                exhausted = not self._submit_next(engine, requests)
+            if not self.requests:
+                return
+            for completion in engine.step():
+                self._finish(completion)
+            self._check_finisher()
+
+    def _submit_next(self, engine: Engine, requests: Iterator[Request]) -> bool:
+        """Hands the engine one request more; False when there is none."""
+        request = next(requests, None)
+        if request is None:
+            if self.open:
+                self.open[-1].closed = True
+                self._publish_if_complete(self.open[-1])
+            return False
+        token_ids = teacher.render(self.facts, request.prompt, self.options.spec.template_args)
+        if len(token_ids) >= engine.max_model_len or not token_ids:
+            if request.sample_index == 0:
+                self.summary.skipped.append(request.prompt.id)
+                self.progress.say(
+                    f"skipped {request.prompt.id}: {len(token_ids)} tokens, the teacher takes {engine.max_model_len - 1}"
+                )
+            return True
+        if not self.open or self.open[-1].closed:
+            self.open.append(Unit())
+        unit = self.open[-1]
+        unit.size += 1
+        unit.closed = unit.size >= self.options.unit_size * self.options.samples
+        self.requests[request.trace_id] = (request, unit)
+        engine.submit(request.trace_id, token_ids)
+        return True
+
+    def _finish(self, completion: Completion) -> None:
+        request, unit = self.requests.pop(completion.key)
+        unit.encoded.append(self.finisher.submit(self._encode, request, completion))
+        made = len(completion.token_ids) - completion.prompt_length
+        self.summary.tokens += made
+        self.progress.add(1, made)
+        self._publish_if_complete(unit)
+
+    def _publish_if_complete(self, unit: Unit) -> None:
+        if unit.complete:
+            self.open.remove(unit)
+            self._publish(unit)
+
+    def _publish(self, unit: Unit) -> None:
+        number, self.number = self.number, self.number + 1
+        self.published.append(self.finisher.submit(self._write, number, unit.encoded))
+
+    def _check_finisher(self) -> None:
+        """A failed write fails the command at the next step, and a writer that falls behind is waited for."""
+        while self.published and self.published[0].done():
+            self.published.pop(0).result()
+        for unit in self.open:
+            for encoded in unit.encoded:
+                if encoded.done():
+                    encoded.result()
+
+    def _publish_rest(self) -> None:
+        """At the end, and at any end that came early: what finished is published, as units smaller than planned."""
+        for unit in self.open:
+            if unit.encoded:
+                self._publish(unit)
+        self.open.clear()
+        self.finisher.shutdown(wait=True)
+        for future in self.published:
+            future.result()
+
+    def _encode(self, request: Request, completion: Completion) -> EncodedTrace:
+        trace = _trace(request, completion, self.facts, self.markers, self.options, self.identity)
+        rows = trace.rows
+        return EncodedTrace(
+            record=schema.to_record(trace, codec.encode(rows)),
+            taught_rows=len(rows),
+            entries=len(rows.ids),
+            tail_mass=float(np.exp(rows.log_tail.astype(np.float64)).sum()),
+        )
+
+    def _write(self, number: int, encoded: list[Future[EncodedTrace]]) -> None:
+        traces = [future.result() for future in encoded]
+        provenance: dict[str, Any] = {
+            "written": datetime.now(UTC).isoformat(timespec="seconds"),
+            "logitcache": logitcache.__version__,
+            "source": self.options.source,
+            "log": self.log.name,
+        }
+        shard.write(self.options.out / shard.DIRECTORY, number, traces, provenance)
+        self.summary.made += len(traces)
+
+    def _with_cause(self, error: EngineError) -> EngineError:
+        cause = teacher.cause_in(self.log)
+        return EngineError(
+            f"{cause or error}; everything published is safe: mend the cause and run the same command again (log: {self.log})"
+        )
+
+
+def _trace(
+    request: Request,
+    completion: Completion,
+    facts: TeacherFacts,
+    markers: Markers,
+    options: GenerateOptions,
+    identity: Identity,
+) -> Trace:
+    """The trace of a finished completion: sections found, rows sorted and trimmed."""
+    token_ids, prompt_length = completion.token_ids, completion.prompt_length
+    pieces = teacher.pieces(facts, token_ids.tolist())
+    ended = len(token_ids) > prompt_length and int(token_ids[-1]) in facts.eos_ids
+    rows = topk.from_topk(completion.ids_RK, completion.logprobs_RK, identity.vocab_size)
+    if options.top_p is not None:
+        rows = topk.trim(rows, top_p=options.top_p, min_k=options.min_k)
+    return Trace(
+        trace_id=request.trace_id,
+        prompt_id=request.prompt.id,
+        sample_index=request.sample_index,
+        token_ids=token_ids,
+        sections=sections.find(pieces, prompt_length, markers),
+        row_start=len(token_ids) - len(rows),
+        rows=rows,
+        token_logprob=completion.token_logprob,
+        token_rank=completion.token_rank,
+        text="".join(piece or "" for piece in pieces[prompt_length : len(pieces) - ended]),
+        finish_reason=completion.finish_reason,
+        answer=request.prompt.answer,
+        metadata=request.prompt.metadata,
+    )

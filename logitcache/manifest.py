@@ -1,0 +1,152 @@
+"""What makes two caches comparable, written once beside the shards and held against every later run."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import logitcache
+from logitcache.errors import FormatVersionError, IdentityError, NotACacheError
+from logitcache.files import publish_json, read_json
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+# Its token ids change with any difference in normalisation, splitting or merges that the vocabulary alone does not show.
+PROBE = "The 3 cats' naïve  idea:\n\tf(x)=x**2 — 12,345.67 «été» 数学 🙂 <think>don't</think>\r\n\n\n  end"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """All that makes two caches comparable. Order of fields is the order of messages."""
+
+    teacher: str  # hub id, or the folder's name
+    teacher_revision: str  # commit hash, or fingerprint of the weights
+    tokenizer_hash: str
+    chat_template_hash: str | None
+    vocab_size: int  # columns of the teacher's logits; every id is below it
+    top_k: int
+    top_p: float | None
+    min_k: int
+    prompt_logits: bool
+    sampling: dict[str, Any]  # temperature, max_tokens, seed and whatever else was set
+    reasoning_markers: list[str] | None
+    answer_regex: str | None
+    dtype: str
+    engine: str  # name and version
+    engine_args: dict[str, Any]  # those that may change a distribution
+
+    def digest(self) -> str:
+        canonical = json.dumps(self.__dict__, sort_keys=True, separators=(",", ":"), default=str)
+        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+    def trace_id(self, prompt_id: str, prompt_digest: str, sample_index: int) -> str:
+        """Content address of a trace, known before it is generated: 32 hexadecimal digits."""
+        key = "\x00".join((self.digest(), prompt_id, prompt_digest, str(sample_index)))
+        return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+# How the field is set on the command line: the way out of a refusal.
+_OPTIONS = {
+    "teacher": "--teacher",
+    "dtype": "--dtype",
+    "top_k": "--top-k",
+    "top_p": "--top-p",
+    "min_k": "--min-k",
+    "prompt_logits": "--prompt-logits/--no-prompt-logits",
+    "sampling": "--temperature, --max-tokens, --seed or --sampling",
+    "reasoning_markers": "--reasoning-markers",
+    "answer_regex": "--answer-regex",
+    "engine_args": "--engine-arg",
+}
+
+
+def read(cache: Path) -> Identity:
+    """The identity of the cache in the directory ``cache``.
+
+    Raises: NotACacheError, FormatVersionError, ShardCorruptError.
+    """
+    path = cache / FILE_NAME
+    if not path.is_file():
+        what = "no such directory" if not cache.exists() else f"no {FILE_NAME} in it"
+        raise NotACacheError(f"{cache} is not a cache: {what}; make one with `logitcache generate ... --out {cache}`")
+    fields = read_json(path)
+    if fields.get("format") != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: format version {fields.get('format')}, this logitcache {logitcache.__version__} reads "
+            f"{FORMAT_VERSION}; upgrade with `pip install -U logitcache`"
+        )
+    return Identity(**fields["identity"])
+
+
+def create_or_match(cache: Path, identity: Identity) -> None:
+    """Makes ``cache`` a cache of ``identity``, or holds it against the one that stands there.
+
+    Raises: IdentityError naming the first field that differs, NotACacheError for a directory of other things.
+    """
+    path = cache / FILE_NAME
+    if not path.exists():
+        if cache.exists() and (not cache.is_dir() or any(cache.iterdir())):
+            raise NotACacheError(f"{cache} exists and is not a cache; give --out an empty or a new directory")
+        cache.mkdir(parents=True, exist_ok=True)
+        created = datetime.now(UTC).isoformat(timespec="seconds")
+        publish_json(
+            path,
+            {
+                "format": FORMAT_VERSION,
+                "created": created,
+                "logitcache": logitcache.__version__,
+                "identity": identity.__dict__,
+            },
+        )
+    refuse_difference(cache, read(cache), identity)
+
+
+def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
+    """Raises: IdentityError naming the field, both values and the way out."""
+    for name, there in found.__dict__.items():
+        here = json.loads(json.dumps(wanted.__dict__[name], default=str))
+        if there == here:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict):
+            key = next(k for k in [*there, *here] if there.get(k) != here.get(k))
+            name, there, here = f"{name}.{key}", there.get(key), here.get(key)
+        option = _OPTIONS.get(name.partition(".")[0])
+        undo = f"set {option} as it was" if option else "go back to what it was made with"
+        raise IdentityError(
+            f"{cache} was made with {name} = {there!r}, this run has {here!r}; {undo}, or give --out a new directory"
+        )
+
+
+def tokenizer_hash(tokenizer: Any) -> str:
+    """Hash of a transformers tokenizer: its tokens with their ids, and the ids of a probe text. Two tokenizers of one
+    hash give one sequence of ids for one text."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    canonical = json.dumps([vocabulary, probe], ensure_ascii=False, separators=(",", ":"))
+    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+
+
+def text_hash(text: str | None) -> str | None:
+    return None if text is None else hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+
+def weights_fingerprint(directory: Path) -> str:
+    """Hash over a local model's configuration and up to 256 evenly spaced 64 KiB blocks of each weight file: all of a
+    file below 16 MiB, and a change of 1% of a larger one is missed with a chance of 0.99^256 = 8%, of 5% never."""
+    digest = hashlib.blake2b(digest_size=16)
+    block, blocks = 1 << 16, 256
+    for path in sorted(
+        p
+        for p in directory.iterdir()
+        if p.suffix in (".safetensors", ".bin", ".pt", ".gguf") or p.name == "config.json"
+    ):
+        size = path.stat().st_size
+        digest.update(f"{path.name}:{size}\n".encode())
+        with path.open("rb") as file:
+            count = min(blocks, -(-size // block))
+            for i in range(count):
+                file.seek(i * block if count < blocks else i * (size - block) // (blocks - 1))
+                digest.update(file.read(block))
+    return digest.hexdigest()

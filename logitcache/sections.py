@@ -1,0 +1,187 @@
+"""Token ids -> spans: prompt, reasoning, answer and the two delimiters between them.
+
+A reasoning model writes ``prompt <think> reasoning </think> answer``. The five spans tile the trace in that order, and any of
+them but the prompt may be empty. Text positions come from one incremental decode, so each span begins and ends on a token.
+"""
+
+import re
+from bisect import bisect_left, bisect_right
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from logitcache.errors import InputError
+
+NAMES = ("prompt", "opening", "reasoning", "closing", "answer")
+
+# Opening and closing markers of published reasoning models, tried in this order.
+KNOWN_MARKERS = (
+    ("<think>", "</think>"),  # DeepSeek-R1, Qwen3, QwQ, GLM, MiniMax
+    ("[THINK]", "[/THINK]"),  # Magistral
+    ("<seed:think>", "</seed:think>"),  # Seed-OSS
+    ("◁think▷", "◁/think▷"),  # Kimi
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),  # Sky-T1, OpenThinker
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),  # gpt-oss
+    ("<reasoning>", "</reasoning>"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sections:
+    """Where the sections of one trace begin, as token indices; a section ends where the next begins."""
+
+    prompt_end: int
+    reasoning_start: int
+    reasoning_end: int
+    answer_start: int
+    length: int
+
+    def __post_init__(self) -> None:
+        bounds = self.bounds()
+        if any(a > b for a, b in pairwise(bounds)) or bounds[0] < 0:
+            raise InputError(f"sections are not in order: {bounds}")
+
+    def bounds(self) -> tuple[int, ...]:
+        return (self.prompt_end, self.reasoning_start, self.reasoning_end, self.answer_start, self.length)
+
+    def span(self, name: str) -> slice:
+        """The tokens of the section ``name``, one of ``NAMES``."""
+        i = NAMES.index(name)
+        return slice((0, *self.bounds())[i], self.bounds()[i])
+
+    @property
+    def prompt(self) -> slice:
+        return self.span("prompt")
+
+    @property
+    def opening(self) -> slice:
+        return self.span("opening")
+
+    @property
+    def reasoning(self) -> slice:
+        return self.span("reasoning")
+
+    @property
+    def closing(self) -> slice:
+        return self.span("closing")
+
+    @property
+    def answer(self) -> slice:
+        return self.span("answer")
+
+    def sizes(self) -> dict[str, int]:
+        """Tokens in each section."""
+        return {name: (s := self.span(name)).stop - s.start for name in NAMES}
+
+
+@dataclass(frozen=True, slots=True)
+class Markers:
+    """How reasoning and answer are told apart: two delimiters, or a pattern that begins the answer, or neither."""
+
+    opening: str | None = None
+    closing: str | None = None
+    answer_regex: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.answer_regex is not None:
+            try:
+                re.compile(self.answer_regex)
+            except re.error as e:
+                raise InputError(f"--answer-regex {self.answer_regex!r} is not a regular expression: {e}") from None
+
+    @classmethod
+    def parse(cls, text: str) -> "Markers":
+        """``"<think>,</think>"`` or ``"none"``."""
+        if text == "none":
+            return cls()
+        opening, comma, closing = text.partition(",")
+        if not comma or not opening.strip() or not closing.strip():
+            raise InputError(
+                f"--reasoning-markers {text!r}: give OPENING,CLOSING such as '<think>,</think>', or 'none'"
+            )
+        return cls(opening.strip(), closing.strip())
+
+    @classmethod
+    def detect(cls, vocabulary: Iterable[str], chat_template: str | None) -> "Markers":
+        """The first known pair whose closing marker is a token of its own or stands in the chat template."""
+        tokens, template = set(vocabulary), chat_template or ""
+        for opening, closing in KNOWN_MARKERS:
+            if closing in tokens or closing in template:
+                return cls(opening, closing)
+        return cls()
+
+
+class TokenText:
+    """The text of a token sequence, and which token holds which character.
+
+    Args:
+        pieces: the text each token adds, as an incremental decoder gives it: None (or "") where the token's bytes wait
+            for a later token to become a character. Such tokens belong to that character.
+    """
+
+    def __init__(self, pieces: Sequence[str | None]) -> None:
+        self.text = "".join(piece or "" for piece in pieces)
+        self.starts: list[int] = []
+        position = 0
+        for piece in pieces:
+            self.starts.append(position)
+            position += len(piece or "")
+        self.ends = [*self.starts[1:], position] if pieces else []
+        for i in range(len(pieces) - 2, -1, -1):
+            if not pieces[i]:
+                self.ends[i] = self.ends[i + 1]
+
+    def token_at(self, char: int) -> int:
+        """The first token that holds character ``char``."""
+        return bisect_right(self.ends, char)
+
+    def token_after(self, char: int) -> int:
+        """The first token that begins at ``char`` or later."""
+        return bisect_left(self.starts, char)
+
+
+def find(pieces: Sequence[str | None], prompt_length: int, markers: Markers) -> Sections:
+    """Sections of a trace.
+
+    The opening marker counts where it begins the completion or ends the prompt (a chat template may put it there, or both
+    markers when thinking is switched off). A completion cut before the closing marker is all reasoning; one without any
+    marker is all answer; a closing marker alone ends a reasoning that began with the completion. A token that holds any
+    character of a marker belongs to the delimiter.
+
+    Args:
+        pieces: text added by each of the L tokens, prompt included, from one incremental decode.
+        prompt_length: tokens of the prompt, <= L.
+    """
+    tokens, length = TokenText(pieces), len(pieces)
+    text, split = tokens.text, tokens.starts[prompt_length] if prompt_length < length else len(tokens.text)
+    if markers.closing is None:
+        return Sections(
+            prompt_length, prompt_length, *[_answer_start(tokens, split, prompt_length, markers)] * 2, length
+        )
+
+    opening, closing = re.escape(markers.opening or ""), re.escape(markers.closing)
+    if head := re.search(rf"{opening}\s*{closing}\s*\Z", text[:split]):
+        start = tokens.token_after(head.start() + len(markers.opening or ""))
+        end = max(start, tokens.token_at(text.index(markers.closing, head.start())))
+        return Sections(tokens.token_at(head.start()), start, end, prompt_length, length)
+
+    prompt_end = reasoning = prompt_length
+    if head := re.search(rf"{opening}\s*\Z", text[:split]):
+        prompt_end = tokens.token_at(head.start())
+    elif head := re.match(rf"\s*{opening}", text[split:]):
+        reasoning = tokens.token_after(split + head.end())
+    close = text.find(markers.closing, split)
+    if close >= 0:
+        end = max(reasoning, tokens.token_at(close))
+        return Sections(prompt_end, reasoning, end, max(end, tokens.token_after(close + len(markers.closing))), length)
+    if head:
+        return Sections(prompt_end, reasoning, length, length, length)
+    return Sections(prompt_length, prompt_length, prompt_length, prompt_length, length)
+
+
+def _answer_start(tokens: TokenText, split: int, prompt_length: int, markers: Markers) -> int:
+    """Without delimiters: where the pattern's first match begins, or all is answer. One never matched is all reasoning."""
+    if markers.answer_regex is None:
+        return prompt_length
+    match = re.compile(markers.answer_regex).search(tokens.text, split)
+    return max(prompt_length, tokens.token_at(match.start())) if match else len(tokens.starts)

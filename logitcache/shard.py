@@ -1,0 +1,123 @@
+"""One shard: an Arrow IPC file of traces and, published after it, the JSON that describes it."""
+
+import hashlib
+import io
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from logitcache.errors import FormatVersionError, ShardCorruptError
+from logitcache.files import publish, publish_json, read_json
+from logitcache.manifest import FORMAT_VERSION
+from logitcache.schema import SCHEMA, SECTION_FIELDS
+from logitcache.sections import NAMES
+
+DIRECTORY = "shards"
+
+
+@dataclass(frozen=True, slots=True)
+class ShardIndex:
+    """What a reader knows of a shard without touching it. A shard exists once its index does."""
+
+    name: str
+    rows: int  # traces
+    bytes: int
+    sha256: str
+    trace_ids: list[str]
+    prompt_ids: list[str]
+    token_lengths: list[int]
+    taught_rows: int  # top-k rows, one a token that has one
+    entries: int  # kept ids
+    block_bytes: int  # of the top-k blocks
+    tail_mass: float  # sum over rows
+    section_tokens: dict[str, int]
+    provenance: dict[str, Any]
+
+    def totals(self) -> dict[str, int | float]:
+        return {
+            name: getattr(self, name)
+            for name in ("rows", "bytes", "taught_rows", "entries", "block_bytes", "tail_mass")
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedTrace:
+    """A trace ready to be written: its record, and the counts that its index adds up."""
+
+    record: dict[str, Any]
+    taught_rows: int
+    entries: int
+    tail_mass: float
+
+
+def write(directory: Path, number: int, traces: list[EncodedTrace], provenance: dict[str, Any]) -> ShardIndex:
+    """Publishes shard ``number``: the Arrow file first, then its index.
+
+    Raises: WriteError where the disk refuses; nothing of the shard is left then.
+    """
+    table = pa.Table.from_pylist([t.record for t in traces], schema=SCHEMA)
+    buffer = io.BytesIO()
+    with pa.ipc.new_file(buffer, SCHEMA) as writer:
+        writer.write_table(table)
+    data = buffer.getbuffer()
+    name = f"unit-{number:06d}"
+    index = ShardIndex(
+        name=name,
+        rows=len(traces),
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        trace_ids=table["trace_id"].to_pylist(),
+        prompt_ids=table["prompt_id"].to_pylist(),
+        token_lengths=[len(t.record["token_ids"]) for t in traces],
+        taught_rows=sum(t.taught_rows for t in traces),
+        entries=sum(t.entries for t in traces),
+        block_bytes=sum(len(t.record["topk"]) for t in traces),
+        tail_mass=float(sum(t.tail_mass for t in traces)),
+        section_tokens=_section_tokens([t.record for t in traces]),
+        provenance=provenance,
+    )
+    directory.mkdir(exist_ok=True)
+    path = directory / f"{name}.arrow"
+    publish(path, data)
+    publish_json(path.with_suffix(".json"), {"format": FORMAT_VERSION} | asdict(index))
+    return index
+
+
+def _section_tokens(records: list[dict[str, Any]]) -> dict[str, int]:
+    bounds = np.array([[0, *(r["sections"][f] for f in SECTION_FIELDS), len(r["token_ids"])] for r in records])
+    return dict(zip(NAMES, np.diff(bounds, axis=1).sum(axis=0).tolist(), strict=True))
+
+
+def read_index(path: Path) -> ShardIndex:
+    """Raises: ShardCorruptError, FormatVersionError."""
+    entries = read_json(path)
+    if entries.pop("format", None) != FORMAT_VERSION:
+        raise FormatVersionError(f"{path}: written by a newer logitcache; upgrade with `pip install -U logitcache`")
+    if set(entries) != {f.name for f in fields(ShardIndex)}:
+        raise ShardCorruptError(f"{path}: fields {sorted(entries)} are not those of a shard index")
+    return ShardIndex(**entries)
+
+
+def read(directory: Path, index: ShardIndex) -> pa.RecordBatch:
+    """Maps a shard into memory, after holding all its bytes against the index's checksum.
+
+    Raises: ShardCorruptError naming the shard and the way out.
+    """
+    path = directory / f"{index.name}.arrow"
+    way_out = f"move {index.name}.* out of {directory} and run the same `logitcache generate` again to rebuild it"
+    try:
+        with pa.memory_map(str(path)) as source:  # the buffer outlives the file: no descriptor stays open
+            data = source.read_buffer()
+    except FileNotFoundError:
+        raise ShardCorruptError(f"{path} is missing, its index is there; {way_out}") from None
+    if data.size != index.bytes:
+        raise ShardCorruptError(f"{path}: {data.size:,} bytes, its index says {index.bytes:,}; {way_out}")
+    if hashlib.sha256(data).hexdigest() != index.sha256:
+        raise ShardCorruptError(f"{path}: its bytes do not match the checksum in its index; {way_out}")
+    reader = pa.ipc.open_file(pa.BufferReader(data))
+    if reader.schema != SCHEMA:
+        raise ShardCorruptError(f"{path}: columns {reader.schema.names} are not those of a shard; {way_out}")
+    return reader.get_batch(0)

@@ -1,0 +1,225 @@
+"""Arithmetic of sparse distributions: top-k rows with the log of the mass they leave out.
+
+A row is a distribution over k + 1 buckets: its k kept ids and the tail, everything else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from logitcache.errors import CacheError
+
+# R rows, K ids of a dense row, V vocabulary; N entries of all rows together.
+
+MASS_SLACK = 1e-4  # how far a row's mass may exceed 1 before it is no distribution at temperature 1
+
+
+@dataclass(frozen=True, slots=True)
+class SparseRows:
+    """Ragged rows, stored flat; row r owns entries offsets[r] to offsets[r + 1].
+
+    offsets: int64 [R + 1]; ids: int32 [N]; logprobs: float32 [N], nats at temperature 1, each row descending;
+    log_tail: float32 [R], nats, -inf where the row leaves nothing out.
+    """
+
+    offsets: np.ndarray
+    ids: np.ndarray
+    logprobs: np.ndarray
+    log_tail: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.log_tail)
+
+    def __getitem__(self, rows: slice) -> SparseRows:
+        """Consecutive rows as a view; the slice has step 1."""
+        start, stop, step = rows.indices(len(self))
+        if step != 1:
+            raise ValueError(f"rows are sliced with step 1, not {step}")
+        offsets = self.offsets[start : max(start, stop) + 1]
+        span = slice(offsets[0], offsets[-1])
+        return SparseRows(
+            offsets - offsets[0], self.ids[span], self.logprobs[span], self.log_tail[start : max(start, stop)]
+        )
+
+    @property
+    def counts(self) -> np.ndarray:
+        """int64 [R], entries of each row."""
+        return np.diff(self.offsets)
+
+    @staticmethod
+    def concatenate(parts: Sequence[SparseRows]) -> SparseRows:
+        """All rows of all parts in their order; no parts give no rows."""
+        if not parts:
+            return SparseRows(np.zeros(1, np.int64), np.empty(0, np.int32), *np.empty((2, 0), np.float32))
+        return SparseRows(
+            np.concatenate([[0], np.cumsum(np.concatenate([part.counts for part in parts]))]).astype(np.int64),
+            np.concatenate([part.ids for part in parts]),
+            np.concatenate([part.logprobs for part in parts]),
+            np.concatenate([part.log_tail for part in parts]),
+        )
+
+
+def from_topk(ids_RK: np.ndarray, logprobs_RK: np.ndarray, vocab_size: int) -> SparseRows:
+    """Rows from the top k an engine returned.
+
+    Args:
+        ids_RK: integers [R, K], each row without repeats.
+        logprobs_RK: float32 [R, K], nats at temperature 1, before any filter, in any order: sorted here, stably.
+            Entries of probability zero (-inf) are dropped; such a row leaves nothing out.
+        vocab_size: ids the teacher can give, padding excluded.
+    Raises: CacheError for ids outside the vocabulary or given twice in a row, for a NaN, and for rows that are no
+        distribution: mass above 1, or mass missing that the ids left out cannot hold.
+    """
+    ids_RK, logprobs_RK = np.asarray(ids_RK), np.asarray(logprobs_RK, np.float32)
+    if ids_RK.ndim != 2 or ids_RK.shape != logprobs_RK.shape or not ids_RK.shape[1]:
+        raise ValueError(f"ids {ids_RK.shape} and logprobs {logprobs_RK.shape} must both be [R, K] with K >= 1")
+    R, K = ids_RK.shape
+    if R == 0:
+        return SparseRows.concatenate([])
+    if ids_RK.min() < 0 or ids_RK.max() >= vocab_size:
+        row = int(np.argmax(((ids_RK < 0) | (ids_RK >= vocab_size)).any(axis=1)))
+        raise CacheError(
+            f"row {row} holds an id outside 0..{vocab_size - 1}: teacher and vocab_size do not belong together"
+        )
+    ids_RK = ids_RK.astype(np.int32)
+    ascending_RK = np.sort(ids_RK, axis=1)
+    if (repeat_R := (ascending_RK[:, 1:] == ascending_RK[:, :-1]).any(axis=1)).any():
+        row = int(np.argmax(repeat_R))
+        raise CacheError(f"row {row} holds an id twice: pass the top k without the realised token")
+    if np.isnan(logprobs_RK).any():
+        row = int(np.argmax(np.isnan(logprobs_RK).any(axis=1)))
+        raise CacheError(f"row {row} holds a NaN log-probability: the teacher's logits overflowed; try another dtype")
+    if (logprobs_RK[:, 1:] > logprobs_RK[:, :-1]).any():
+        order_RK = np.argsort(-logprobs_RK, axis=1, kind="stable")
+        ids_RK = np.take_along_axis(ids_RK, order_RK, axis=1)
+        logprobs_RK = np.take_along_axis(logprobs_RK, order_RK, axis=1)
+    log_tail_R = log_tail(logprobs_RK, vocab_size)
+    keep_RK = np.isfinite(logprobs_RK)
+    if keep_RK.all():
+        return SparseRows(np.arange(R + 1, dtype=np.int64) * K, ids_RK.ravel(), logprobs_RK.ravel(), log_tail_R)
+    offsets = np.concatenate([[0], np.cumsum(keep_RK.sum(axis=1))]).astype(np.int64)
+    return SparseRows(offsets, ids_RK[keep_RK], logprobs_RK[keep_RK], log_tail_R)
+
+
+def log_tail(logprobs_RK: np.ndarray, vocab_size: int) -> np.ndarray:
+    """Log of the probability mass that each row's K largest entries leave out.
+
+    The tail is 1 - sum, in float64, as far as float32 log-softmax resolves it: every entry is off by half an ulp of
+    its log-probability, and all of them by the rounding of their common log-sum-exp, together `slack` of mass, about
+    1e-6. A peaked row hides its tail below that. What is known there is the decay: continuing the power law of the
+    ranks K/2..K to rank V gives an estimate, which is moved no further than into [1 - sum - slack, 1 - sum + slack].
+    No id left out beats the smallest kept one, so (V - K) p_K bounds it, whatever else.
+
+    Args:
+        logprobs_RK: float32 [R, K], nats at temperature 1, each row descending.
+        vocab_size: V; K entries of V leave nothing out.
+    Returns: float32 [R], nats; -inf only where the row is complete (K = V, or a last entry of probability zero).
+    Raises: CacheError for a row that is no distribution.
+    """
+    logprobs_RK = np.asarray(logprobs_RK, np.float64)
+    R, K = logprobs_RK.shape
+    probs_RK = np.exp(logprobs_RK)
+    mass_R = probs_RK.sum(axis=1)
+    last_R = logprobs_RK[:, -1]
+    with np.errstate(divide="ignore"):
+        cap_R = last_R + np.log(float(vocab_size - K))
+    wrong_R = (mass_R > 1 + MASS_SLACK) | (mass_R + np.exp(cap_R) < 1 - MASS_SLACK)
+    if wrong_R.any():
+        row = int(np.argmax(wrong_R))
+        raise CacheError(
+            f"row {row}: its {K} largest probabilities sum to {mass_R[row]:.6f}, the other {vocab_size - K} ids hold "
+            f"{np.exp(cap_R[row]):.3g} at most: no distribution at temperature 1; store raw log-probabilities"
+        )
+    complete_R = np.isneginf(cap_R)
+    entropy_R = -np.where(probs_RK > 0, probs_RK * np.where(probs_RK > 0, logprobs_RK, 0), 0).sum(axis=1)
+    slack_R = 2.0**-22 * (1 + entropy_R)
+    decay_R = (logprobs_RK[:, K // 2 - 1] - last_R) / np.log(K / (K // 2)) if K > 1 else np.ones(R)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        guess_R = last_R + np.log(K) + _log_power_sum(1 - decay_R, np.log(vocab_size / K))
+        floor_R = np.log(np.maximum(1 - mass_R - slack_R, 0))
+        ceiling_R = np.minimum(np.log(np.maximum(1 - mass_R + slack_R, slack_R)), cap_R)
+    tail_R = np.minimum(np.maximum(guess_R, floor_R), ceiling_R)
+    return np.where(complete_R, -np.inf, tail_R).astype(np.float32)
+
+
+def _log_power_sum(exponent_R: np.ndarray, log_span: float) -> np.ndarray:
+    """Log of the integral of u^(exponent - 1) from u = 1 to e^log_span."""
+    small = np.abs(exponent_R * log_span) < 1e-6
+    safe_R = np.where(small, 1.0, exponent_R)
+    return np.log(np.where(small, log_span, np.expm1(safe_R * log_span) / safe_R))
+
+
+def trim(rows: SparseRows, *, top_p: float | None = None, min_k: int = 1, pinned_ids: Iterable[int] = ()) -> SparseRows:
+    """Each row cut to the smallest prefix whose mass reaches `top_p`; what is cut joins the tail.
+
+    Args:
+        top_p: mass in (0, 1]; None cuts nothing. A row that never reaches it stays whole.
+        min_k: entries a row keeps at least, as far as it has them.
+        pinned_ids: ids that stay wherever a row holds them.
+    """
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is a mass in (0, 1], not {top_p}")
+    if min_k < 1:
+        raise ValueError(f"min_k is at least 1, not {min_k}")
+    if top_p is None or len(rows) == 0:
+        return rows
+    probs_N = np.exp(rows.logprobs.astype(np.float64))
+    before_N = np.cumsum(probs_N) - probs_N
+    before_N -= np.repeat(before_N[rows.offsets[:-1]], rows.counts)  # mass ahead of each entry in its row
+    keep_N = (before_N < top_p) | (_ranks(rows) < min_k)
+    pinned = np.fromiter(pinned_ids, np.int64)
+    if pinned.size:
+        keep_N |= np.isin(rows.ids, pinned)
+    return _keep(rows, keep_N)
+
+
+def fold(rows: SparseRows, k: int) -> SparseRows:
+    """Each row's k most probable entries, the rest joins the tail: what a capture at k would have given."""
+    if k < 1:
+        raise ValueError(f"k is at least 1, not {k}")
+    return _keep(rows, _ranks(rows) < k)
+
+
+def _ranks(rows: SparseRows) -> np.ndarray:
+    return np.arange(len(rows.ids)) - np.repeat(rows.offsets[:-1], rows.counts)
+
+
+def _keep(rows: SparseRows, keep_N: np.ndarray) -> SparseRows:
+    if keep_N.all():
+        return rows
+    row_N = np.repeat(np.arange(len(rows)), rows.counts)
+    cut = ~keep_N
+    cut_mass_R = np.bincount(row_N[cut], np.exp(rows.logprobs[cut].astype(np.float64)), minlength=len(rows))
+    with np.errstate(divide="ignore"):
+        log_tail_R = np.logaddexp(rows.log_tail.astype(np.float64), np.log(cut_mass_R))
+    log_tail_R = np.where(cut_mass_R > 0, log_tail_R, rows.log_tail).astype(np.float32)
+    offsets = np.concatenate([[0], np.cumsum(np.bincount(row_N[keep_N], minlength=len(rows)))]).astype(np.int64)
+    return SparseRows(offsets, rows.ids[keep_N], rows.logprobs[keep_N], log_tail_R)
+
+
+def bucketed_kl(captured: SparseRows, stored: SparseRows) -> np.ndarray:
+    """KL(captured | stored) over the kept ids and the tail, nats, float64 [R].
+
+    Both hold the same ids in every row, in any order. Mass that does not sum to 1 counts: each bucket adds
+    P log(P / Q) - P + Q, which is never negative and gives the KL where both sides sum to 1.
+    """
+    if not np.array_equal(captured.offsets, stored.offsets):
+        raise ValueError("captured and stored rows differ in their lengths")
+    row_N = np.repeat(np.arange(len(captured)), captured.counts)
+    order_N, stored_order_N = np.lexsort((captured.ids, row_N)), np.lexsort((stored.ids, row_N))
+    if not np.array_equal(captured.ids[order_N], stored.ids[stored_order_N]):
+        raise ValueError("captured and stored rows differ in their ids")
+    support_N = _bucket_divergence(captured.logprobs[order_N], stored.logprobs[stored_order_N])
+    tail_R = _bucket_divergence(captured.log_tail, stored.log_tail)
+    return np.bincount(row_N, support_N, minlength=len(captured)) + tail_R
+
+
+def _bucket_divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
+    log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)
+    with np.errstate(invalid="ignore"):
+        delta = np.where(np.isneginf(log_p), 0, log_p - log_q)
+    # P (x - 1 + e^-x) for x = log P - log Q; the rest of Q where P is zero
+    return np.where(np.isneginf(log_p), np.exp(log_q), np.exp(log_p) * (delta + np.expm1(-delta)))

@@ -1,0 +1,55 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from logitcache.errors import CacheBusyError, ShardCorruptError, WriteError
+from logitcache.files import exclusive, publish, publish_json, read_json
+
+
+def test_a_published_file_is_whole_and_leaves_no_part(tmp_path: Path) -> None:
+    publish(tmp_path / "a", b"12345")
+    assert [p.name for p in tmp_path.iterdir()] == ["a"]
+    assert (tmp_path / "a").read_bytes() == b"12345"
+
+
+def test_a_full_disk_leaves_nothing_and_says_what_is_safe(tmp_path: Path) -> None:
+    (tmp_path / "a.part").symlink_to("/dev/full")  # a real refusal: No space left on device
+    with pytest.raises(
+        WriteError, match=r"a: No space left on device.*is safe: free some space and run the same command"
+    ):
+        publish(tmp_path / "a", b"x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_changed_byte_of_a_json_file_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "m.json"
+    publish_json(path, {"a": 1, "text": "naïve"})
+    assert read_json(path) == {"a": 1, "text": "naïve"}
+    data = path.read_bytes()
+    for i in range(len(data)):
+        path.write_bytes(data[:i] + bytes([data[i] ^ 0x01]) + data[i + 1 :])
+        with pytest.raises(ShardCorruptError, match=r"m\.json: not the bytes that were written"):
+            read_json(path)
+    path.write_text(json.dumps([1]))
+    with pytest.raises(ShardCorruptError):
+        read_json(path)
+
+
+def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
+    lock = tmp_path / ".lock"
+    script = f"from logitcache.files import exclusive; from pathlib import Path\nwith exclusive(Path({str(lock)!r}), 'c'): print('held', flush=True); input()"
+    holder = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == b"held\n"
+    with (
+        pytest.raises(CacheBusyError, match=rf"c is written by another process \(pid {holder.pid}\)"),
+        exclusive(lock, "c"),
+    ):
+        pass
+    holder.kill()
+    holder.wait()
+    with exclusive(lock, "c"):
+        assert lock.read_text() == f"pid {os.getpid()}"

@@ -1,0 +1,87 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from logitcache.errors import PromptsError
+from logitcache.prompts import load
+
+
+def jsonl(path, *rows) -> str:
+    path.write_text("\n".join(r if isinstance(r, str) else json.dumps(r) for r in rows))
+    return str(path)
+
+
+def test_text_and_messages_keep_id_answer_and_other_columns(tmp_path) -> None:
+    chat = [{"role": "user", "content": "hi"}]
+    source = jsonl(tmp_path / "p.jsonl", {"prompt": "a", "id": 7, "answer": 42, "level": "x"}, "", {"messages": chat})
+    first, second = load(source)
+    assert (first.id, first.content, first.answer, first.metadata) == ("7", "a", "42", {"level": "x"})
+    assert second.content == chat
+    assert second.id == second.digest(), "without an id the content is the id"
+
+
+def test_parquet_reads_like_jsonl(tmp_path) -> None:
+    rows = [{"id": "x", "messages": [{"role": "user", "content": "hi"}], "answer": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    (prompt,) = load(str(tmp_path / "p.parquet"))
+    assert prompt.content == rows[0]["messages"]
+    assert prompt.answer is None
+
+
+def test_repeated_content_without_ids_is_read_once_and_counted(tmp_path) -> None:
+    loaded = load(jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}))
+    assert (len(loaded), loaded.repeated) == (2, 1)
+
+
+def test_the_limit_stops_before_what_it_leaves_out(tmp_path) -> None:
+    assert len(load(jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "b"}, "{broken"), limit=2)) == 2
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ([{"prompt": "a"}, '{"prompt": '], r"p\.jsonl:2: not a line of JSON"),
+        ([{"prompt": "a"}, "[1]"], r"p\.jsonl:2: a list, expected an object"),
+        ([{"text": "a"}], r"p\.jsonl:1: neither `prompt` nor `messages`"),
+        ([{"prompt": "a", "messages": []}], r"p\.jsonl:1: both"),
+        ([{"prompt": 3}], r"p\.jsonl:1: `prompt` is a int, expected text"),
+        ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: `messages` must be"),
+        ([{"prompt": ""}], r"p\.jsonl:1: an empty prompt"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], r"p\.jsonl:2: id '1' is taken already by .*p\.jsonl:1"),
+        ([], r"p\.jsonl: no prompts"),
+    ],
+)
+def test_a_bad_row_is_named_by_file_and_line(tmp_path, rows, message) -> None:
+    with pytest.raises(PromptsError, match=message):
+        load(jsonl(tmp_path / "p.jsonl", *rows))
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("nowhere.jsonl", "no such file"),
+        ("gym:gsm_simbolic?size=2", "did you mean 'gsm_symbolic'"),
+        ("gym:gsm_symbolic?size", "cannot read the options"),
+        ("gym:gsm_symbolic?sice=3", "refuses it"),
+    ],
+)
+def test_a_bad_source_is_named(source, message) -> None:
+    with pytest.raises(PromptsError, match=message):
+        load(source)
+
+
+def test_a_file_of_another_kind_is_named(tmp_path) -> None:
+    (tmp_path / "p.csv").write_text("prompt\nhi")
+    with pytest.raises(PromptsError, match=r"neither \.jsonl nor \.parquet"):
+        load(str(tmp_path / "p.csv"))
+    (tmp_path / "p.parquet").write_text("prompt\nhi")
+    with pytest.raises(PromptsError, match="not a Parquet file"):
+        load(str(tmp_path / "p.parquet"))
+
+
+def test_gym_prompts_are_the_same_each_time_and_keep_their_ids_when_the_size_grows() -> None:
+    small, large = load("gym:gsm_symbolic?size=2&seed=3"), load("gym:gsm_symbolic?size=4&seed=3")
+    assert [p.id for p in large][:2] == [p.id for p in small] == ["gsm_symbolic:3:0", "gsm_symbolic:3:1"]
+    assert large.prompts[0].digest() == small.prompts[0].digest()
+    assert small.prompts[0].answer
