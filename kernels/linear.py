@@ -6,15 +6,21 @@ gradients are made in the forward and scaled in the backward, so the loss must b
 second derivative.
 """
 
+import functools
+import logging
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
 from logitcache.kernels.reference import Objective, RowValues, SparseTargets, resolve_ce_weights, sparse_divergence_
 
+logger = logging.getLogger(__name__)
+
 # N taught rows, H hidden, V vocabulary, C rows of a chunk.
 
 CUDA_ROWS, CUDA_BYTES = 2048, 512 << 20  # beyond 2048 rows the products gain nothing
-CPU_ROWS, CPU_BYTES = 128, 32 << 20
+CPU_ROWS, CPU_BYTES = 256, 40 << 20
 FLOAT32_CHUNKS = 8  # bf16 dW is rounded once a chunk: above this many, accumulate in float32
 
 
@@ -34,6 +40,7 @@ def linear_sparse_divergence(
     ce_weights_N: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     chunk_rows: int | None = None,
     accumulate: torch.dtype | None = None,
     check: bool = True,
@@ -46,7 +53,8 @@ def linear_sparse_divergence(
         hidden_NH: floating [N, H], the hidden states that predict the taught rows. N may be 0: a connected zero.
         weight_VH: [V, H], the head's weight, same dtype (under autocast both are cast). Its gradient is skipped if frozen.
         bias_V: [V] or None. weights_N, ce_weights_N: float [N] or None.
-        chunk_rows: rows of logits at a time; None: at most 2048 and 512 MiB on CUDA, 128 and 32 MiB on a CPU.
+        vocab_size: rows of the head from here on are padding: no probability, no gradient. None: all are real.
+        chunk_rows: rows of logits at a time; None: at most 2048 and 512 MiB on CUDA, 256 and 40 MiB on a CPU.
         accumulate: dtype in which dW adds up; None: the weight's, or float32 for more than 8 chunks.
         check: refuse ids >= V and ids twice in a row; waits for the device. Without it such ids are dropped.
     Returns: float32 [] (float64 for float64 inputs), nats.
@@ -74,6 +82,7 @@ def linear_sparse_divergence(
         objective.temperature,
         objective.softcap,
         objective.logit_scale,
+        _real_rows(weight_VH, vocab_size),
         chunk_rows,
         accumulate,
         check,
@@ -93,6 +102,7 @@ def linear_sparse_metrics(
     bias_V: Tensor | None = None,
     softcap: float | None = None,
     logit_scale: float = 1.0,
+    vocab_size: int | None = None,
     chunk_rows: int | None = None,
     check: bool = True,
 ) -> dict[str, Tensor]:
@@ -104,14 +114,15 @@ def linear_sparse_metrics(
     """
     objective = Objective.of(softcap=softcap, logit_scale=logit_scale)
     hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, len(targets))
+    vocab = _real_rows(weight_VH, vocab_size)
     if check:
-        targets.check(weight_VH.shape[0])
-    chunks = _Chunks(hidden_NH, weight_VH, bias_V, chunk_rows)
+        targets.check(vocab)
+    chunks = _Chunks(hidden_NH, weight_VH[:vocab], None if bias_V is None else bias_V[:vocab], targets, chunk_rows)
     best_N, parts = [], []
     for start, stop in chunks.spans:
         logits_CV = chunks.logits(start, stop)
         best_N.append(logits_CV.argmax(dim=1))
-        parts.append(chunks.divergence_(targets.rows(start, stop), objective, grad=False))
+        parts.append(chunks.divergence_(start, stop, objective, grad=False))
     values = _cat(parts, hidden_NH)
     argmax_N = torch.cat(best_N) if best_N else targets.offsets[:0]
     ids_NK, logp_NK, valid_NK = targets.padded()
@@ -126,7 +137,9 @@ def linear_sparse_metrics(
     }
 
 
-def _plain(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: int) -> tuple[Tensor, Tensor, Tensor | None]:
+def _plain(
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three tensors in one dtype, or a refusal with the way out."""
     if not isinstance(weight_VH, Tensor):
         if hasattr(weight_VH, "lora_A"):
@@ -134,7 +147,9 @@ def _plain(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: in
                 "the head carries a LoRA adapter, which a fused head would leave out: merge it, take the head out of "
                 "target_modules, or train it whole (modules_to_save)"
             )
-        raise TypeError(f"weight_VH must be the head's weight tensor [V, H], found {type(weight_VH).__name__}: pass its .weight")
+        raise TypeError(
+            f"weight_VH must be the head's weight tensor [V, H], found {type(weight_VH).__name__}: pass its .weight"
+        )
     for name, tensor in (("hidden_NH", hidden_NH), ("weight_VH", weight_VH), ("bias_V", bias_V)):
         if hasattr(tensor, "full_tensor"):
             raise NotImplementedError(f"{name} is a DTensor, sharded over ranks: pass {name}.full_tensor()")
@@ -157,50 +172,78 @@ def _plain(hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: in
     return hidden_NH, weight_VH, bias_V
 
 
+def _real_rows(weight_VH: Tensor, vocab_size: int | None) -> int:
+    if vocab_size is not None and not 0 < vocab_size <= weight_VH.shape[0]:
+        raise ValueError(f"vocab_size={vocab_size}, but the head has {weight_VH.shape[0]} rows")
+    return vocab_size or weight_VH.shape[0]
+
+
+@functools.cache
+def _triton_rows(device: str, dtype: torch.dtype) -> ModuleType | None:
+    """The Triton kernels, where they apply: chosen here and nowhere else, and said once in the log."""
+    if device != "cuda" or dtype == torch.float64:
+        return None
+    try:
+        from logitcache.kernels import sparse_divergence
+    except ImportError as error:
+        logger.warning("divergences run in plain torch, several times slower: %s; `pip install triton`", error)
+        return None
+    return sparse_divergence
+
+
 class _Chunks:
     """Row spans over one reused logits buffer, and the way from logits to their gradient on this device."""
 
-    def __init__(self, hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, chunk_rows: int | None):
+    def __init__(
+        self,
+        hidden_NH: Tensor,
+        weight_VH: Tensor,
+        bias_V: Tensor | None,
+        targets: SparseTargets,
+        chunk_rows: int | None,
+    ):
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows={chunk_rows} must be positive, or None for the default")
-        self.hidden_NH, self.weight_VH, self.bias_V = hidden_NH, weight_VH, bias_V
+        self.hidden_NH, self.weight_VH, self.bias_V, self.targets = hidden_NH, weight_VH, bias_V, targets
         n, vocab = hidden_NH.shape[0], weight_VH.shape[0]
         rows = min(chunk_rows or default_rows(n, vocab, hidden_NH.dtype, hidden_NH.device), max(n, 1))
         self.spans = [(start, min(start + rows, n)) for start in range(0, n, rows)]
         stride = -(-vocab // 16) * 16  # rows start on 32 bytes: vector loads and aligned products for any V
         self.buffer_CV = hidden_NH.new_empty(rows, stride)[:, :vocab]
-        half = hidden_NH.dtype in (torch.bfloat16, torch.float16)
-        self.wide_CV = None
-        if half and not hidden_NH.is_cuda:
-            self.wide_CV = torch.empty(rows, vocab, device=hidden_NH.device)
+        self.triton = _triton_rows(hidden_NH.device.type, hidden_NH.dtype)
+        self.most_k = targets.longest() if self.triton else None
+        wide = torch.promote_types(hidden_NH.dtype, torch.float32)
+        narrow = not self.triton and hidden_NH.dtype != wide
+        self.wide_CV = self.buffer_CV.new_empty(rows, vocab, dtype=wide) if narrow else None
 
     def logits(self, start: int, stop: int) -> Tensor:
-        self.logits_CV = self.buffer_CV[: stop - start]
-        self.hidden_CH = self.hidden_NH[start:stop]
+        logits_CV, hidden_CH = self.buffer_CV[: stop - start], self.hidden_NH[start:stop]
         if self.bias_V is None:
-            return torch.mm(self.hidden_CH, self.weight_VH.t(), out=self.logits_CV)
-        return torch.addmm(self.bias_V, self.hidden_CH, self.weight_VH.t(), out=self.logits_CV)
+            return torch.mm(hidden_CH, self.weight_VH.t(), out=logits_CV)
+        return torch.addmm(self.bias_V, hidden_CH, self.weight_VH.t(), out=logits_CV)
 
     def divergence_(
         self,
-        targets: SparseTargets,
+        start: int,
+        stop: int,
         objective: Objective,
-        weights_C: Tensor | None = None,
-        ce_weights_C: Tensor | None = None,
+        weights_N: Tensor | None = None,
+        ce_weights_N: Tensor | None = None,
         grad: bool = True,
     ) -> RowValues:
-        if self.logits_CV.is_cuda:
-            from logitcache.kernels import sparse_divergence as triton_rows
-
-            return triton_rows.sparse_divergence_(
-                self.logits_CV, targets, objective, weights_C, ce_weights_C, grad=grad
+        """The last `logits` become their gradient, or are destroyed."""
+        logits_CV, targets = self.buffer_CV[: stop - start], self.targets.rows(start, stop)
+        weights_C, ce_weights_C = (None if w is None else w[start:stop] for w in (weights_N, ce_weights_N))
+        if self.triton:
+            return self.triton.sparse_divergence_(
+                logits_CV, targets, objective, weights_C, ce_weights_C, grad=grad, most_k=self.most_k, padding=True
             )
         if self.wide_CV is None:
-            return sparse_divergence_(self.logits_CV, targets, objective, weights_C, ce_weights_C, grad=grad)
-        wide_CV = self.wide_CV[: len(targets)].copy_(self.logits_CV)
+            return sparse_divergence_(logits_CV, targets, objective, weights_C, ce_weights_C, grad=grad)
+        wide_CV = self.wide_CV[: stop - start].copy_(logits_CV)
         values = sparse_divergence_(wide_CV, targets, objective, weights_C, ce_weights_C, grad=grad)
         if grad:
-            self.logits_CV.copy_(wide_CV)
+            logits_CV.copy_(wide_CV)
         return values
 
 
@@ -238,6 +281,7 @@ def _linear_sparse_divergence(
     temperature: float,
     softcap: float | None,
     logit_scale: float,
+    vocab: int,
     chunk_rows: int | None,
     accumulate: torch.dtype | None,
     check: bool,
@@ -249,61 +293,47 @@ def _linear_sparse_divergence(
     targets = SparseTargets(offsets, ids, logprobs, log_tail, labels)
     objective = Objective(divergence, tail, mix, temperature, softcap, logit_scale)
     if check:
-        targets.check(weight_VH.shape[0])
-    needs = (need_hidden, need_weight, need_bias)
-    return _run(
-        hidden_NH, weight_VH, bias_V, targets, objective, weights_N, ce_weights_N, chunk_rows, accumulate, *needs
-    )
-
-
-def _run(
-    hidden_NH: Tensor,
-    weight_VH: Tensor,
-    bias_V: Tensor | None,
-    targets: SparseTargets,
-    objective: Objective,
-    weights_N: Tensor | None,
-    ce_weights_N: Tensor | None,
-    chunk_rows: int | None,
-    accumulate: torch.dtype | None,
-    need_hidden: bool,
-    need_weight: bool,
-    need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    chunks = _Chunks(hidden_NH, weight_VH, bias_V, chunk_rows)
+        targets.check(vocab)
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
-    total = hidden_NH.new_zeros((), dtype=wide)
+    bias_V = None if bias_V is None else bias_V[:vocab]
+    chunks = _Chunks(hidden_NH, weight_VH[:vocab], bias_V, targets, chunk_rows)
     dtype = accumulate or (wide if len(chunks.spans) > FLOAT32_CHUNKS else weight_VH.dtype)
     grad_hidden_NH = torch.empty_like(hidden_NH) if need_hidden else hidden_NH.new_empty(0)
-    grad_weight_VH = weight_VH.new_zeros(weight_VH.shape if need_weight else 0, dtype=dtype)
+    grad_weight_VH = weight_VH.new_empty(weight_VH.shape if need_weight else 0, dtype=dtype)
+    grad_weight_VH[vocab if chunks.spans else 0 :].zero_()  # the first chunk writes the rest
     grad_bias_V = weight_VH.new_zeros(weight_VH.shape[0] if need_bias else 0, dtype=wide)
+    parts = []
     for start, stop in chunks.spans:
         grad_CV = chunks.logits(start, stop)
-        weights_C = None if weights_N is None else weights_N[start:stop]
-        ce_weights_C = None if ce_weights_N is None else ce_weights_N[start:stop]
-        grad = need_hidden or need_weight or need_bias
-        values = chunks.divergence_(targets.rows(start, stop), objective, weights_C, ce_weights_C, grad)
-        total += (values.divergence_N if weights_C is None else values.divergence_N * weights_C).sum()
-        if ce_weights_C is not None:
-            total += (values.ce_N * ce_weights_C).sum()
+        needed = need_hidden or need_weight or need_bias
+        parts.append(chunks.divergence_(start, stop, objective, weights_N, ce_weights_N, needed))
         if need_hidden:
-            torch.mm(grad_CV, weight_VH, out=grad_hidden_NH[start:stop])
+            torch.mm(grad_CV, chunks.weight_VH, out=grad_hidden_NH[start:stop])
         if need_weight:
-            _add_product(grad_weight_VH, grad_CV, chunks.hidden_CH)
+            _add_product(grad_weight_VH[:vocab], grad_CV, hidden_NH[start:stop], first=start == 0)
         if need_bias:
-            grad_bias_V += grad_CV.sum(dim=0, dtype=wide)
-    return total, grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), grad_bias_V.to(weight_VH.dtype)
+            grad_bias_V[:vocab] += grad_CV.sum(dim=0, dtype=wide)
+    values = _cat(parts, hidden_NH)
+    loss = (values.divergence_N if weights_N is None else values.divergence_N * weights_N).sum()
+    if ce_weights_N is not None:
+        loss = loss + (values.ce_N * ce_weights_N).sum()
+    return loss.to(wide), grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), grad_bias_V.to(weight_VH.dtype)
 
 
-def _add_product(grad_weight_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor) -> None:
-    """dW += G^T X, in dW's dtype."""
-    if grad_weight_VH.dtype == grad_CV.dtype:
-        grad_weight_VH.addmm_(grad_CV.t(), hidden_CH)
-    elif grad_CV.is_cuda:
-        torch.addmm(grad_weight_VH, grad_CV.t(), hidden_CH, out_dtype=grad_weight_VH.dtype, out=grad_weight_VH)
-    else:  # no mixed product on CPUs: by slices of the vocabulary, so that the half product stays small
+def _add_product(grad_weight_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, first: bool) -> None:
+    """dW = G^T X of the first chunk, dW += G^T X of the others, in dW's dtype."""
+    wide, narrow = grad_weight_VH.dtype, grad_CV.dtype
+    if wide != narrow and not grad_CV.is_cuda:  # no mixed product on CPUs: by slices of the vocabulary, to stay small
+        hidden_CH = hidden_CH.to(wide)
         for start in range(0, grad_weight_VH.shape[0], 8192):
-            grad_weight_VH[start : start + 8192] += grad_CV[:, start : start + 8192].t() @ hidden_CH
+            slice_CV = grad_CV[:, start : start + 8192].to(wide)
+            _add_product(grad_weight_VH[start : start + 8192], slice_CV, hidden_CH, first)
+        return
+    mixed = {} if wide == narrow else {"out_dtype": wide}
+    if first:
+        torch.mm(grad_CV.t(), hidden_CH, out=grad_weight_VH, **mixed)
+    else:
+        torch.addmm(grad_weight_VH, grad_CV.t(), hidden_CH, out=grad_weight_VH, **mixed)
 
 
 @_linear_sparse_divergence.register_fake
@@ -334,10 +364,18 @@ def _scale(ctx, grad_loss, *_):
             "logitcache.kernels.reference.sparse_divergence on whole logits"
         )
     grads = [
-        grad.mul_(grad_loss.to(grad.dtype)) if needed else None
+        _scaled_(grad, grad_loss) if needed else None
         for grad, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)
     ]
     return (*grads, *[None] * (ctx.inputs - 3))
+
+
+def _scaled_(grad: Tensor, factor: Tensor) -> Tensor:
+    """In place, so that dW exists once; on a GPU for nothing where the factor is 1 (divide by way of the row weights)."""
+    rows = _triton_rows(grad.device.type, grad.dtype)
+    if rows is None or torch.compiler.is_compiling():
+        return grad.mul_(factor)
+    return rows.scale_(grad, factor)
 
 
 _linear_sparse_divergence.register_autograd(_scale, setup_context=_keep)

@@ -23,8 +23,12 @@ from torch import Tensor
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tv")
 TAILS = ("bucket", "support", "sampled")
 IGNORED = -100
-LOG_FLOOR = -30.0  # reverse KL divides by P: a mass below e^-30 is beyond a float32 softmax over 2^18 ids (2^-24 / 2^18)
-SAME_LOG = 1e-5  # |log Q - log P| below this is rounding of float32 log-probabilities: total variation has no slope there
+LOG_FLOOR = (
+    -30.0
+)  # reverse KL divides by P: a mass below e^-30 is beyond a float32 softmax over 2^18 ids (2^-24 / 2^18)
+SAME_LOG = (
+    1e-5  # |log Q - log P| below this is rounding of float32 log-probabilities: total variation has no slope there
+)
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,16 @@ class SparseTargets:
     def rows(self, start: int, stop: int) -> "SparseTargets":
         """Rows start:stop, sharing the entries."""
         labels = None if self.labels is None else self.labels[start:stop]
-        return SparseTargets(
-            self.offsets[start : stop + 1], self.ids, self.logprobs, self.log_tail[start:stop], labels
-        )
+        return SparseTargets(self.offsets[start : stop + 1], self.ids, self.logprobs, self.log_tail[start:stop], labels)
+
+    def longest(self) -> int:
+        """Entries of the longest row. Waits for the device."""
+        return int(self.offsets.diff().max()) if len(self) else 0
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
         """ids int64 [N, K] (0 where masked), log-probabilities [N, K] and the bool mask [N, K] of real entries."""
-        lengths_N = self.offsets.diff()
-        k = max(int(lengths_N.max()) if len(self) else 0, 1)
-        slot_K = torch.arange(k, device=self.ids.device)
-        valid_NK = slot_K < lengths_N[:, None]
+        slot_K = torch.arange(max(self.longest(), 1), device=self.ids.device)
+        valid_NK = slot_K < self.offsets.diff()[:, None]
         if self.ids.numel() == 0:
             zeros_NK = torch.zeros(valid_NK.shape, device=self.ids.device)
             return zeros_NK.long(), zeros_NK, valid_NK

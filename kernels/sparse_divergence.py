@@ -260,31 +260,38 @@ def sparse_divergence_(
     *,
     grad: bool = True,
     most_k: int | None = None,
+    padding: bool = False,
     num_warps: int | None = None,
     vectors: int = 2,
 ) -> RowValues:
     """`reference.sparse_divergence_` on a CUDA device: bfloat16, float16 or float32 logits become their gradient.
 
     Rows whose two weights are zero are not read: their values are 0. With grad=False the logits are destroyed all the same.
-    Between V and a row stride of the next multiple of 16 the row's padding is written, so keep nothing there.
 
     Args:
         logits_NV: [N, V], unit column stride. Targets as checked by `SparseTargets.check`: ids >= V are dropped here.
         most_k: entries of the longest row, where known; finding it waits for the device.
-    Raises: ValueError for column strides other than 1 and rows of more than 4096 entries.
+        padding: the columns from V to the next multiple of 16 exist and may be written: vector loads for any V.
+    Raises: ValueError for column strides other than 1, for rows of more than 4096 entries and for padding that is not there.
     """
     n, vocab = logits_NV.shape
     stride = logits_NV.stride(0)
     if logits_NV.stride(1) != 1:
         raise ValueError(f"logits_NV has column stride {logits_NV.stride(1)}: pass it contiguous")
+    stored = -(-vocab // 16) * 16 if padding else vocab
+    if n > 1 and stored > stride:
+        raise ValueError(
+            f"{vocab} columns at a row stride of {stride} have no padding up to {stored}: pass padding=False"
+        )
     if most_k is None:
         most_k = targets.longest()
     if most_k > MOST_K:
-        raise ValueError(f"a row holds {most_k} ids, the kernel at most {MOST_K}: use reference.sparse_divergence for more")
+        raise ValueError(
+            f"a row holds {most_k} ids, the kernel at most {MOST_K}: use reference.sparse_divergence for more"
+        )
     values = RowValues(*torch.empty(3, n, device=logits_NV.device))
     if n == 0:
         return values
-    padded = -(-vocab // 16) * 16
     r, lanes, warps = tile(vocab, logits_NV.dtype, num_warps, vectors)
     nothing = targets.log_tail
     _row_kernel[(n,)](
@@ -299,7 +306,7 @@ def sparse_divergence_(
         *values,
         stride,
         vocab,
-        padded if n == 1 or stride >= padded else vocab,
+        stored,
         objective.mix,
         objective.temperature,
         objective.softcap or 1.0,
@@ -316,5 +323,27 @@ def sparse_divergence_(
         R=r,
         L=lanes,
         num_warps=warps,
+        enable_fp_fusion=True,
     )
+    return values
+
+
+@triton.jit
+def _scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
+    factor = tl.load(factor_ptr).to(tl.float32)
+    if factor == 1.0:  # known on the device only: asking on the host would wait for it
+        return
+    at_B = values_ptr + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside_B = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) < size
+    values_B = tl.load(at_B, mask=inside_B).to(tl.float32) * factor
+    tl.store(at_B, values_B.to(values_ptr.dtype.element_ty), mask=inside_B)
+
+
+def scale_(values: Tensor, factor: Tensor) -> Tensor:
+    """values *= factor, a one-element tensor; memory is not touched where the factor is 1."""
+    if values.numel():
+        block = 8192
+        _scale_kernel[(triton.cdiv(values.numel(), block),)](
+            values, factor, values.numel(), BLOCK=block, num_warps=8, enable_fp_fusion=True
+        )
     return values

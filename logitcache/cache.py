@@ -1,6 +1,7 @@
 """A cache on disk: open, index, random access."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pyarrow as pa
 from logitcache import manifest, schema, shard
 from logitcache.manifest import Identity
 from logitcache.schema import Trace
-from logitcache.shard import ShardIndex
+from logitcache.shard import Shard, ShardIndex
 
 
 class Cache:
@@ -24,7 +25,7 @@ class Cache:
     def __init__(self, path: Path, identity: Identity, shards: list[ShardIndex]) -> None:
         self.path, self.identity, self.shards = path, identity, shards
         self._starts = np.cumsum([0, *(s.rows for s in shards)])
-        self._mapped: dict[int, pa.RecordBatch] = {}
+        self._mapped: dict[int, Shard] = {}
 
     @classmethod
     def open(cls, path: str | Path) -> "Cache":
@@ -49,7 +50,7 @@ class Cache:
             raise IndexError(f"trace {i} of a cache of {len(self)}")
         i %= len(self)
         number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return schema.from_batch(self._batch(number), i - int(self._starts[number]))
+        return self.shard(number).trace(i - int(self._starts[number]))
 
     def __iter__(self) -> Iterator[Trace]:
         return (self[i] for i in range(len(self)))
@@ -70,10 +71,11 @@ class Cache:
     def column(self, name: str) -> pa.ChunkedArray:
         """A plain column of all traces, in order, without decoding a block."""
         return pa.chunked_array(
-            [self._batch(i).column(name) for i in range(len(self.shards))], type=schema.SCHEMA.field(name).type
+            [self.shard(i).batch.column(name) for i in range(len(self.shards))], type=schema.SCHEMA.field(name).type
         )
 
-    def _batch(self, number: int) -> pa.RecordBatch:
+    def shard(self, number: int) -> Shard:
+        """Shard ``number`` of ``shards``, mapped; its bytes are checked on the first touch."""
         if number not in self._mapped:
             self._mapped[number] = shard.read(self.path / shard.DIRECTORY, self.shards[number])
         return self._mapped[number]
@@ -91,7 +93,7 @@ class Cache:
         tokens = {name: sum(s.section_tokens[name] for s in self.shards) for name in shard.NAMES}
         return {
             "path": str(self.path),
-            "identity": self.identity.__dict__,
+            "identity": asdict(self.identity),
             "shards": len(self.shards),
             "traces": len(self),
             "prompts": len(set(self.prompt_ids)),

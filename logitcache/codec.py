@@ -21,7 +21,7 @@ from logitcache.topk import SparseRows
 
 # R rows, N entries of all rows together, K entries of a row where all have the same number.
 
-DEFAULT_LEVEL = 3
+DEFAULT_LEVEL = 9
 HIGHEST_LEVEL = 19  # 22 saves nothing more
 VERSION = 1
 
@@ -79,7 +79,7 @@ def encode(
     R, N = len(rows), len(rows.ids)
     table_id = 0 if table is None else table.table_id
     if R == 0:
-        return _seal(_Header(_MAGIC, VERSION, _STORED, *_GRIDS[:1], *[0] * 9, table_id), b"")
+        return _seal(_Header(_MAGIC, VERSION, _STORED, *[0] * 10, table_id), b"")
     counts, starts, ends = rows.counts, rows.offsets[:-1], rows.offsets[1:] - 1
     _check(rows)
     K = int(counts[0]) if (counts == counts[0]).all() else 0
@@ -226,8 +226,10 @@ def _open(block: bytes | memoryview, table: FrequencyTable | None) -> tuple[_Hea
     body, payload = view[: -_CRC.size], view[_HEADER.size : -_CRC.size]
     if zlib.crc32(body) != _CRC.unpack_from(view, len(body))[0]:
         raise ShardCorruptError("a top-k block does not match its checksum")
-    sane = (
-        header.version == VERSION
+    sane = header.version == VERSION and (
+        not any(header[4:13])
+        if header.R == 0
+        else header.version == VERSION
         and header.flags <= (_STORED | _EXACT)
         and header.grid <= 16
         and header.fine_bits <= 8
@@ -240,7 +242,7 @@ def _open(block: bytes | memoryview, table: FrequencyTable | None) -> tuple[_Hea
         and 1 <= header.R <= header.N
         and (header.count_width > 0 or header.N % header.R == 0)
     )
-    if not sane and any(header[3:13]):
+    if not sane:
         raise ShardCorruptError("the header of a top-k block contradicts itself")
     if header.table_id != (0 if table is None else table.table_id):
         given = "none was given" if table is None else f"{table.table_id:08x} was given"
@@ -272,7 +274,7 @@ def _ranks(id_N: np.ndarray, table: FrequencyTable) -> np.ndarray:
         return table.rank_of_id.take(id_N)
     except IndexError:
         raise CacheError(
-            f"a row holds id {id_N.max()}, its frequency table orders {len(table.class_V)} ids: build it for this teacher"
+            f"a row holds id {id_N.max()}, its frequency table orders {len(table.class_V)}: build it for this teacher"
         ) from None
 
 
@@ -295,22 +297,28 @@ def _ids(delta_N: np.ndarray, offsets: np.ndarray, K: int, table: FrequencyTable
 
 
 def _sort_rows(pair_N: np.ndarray, offsets: np.ndarray, K: int) -> np.ndarray:
-    """Integers [N] sorted inside each row. Ragged rows are padded to the next power of two, one call a power."""
+    """Integers [N] sorted inside each row. Ragged rows are padded: to the longest, or where that takes too much
+    memory, to the next power of two."""
     if K:
         pair_N.reshape(-1, K).sort(axis=1)
         return pair_N
     counts = np.diff(offsets)
-    class_R = np.ceil(np.log2(counts)).astype(np.int64)
-    for bits in np.unique(class_R):
-        row = np.flatnonzero(class_R == bits)
-        lane = np.arange(1 << bits)
-        inside = lane < counts[row, None]
-        entry = (offsets[row, None] + lane)[inside]
-        padded = np.full(inside.shape, np.iinfo(pair_N.dtype).max, pair_N.dtype)
-        padded[inside] = pair_N[entry]
-        padded.sort(axis=1)
-        pair_N[entry] = padded[inside]
+    width = int(counts.max())
+    if len(counts) * width <= 4 * len(pair_N):
+        return _sort_padded(pair_N, counts, width)
+    bits_R = np.ceil(np.log2(counts)).astype(np.int64)
+    row_N = np.repeat(bits_R, counts)
+    for bits in np.unique(bits_R):
+        pair_N[row_N == bits] = _sort_padded(pair_N[row_N == bits], counts[bits_R == bits], 1 << bits)
     return pair_N
+
+
+def _sort_padded(pair_N: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
+    inside = np.arange(width) < counts[:, None]
+    padded = np.full(inside.shape, np.iinfo(pair_N.dtype).max, pair_N.dtype)
+    padded[inside] = pair_N
+    padded.sort(axis=1)
+    return padded[inside]
 
 
 def _rounding_kl(prob_N: np.ndarray, error_N: np.ndarray, starts: np.ndarray) -> np.ndarray:
@@ -333,21 +341,25 @@ def _tails(code_R: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log of the tail's mass, float32 [R], and of the support's, float64 [R]."""
     odds_R = (code_R.astype(np.float64) - 32768) * 2.0**-_TAIL_GRID
     odds_R[code_R == 0] = -np.inf
-    return (-np.logaddexp(0, -odds_R)).astype(np.float32), -np.logaddexp(0, odds_R)
+    larger_R = np.log1p(np.exp(-np.abs(odds_R)))  # minus the log of the larger of the two masses
+    return (np.minimum(odds_R, 0) - larger_R).astype(np.float32), -np.maximum(odds_R, 0) - larger_R
 
 
-def _renormalise(minus_step_N, grid: int, offsets: np.ndarray, K: int, log_support_R: np.ndarray) -> np.ndarray:
+def _renormalise(
+    minus_step_N: np.ndarray, grid: int, offsets: np.ndarray, K: int, log_support_R: np.ndarray
+) -> np.ndarray:
     """Log-probabilities, float32 [N], of rows whose steps are sorted and whose masses are given."""
-    value_N = minus_step_N.astype(np.float32)
-    value_N *= np.float32(-(2.0**-grid))
+    scale = np.float32(2.0**-grid)
     if K:
-        value_RK = value_N.reshape(-1, K)
-        value_RK -= value_RK[:, :1].copy()
+        step_RK = minus_step_N.reshape(-1, K)
+        value_RK = (step_RK[:, :1] - step_RK).astype(np.float32)
+        value_RK *= scale
         mass_R = np.exp(value_RK) @ np.ones(K, np.float32)
         value_RK += (log_support_R - np.log(mass_R)).astype(np.float32)[:, None]
-        return value_N
+        return value_RK.ravel()
     counts, starts = np.diff(offsets), offsets[:-1]
-    value_N -= np.repeat(value_N[starts], counts)
+    value_N = (np.repeat(minus_step_N[starts], counts) - minus_step_N).astype(np.float32)
+    value_N *= scale
     mass_R = np.add.reduceat(np.exp(value_N), starts)
     value_N += np.repeat((log_support_R - np.log(mass_R)).astype(np.float32), counts)
     return value_N

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import threading
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -15,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import logitcache
-from logitcache import codec, manifest, prompts, schema, sections, shard, teacher, topk
+from logitcache import manifest, prompts, sections, shard, teacher, topk
 from logitcache.cache import Cache
 from logitcache.console import Progress, chatter_to
 from logitcache.errors import EngineError, InputError
@@ -25,7 +27,14 @@ from logitcache.prompts import Prompt
 from logitcache.schema import Trace
 from logitcache.sections import Markers
 from logitcache.shard import EncodedTrace
+from logitcache.table import FrequencyTable, build_table
 from logitcache.teacher import Completion, Engine, TeacherFacts, TeacherSpec
+
+
+# Finished traces that may wait for the finisher: it encodes about ten times faster than one GPU generates.
+_BACKLOG = 1024
+# A frequency table takes up to 36 KB of its shard and saves about 16 bytes a row at k = 64.
+_TABLE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -100,13 +109,14 @@ class Request:
 class Unit:
     """The prompts that become one shard, while they are under way."""
 
+    table: FrequencyTable | None  # what its traces are encoded with; None where it must count its own ids
     size: int = 0  # requests that joined
-    encoded: list[Future[EncodedTrace]] = field(default_factory=list)
     closed: bool = False  # no more requests join
+    finished: list[Future[EncodedTrace | Trace]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
-        return self.closed and len(self.encoded) == self.size
+        return self.closed and len(self.finished) == self.size
 
 
 class Stop:
@@ -120,7 +130,9 @@ class Stop:
         self.patient = False
 
     def __enter__(self) -> "Stop":
-        self._before = {s: signal.signal(s, self._receive) for s in (signal.SIGINT, signal.SIGTERM)}
+        main = threading.current_thread() is threading.main_thread()
+        caught = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self._before = {s: signal.signal(s, self._receive) for s in caught}
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -189,8 +201,7 @@ def generate(options: GenerateOptions) -> Summary:
         wanted = len(source) * options.samples
         summary = Summary(wanted=wanted, before=wanted - len(missing), repeated=source.repeated)
         if missing:
-            next_number = 1 + max((int(s.name.removeprefix("unit-")) for s in cache.shards), default=-1)
-            _Run(options, facts, identity, summary, next_number).work(missing)
+            _Run(options, facts, identity, summary, cache).work(missing)
         return summary
 
 
@@ -198,14 +209,16 @@ class _Run:
     """One engine's life over the missing requests."""
 
     def __init__(
-        self, options: GenerateOptions, facts: TeacherFacts, identity: Identity, summary: Summary, next_number: int
+        self, options: GenerateOptions, facts: TeacherFacts, identity: Identity, summary: Summary, cache: Cache
     ) -> None:
         self.options, self.facts, self.identity, self.summary = options, facts, identity, summary
         self.markers = markers_of(options, facts)
-        self.number = next_number
+        self.number = 1 + max((s.number for s in cache.shards), default=-1)
+        self.table = cache.shard(0).table if cache.shards else None
         self.requests: dict[str, tuple[Request, Unit]] = {}
         self.open: list[Unit] = []
-        self.published: list[Future[None]] = []
+        self.rendered: tuple[Prompt, list[int]] | None = None
+        self.backlog: deque[Future[Any]] = deque()
         # One thread finishes traces and writes shards, in order, while the engine steps.
         self.finisher = ThreadPoolExecutor(1, thread_name_prefix="shards")
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
@@ -216,7 +229,7 @@ class _Run:
             terminal = stack.enter_context(chatter_to(self.log))
             stop = stack.enter_context(Stop())
             print(
-                f"{self.summary.before} traces in the cache, {len(missing)} to make; loading {self.facts.name} (log: {self.log})",
+                f"{self.summary.before} traces there, {len(missing)} to make; loading {self.facts.name} (log: {self.log})",
                 file=terminal,
             )
             began = time.monotonic()
@@ -251,7 +264,6 @@ class _Run:
                 return
             for completion in engine.step():
                 self._finish(completion)
-            self._check_finisher()
 
     def _submit_next(self, engine: Engine, requests: Iterator[Request]) -> bool:
         """Hands the engine one request more; False when there is none."""
@@ -261,7 +273,7 @@ class _Run:
                 self.open[-1].closed = True
                 self._publish_if_complete(self.open[-1])
             return False
-        token_ids = teacher.render(self.facts, request.prompt, self.options.spec.template_args)
+        token_ids = self._prompt_ids(request.prompt)
         if len(token_ids) >= engine.max_model_len or not token_ids:
             if request.sample_index == 0:
                 self.summary.skipped.append(request.prompt.id)
@@ -270,7 +282,7 @@ class _Run:
                 )
             return True
         if not self.open or self.open[-1].closed:
-            self.open.append(Unit())
+            self.open.append(Unit(self.table))
         unit = self.open[-1]
         unit.size += 1
         unit.closed = unit.size >= self.options.unit_size * self.options.samples
@@ -278,9 +290,14 @@ class _Run:
         engine.submit(request.trace_id, token_ids)
         return True
 
+    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+        if self.rendered is None or self.rendered[0] is not prompt:  # samples of one prompt follow each other
+            self.rendered = prompt, teacher.render(self.facts, prompt, self.options.spec.template_args)
+        return self.rendered[1]
+
     def _finish(self, completion: Completion) -> None:
         request, unit = self.requests.pop(completion.key)
-        unit.encoded.append(self.finisher.submit(self._encode, request, completion))
+        unit.finished.append(self._later(self._encode, unit, request, completion))
         made = len(completion.token_ids) - completion.prompt_length
         self.summary.tokens += made
         self.progress.add(1, made)
@@ -293,46 +310,45 @@ class _Run:
 
     def _publish(self, unit: Unit) -> None:
         number, self.number = self.number, self.number + 1
-        self.published.append(self.finisher.submit(self._write, number, unit.encoded))
+        self._later(self._write, number, unit)
 
-    def _check_finisher(self) -> None:
-        """A failed write fails the command at the next step, and a writer that falls behind is waited for."""
-        while self.published and self.published[0].done():
-            self.published.pop(0).result()
-        for unit in self.open:
-            for encoded in unit.encoded:
-                if encoded.done():
-                    encoded.result()
+    def _later(self, work: Callable[..., Any], *args: Any) -> Future[Any]:
+        """Hands work to the finisher. One that failed fails the command here; one that falls behind is waited for."""
+        while self.backlog and (self.backlog[0].done() or len(self.backlog) > _BACKLOG):
+            self.backlog.popleft().result()
+        self.backlog.append(self.finisher.submit(work, *args))
+        return self.backlog[-1]
 
     def _publish_rest(self) -> None:
         """At the end, and at any end that came early: what finished is published, as units smaller than planned."""
         for unit in self.open:
-            if unit.encoded:
+            if unit.finished:
                 self._publish(unit)
         self.open.clear()
-        self.finisher.shutdown(wait=True)
-        for future in self.published:
-            future.result()
+        while self.backlog:
+            self.backlog.popleft().result()
+        self.finisher.shutdown()
 
-    def _encode(self, request: Request, completion: Completion) -> EncodedTrace:
+    def _encode(self, unit: Unit, request: Request, completion: Completion) -> EncodedTrace | Trace:
+        """On the finisher's thread: a trace is encoded the moment it ends, if its unit has a table."""
         trace = _trace(request, completion, self.facts, self.markers, self.options, self.identity)
-        rows = trace.rows
-        return EncodedTrace(
-            record=schema.to_record(trace, codec.encode(rows)),
-            taught_rows=len(rows),
-            entries=len(rows.ids),
-            tail_mass=float(np.exp(rows.log_tail.astype(np.float64)).sum()),
-        )
+        return EncodedTrace.of(trace, unit.table) if unit.table else trace
 
-    def _write(self, number: int, encoded: list[Future[EncodedTrace]]) -> None:
-        traces = [future.result() for future in encoded]
+    def _write(self, number: int, unit: Unit) -> None:
+        finished = [future.result() for future in unit.finished]
+        raw = [t.rows for t in finished if isinstance(t, Trace)]
+        if sum(map(len, raw)) >= _TABLE_ROWS:
+            # The first units count their own ids; later ones, and later runs, take their table.
+            counts = np.bincount(np.concatenate([rows.ids for rows in raw]), minlength=self.identity.vocab_size)
+            unit.table = self.table = build_table(counts)
+        traces = [EncodedTrace.of(t, unit.table) if isinstance(t, Trace) else t for t in finished]
         provenance: dict[str, Any] = {
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "logitcache": logitcache.__version__,
             "source": self.options.source,
             "log": self.log.name,
         }
-        shard.write(self.options.out / shard.DIRECTORY, number, traces, provenance)
+        shard.write(self.options.out / shard.DIRECTORY, number, traces, unit.table, provenance)
         self.summary.made += len(traces)
 
     def _with_cause(self, error: EngineError) -> EngineError:

@@ -2,8 +2,9 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -37,13 +38,15 @@ class Identity:
     engine: str  # name and version
     engine_args: dict[str, Any]  # those that may change a distribution
 
+    @cached_property
     def digest(self) -> str:
-        canonical = json.dumps(self.__dict__, sort_keys=True, separators=(",", ":"), default=str)
+        """Hash of all fields."""
+        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), default=str)
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
     def trace_id(self, prompt_id: str, prompt_digest: str, sample_index: int) -> str:
         """Content address of a trace, known before it is generated: 32 hexadecimal digits."""
-        key = "\x00".join((self.digest(), prompt_id, prompt_digest, str(sample_index)))
+        key = "\x00".join((self.digest, prompt_id, prompt_digest, str(sample_index)))
         return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
 
 
@@ -97,7 +100,7 @@ def create_or_match(cache: Path, identity: Identity) -> None:
                 "format": FORMAT_VERSION,
                 "created": created,
                 "logitcache": logitcache.__version__,
-                "identity": identity.__dict__,
+                "identity": asdict(identity),
             },
         )
     refuse_difference(cache, read(cache), identity)
@@ -105,8 +108,8 @@ def create_or_match(cache: Path, identity: Identity) -> None:
 
 def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
     """Raises: IdentityError naming the field, both values and the way out."""
-    for name, there in found.__dict__.items():
-        here = json.loads(json.dumps(wanted.__dict__[name], default=str))
+    for name, there in asdict(found).items():
+        here = json.loads(json.dumps(getattr(wanted, name), default=str))
         if there == here:
             continue
         if isinstance(there, dict) and isinstance(here, dict):

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from logitcache.codec import decode
 from logitcache.sections import Sections
+from logitcache.table import FrequencyTable
 from logitcache.topk import SparseRows
 
 SECTION_FIELDS = ("prompt_end", "reasoning_start", "reasoning_end", "answer_start")
@@ -97,8 +98,8 @@ def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
     }
 
 
-def from_batch(batch: pa.RecordBatch, row: int) -> Trace:
-    """The trace at ``row`` of a shard; decodes its block and no other.
+def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) -> Trace:
+    """The trace at ``row`` of a shard; decodes its block, with the shard's table, and no other.
 
     Raises: ShardCorruptError if the block is not what an encoder wrote.
     """
@@ -115,7 +116,7 @@ def from_batch(batch: pa.RecordBatch, row: int) -> Trace:
         token_ids=token_ids,
         sections=Sections(**cell("sections").as_py(), length=len(token_ids)),
         row_start=cell("row_start").as_py(),
-        rows=decode(memoryview(cell("topk").as_buffer())),
+        rows=decode(memoryview(cell("topk").as_buffer()), table=table),
         token_logprob=cell("token_logprob").values.to_numpy(),
         token_rank=cell("token_rank").values.to_numpy(),
         text=cell("text").as_py(),

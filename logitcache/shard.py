@@ -9,13 +9,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from logitcache import codec
 from logitcache.errors import FormatVersionError, ShardCorruptError
 from logitcache.files import publish, publish_json, read_json
 from logitcache.manifest import FORMAT_VERSION
-from logitcache.schema import SCHEMA, SECTION_FIELDS
+from logitcache.schema import SCHEMA, SECTION_FIELDS, Trace, from_batch, to_record
 from logitcache.sections import NAMES
+from logitcache.table import FrequencyTable
 
 DIRECTORY = "shards"
+TABLE_KEY = b"logitcache.table"  # in the Arrow schema's metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +39,10 @@ class ShardIndex:
     section_tokens: dict[str, int]
     provenance: dict[str, Any]
 
+    @property
+    def number(self) -> int:
+        return int(self.name.removeprefix("unit-"))
+
     def totals(self) -> dict[str, int | float]:
         return {
             name: getattr(self, name)
@@ -52,16 +59,38 @@ class EncodedTrace:
     entries: int
     tail_mass: float
 
+    @classmethod
+    def of(cls, trace: Trace, table: FrequencyTable | None) -> "EncodedTrace":
+        rows = trace.rows
+        tail_mass = float(np.exp(rows.log_tail.astype(np.float64)).sum())
+        return cls(to_record(trace, codec.encode(rows, table=table)), len(rows), len(rows.ids), tail_mass)
 
-def write(directory: Path, number: int, traces: list[EncodedTrace], provenance: dict[str, Any]) -> ShardIndex:
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A shard mapped into memory."""
+
+    batch: pa.RecordBatch
+    table: FrequencyTable | None
+
+    def trace(self, row: int) -> Trace:
+        return from_batch(self.batch, row, self.table)
+
+
+def write(
+    directory: Path, number: int, traces: list[EncodedTrace], table: FrequencyTable | None, provenance: dict[str, Any]
+) -> ShardIndex:
     """Publishes shard ``number``: the Arrow file first, then its index.
 
+    Args:
+        table: what the traces' blocks were encoded with; it travels in the shard.
     Raises: WriteError where the disk refuses; nothing of the shard is left then.
     """
-    table = pa.Table.from_pylist([t.record for t in traces], schema=SCHEMA)
+    schema = SCHEMA.with_metadata({TABLE_KEY: table.to_bytes()} if table else None)
+    arrow = pa.Table.from_pylist([t.record for t in traces], schema=schema).combine_chunks()
     buffer = io.BytesIO()
-    with pa.ipc.new_file(buffer, SCHEMA) as writer:
-        writer.write_table(table)
+    with pa.ipc.new_file(buffer, schema) as writer:
+        writer.write_table(arrow)
     data = buffer.getbuffer()
     name = f"unit-{number:06d}"
     index = ShardIndex(
@@ -69,13 +98,13 @@ def write(directory: Path, number: int, traces: list[EncodedTrace], provenance: 
         rows=len(traces),
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        trace_ids=table["trace_id"].to_pylist(),
-        prompt_ids=table["prompt_id"].to_pylist(),
+        trace_ids=arrow["trace_id"].to_pylist(),
+        prompt_ids=arrow["prompt_id"].to_pylist(),
         token_lengths=[len(t.record["token_ids"]) for t in traces],
         taught_rows=sum(t.taught_rows for t in traces),
         entries=sum(t.entries for t in traces),
         block_bytes=sum(len(t.record["topk"]) for t in traces),
-        tail_mass=float(sum(t.tail_mass for t in traces)),
+        tail_mass=sum(t.tail_mass for t in traces),
         section_tokens=_section_tokens([t.record for t in traces]),
         provenance=provenance,
     )
@@ -101,7 +130,7 @@ def read_index(path: Path) -> ShardIndex:
     return ShardIndex(**entries)
 
 
-def read(directory: Path, index: ShardIndex) -> pa.RecordBatch:
+def read(directory: Path, index: ShardIndex) -> Shard:
     """Maps a shard into memory, after holding all its bytes against the index's checksum.
 
     Raises: ShardCorruptError naming the shard and the way out.
@@ -120,4 +149,5 @@ def read(directory: Path, index: ShardIndex) -> pa.RecordBatch:
     reader = pa.ipc.open_file(pa.BufferReader(data))
     if reader.schema != SCHEMA:
         raise ShardCorruptError(f"{path}: columns {reader.schema.names} are not those of a shard; {way_out}")
-    return reader.get_batch(0)
+    table = (reader.schema.metadata or {}).get(TABLE_KEY)
+    return Shard(reader.get_batch(0), FrequencyTable.from_bytes(table) if table else None)

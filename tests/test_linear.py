@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from logitcache.kernels import linear
 from logitcache.kernels.linear import linear_sparse_divergence, linear_sparse_metrics
 from logitcache.kernels.reference import DIVERGENCES, TAILS, SparseTargets, sparse_divergence
-from torch.utils._python_dispatch import TorchDispatchMode
 
 # N rows, H hidden, V vocabulary.
 
@@ -58,6 +59,11 @@ def options(divergence, tail):
         "alpha": 0.2,
         "temperature": 2.0 if tail == "support" else 1.0,
     }
+
+
+def tensors(targets):
+    """Targets and no weights, as the operator takes them."""
+    return (targets.offsets, targets.ids, targets.logprobs, targets.log_tail, targets.labels, None, None)
 
 
 @pytest.mark.parametrize(("divergence", "tail"), MODES)
@@ -133,8 +139,9 @@ def test_logits_never_exist_as_a_whole():
                     largest = max(largest, tensor.untyped_storage().nbytes())
             return out
 
+    flags = ("forward_kl", "bucket", 0.5, 1.0, None, 1.0, 1000, 8, None, False, True, True, False)
     with Watch(), torch.no_grad():
-        linear._run(hidden_NH, weight_VH, None, targets, linear.Objective.of(), None, None, 8, None, True, True, False)
+        linear._linear_sparse_divergence._init_fn(hidden_NH, weight_VH, None, *tensors(targets), *flags)
     assert largest <= 8 * 1008 * 4  # one chunk: 8 rows, V rounded up to 16
 
 
@@ -151,14 +158,14 @@ def test_no_rows_give_a_connected_zero(device):
 def test_rows_without_weight_get_no_gradient():
     hidden_NH, weight_VH, _, targets = problem()
     weights_N = torch.zeros(11)
-    weights_N[3] = 1.0
+    weights_N[4] = 1.0
     linear_sparse_divergence(hidden_NH, weight_VH, targets, weights_N=weights_N).backward()
-    assert hidden_NH.grad.abs().sum(dim=1).nonzero().flatten().tolist() == [3]
+    assert hidden_NH.grad.abs().sum(dim=1).nonzero().flatten().tolist() == [4]
 
 
 def test_a_frozen_head_skips_its_product(monkeypatch):
     hidden_NH, weight_VH, _, targets = problem()
-    monkeypatch.setattr(linear, "_add_product", lambda *_: pytest.fail("dW was computed"))
+    monkeypatch.setattr(linear, "_add_product", lambda *_, **__: pytest.fail("dW was computed"))
     linear_sparse_divergence(hidden_NH, weight_VH.detach(), targets).backward()
     assert hidden_NH.grad.abs().sum() > 0
     with torch.no_grad():
@@ -181,12 +188,18 @@ def test_a_tied_embedding_gets_both_gradients():
     torch.testing.assert_close(*(torch.autograd.grad(x, weight_VH)[0] for x in (loss, want)))
 
 
-def test_a_padded_head_may_be_sliced():
-    hidden_NH, weight_VH, _, targets = problem(vocab=64)
-    found = linear_sparse_divergence(hidden_NH, weight_VH[:60], clipped(targets, 60))
-    want = sparse_divergence(hidden_NH @ weight_VH[:60].t(), clipped(targets, 60)).sum()
-    for a, b in zip(*(torch.autograd.grad(x, (hidden_NH, weight_VH)) for x in (found, want)), strict=True):
-        torch.testing.assert_close(a, b)
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_padding_of_a_head_has_no_probability_and_no_gradient(device):
+    hidden_NH, weight_VH, bias_V, targets = problem(vocab=64, dtype=torch.float32, device=device)
+    targets = clipped(targets, 60)
+    found = linear_sparse_divergence(hidden_NH, weight_VH, targets, bias_V=bias_V, vocab_size=60, chunk_rows=4)
+    want = sparse_divergence(hidden_NH @ weight_VH[:60].t() + bias_V[:60], targets).sum()
+    leaves = (hidden_NH, weight_VH, bias_V)
+    for a, b in zip(*(torch.autograd.grad(x, leaves) for x in (found, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    assert linear_sparse_metrics(hidden_NH, weight_VH, targets, vocab_size=60)["argmax"].max() < 60
+    with pytest.raises(ValueError, match="vocab_size=65, but the head has 64 rows"):
+        linear_sparse_divergence(hidden_NH, weight_VH, targets, vocab_size=65)
 
 
 def clipped(targets, vocab):
@@ -256,11 +269,10 @@ def test_metrics_are_the_rows_of_the_reference():
 
 def test_the_operator_keeps_the_rules_of_torch_library():
     hidden_NH, weight_VH, bias_V, targets = problem(dtype=torch.float32)
-    tensors = (targets.offsets, targets.ids, targets.logprobs, targets.log_tail, targets.labels, None, None)
-    flags = ("forward_kl", "bucket", 0.5, 1.0, None, 1.0, 4, None, True, True, True, True)
+    flags = ("forward_kl", "bucket", 0.5, 1.0, None, 1.0, 57, 4, None, True, True, True, True)
     torch.library.opcheck(
         linear._linear_sparse_divergence,
-        (hidden_NH, weight_VH, bias_V, *tensors, *flags),
+        (hidden_NH, weight_VH, bias_V, *tensors(targets), *flags),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration"),
     )
 

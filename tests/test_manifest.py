@@ -95,7 +95,7 @@ def test_trace_ids_differ_by_prompt_content_sample_and_identity_and_by_nothing_e
 
 def test_the_identity_survives_its_json_unchanged(tmp_path: Path) -> None:
     manifest.create_or_match(tmp_path / "c", IDENTITY)
-    assert manifest.read(tmp_path / "c").digest() == IDENTITY.digest()
+    assert manifest.read(tmp_path / "c").digest == IDENTITY.digest
 
 
 def test_tokenizers_with_one_vocabulary_and_other_splitting_hash_apart() -> None:

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from logitcache.kernels.reference import (
     DIVERGENCES,
     TAILS,

@@ -1,0 +1,189 @@
+import json
+import os
+import re
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from logitcache.cache import Cache
+from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, WriteError
+from logitcache.files import exclusive
+from logitcache.generate import GenerateOptions, generate
+from logitcache.sections import Markers
+from logitcache.teacher import TeacherSpec
+
+from tests import fake_engine
+
+
+@pytest.fixture
+def engine(monkeypatch):
+    return fake_engine.install(monkeypatch)
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    def write(count: int) -> str:
+        rows = [json.dumps({"id": f"p{i}", "prompt": f"question {i} is odd", "level": i}) for i in range(count)]
+        (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
+        return str(tmp_path / "prompts.jsonl")
+
+    return write
+
+
+def options(source: str, out: Path, **changes) -> GenerateOptions:
+    spec = TeacherSpec("fake", top_k=changes.pop("top_k", 8), temperature=changes.pop("temperature", 1.0))
+    return GenerateOptions(source, out, spec, **{"unit_size": 3, **changes})
+
+
+def keys(cache: Cache) -> list[tuple[str, int]]:
+    return sorted((t.prompt_id, t.sample_index) for t in cache)
+
+
+def test_every_prompt_becomes_a_trace_that_reads_back(engine, prompts, tmp_path) -> None:
+    summary = generate(options(prompts(10), tmp_path / "c"))
+    cache = Cache.open(tmp_path / "c")
+    assert (summary.made, len(cache), len(cache.shards)) == (10, 10, 4)
+    assert keys(cache) == [(f"p{i}", 0) for i in range(10)]
+    for trace in cache:
+        assert trace.row_start == trace.sections.prompt_end == 4
+        assert len(trace.rows) == len(trace.token_ids) - trace.row_start == len(trace.token_logprob)
+        assert trace.text.startswith("<think>")
+        assert not trace.text.endswith("<eos>")
+        assert trace.metadata == {"level": int(trace.prompt_id[1:])}
+        s = trace.sections
+        assert [trace.token_ids[s.opening][0], trace.token_ids[s.closing][0]] == [
+            fake_engine.VOCAB - 3,
+            fake_engine.VOCAB - 2,
+        ]
+        np.testing.assert_allclose(
+            np.add.reduceat(np.exp(trace.logprobs), trace.row_offsets[:-1]) + np.exp(trace.log_tail), 1, atol=1e-5
+        )
+
+
+def test_the_same_call_again_does_nothing_and_starts_no_engine(engine, prompts, tmp_path) -> None:
+    source = prompts(5)
+    generate(options(source, tmp_path / "c"))
+    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "c" / "shards").iterdir()}
+    summary = generate(options(source, tmp_path / "c"))
+    assert (summary.made, summary.before, engine.started) == (0, 5, 1)
+    assert "nothing to do, all 5 traces are there" in summary.text(tmp_path / "c")
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "c" / "shards").iterdir()} == before
+
+
+def test_more_prompts_and_more_samples_make_only_what_is_missing(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(4), tmp_path / "c"))
+    grown = generate(options(prompts(6), tmp_path / "c", samples=2))
+    assert (grown.before, grown.made) == (4, 8)
+    assert keys(Cache.open(tmp_path / "c")) == [(f"p{i}", s) for i in range(6) for s in range(2)]
+
+
+def test_the_engine_always_has_a_queue_until_the_prompts_run_out(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(40), tmp_path / "c"))
+    started_all = next(i for i, (_, waiting) in enumerate(engine.last.queue_at_step) if waiting == 0)
+    assert all(running == 4 and waiting > 0 for running, waiting in engine.last.queue_at_step[:started_all])
+    assert sum(1 for r, _ in engine.last.queue_at_step[started_all:]) < 20, "only the last few run without a queue"
+
+
+def test_a_dead_engine_loses_nothing_that_finished(engine, prompts, tmp_path) -> None:
+    engine.steps_before_failure, engine.failure = 15, EngineError("vLLM died: boom")
+    source = prompts(20)
+    with pytest.raises(
+        EngineError, match=r"boom; everything published is safe: mend the cause and run the same command"
+    ):
+        generate(options(source, tmp_path / "c"))
+    finished = engine.last.made
+    assert 0 < len(finished) < 20
+    assert sorted(Cache.open(tmp_path / "c").trace_ids) == sorted(finished)
+    engine.steps_before_failure = None
+    summary = generate(options(source, tmp_path / "c"))
+    assert summary.made == 20 - len(finished)
+    assert keys(Cache.open(tmp_path / "c")) == sorted((f"p{i}", 0) for i in range(20))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_publishes_what_finished_and_can_be_resumed(engine, prompts, tmp_path, number) -> None:
+    class Signalling(engine):
+        def step(self):
+            if self.steps == 15:
+                os.kill(os.getpid(), number)
+            return super().step()
+
+    import logitcache.generate as module
+
+    source, original = prompts(20), module.Engine
+    module.Engine = Signalling
+    try:
+        summary = generate(options(source, tmp_path / "c"))
+    finally:
+        module.Engine = original
+    assert summary.stopped == number.name
+    assert 0 < summary.made == len(Cache.open(tmp_path / "c")) < 20
+    assert f"stopped by {number.name}: run the same command again" in summary.text(tmp_path / "c")
+    assert generate(options(source, tmp_path / "c")).made == 20 - summary.made
+
+
+def test_a_full_disk_ends_the_command_and_keeps_the_shards_before(engine, prompts, tmp_path) -> None:
+    source = prompts(12)
+    generate(options(source, tmp_path / "c", limit=3))
+    (tmp_path / "c" / "shards" / "unit-000001.arrow.part").symlink_to("/dev/full")
+    with pytest.raises(WriteError, match=r"unit-000001\.arrow: No space left on device"):
+        generate(options(source, tmp_path / "c"))
+    cache = Cache.open(tmp_path / "c")
+    assert {p for p, _ in keys(cache)} >= {"p0", "p1", "p2"}
+    assert generate(options(source, tmp_path / "c")).made == 12 - len(cache)
+
+
+def test_an_orphan_without_an_index_is_no_shard(engine, prompts, tmp_path) -> None:
+    """What a kill between the two publications leaves."""
+    source = prompts(6)
+    generate(options(source, tmp_path / "c"))
+    (tmp_path / "c" / "shards" / "unit-000001.json").unlink()
+    assert len(Cache.open(tmp_path / "c")) == 3
+    assert generate(options(source, tmp_path / "c")).made == 3
+    assert len(Cache.open(tmp_path / "c")) == 6
+
+
+def test_prompts_longer_than_the_teacher_takes_are_skipped_and_listed(engine, tmp_path) -> None:
+    rows = [{"id": "short", "prompt": "a b"}, {"id": "long", "prompt": "a " * 50}]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    summary = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", samples=2))
+    assert summary.skipped == ["long"]
+    assert "1 prompts are longer than the teacher takes and were skipped: long" in summary.text(tmp_path / "c")
+    assert summary.made == 2
+
+
+def test_a_changed_setting_is_refused_before_the_engine_starts(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(3), tmp_path / "c"))
+    with pytest.raises(IdentityError, match=re.escape("top_k = 8, this run has 4; set --top-k as it was")):
+        generate(options(prompts(3), tmp_path / "c", top_k=4))
+    with pytest.raises(IdentityError, match=re.escape("sampling.temperature = 1.0, this run has 0.5")):
+        generate(options(prompts(3), tmp_path / "c", temperature=0.5))
+    assert engine.started == 1
+
+
+def test_a_second_writer_is_refused(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(3), tmp_path / "c"))
+    with exclusive(tmp_path / "c" / ".lock", "c"), pytest.raises(CacheBusyError, match="written by another process"):
+        generate(options(prompts(5), tmp_path / "c"))
+
+
+def test_rows_are_trimmed_to_the_mass_asked_for(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(4), tmp_path / "c", top_p=0.8, min_k=2, top_k=30))
+    for trace in Cache.open(tmp_path / "c"):
+        counts = np.diff(trace.row_offsets)
+        assert counts.min() >= 2
+        assert counts.max() < 30
+
+
+def test_given_markers_replace_the_found_ones(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(2), tmp_path / "c", markers=Markers()))
+    assert all(t.sections.sizes()["reasoning"] == 0 for t in Cache.open(tmp_path / "c"))
+
+
+@pytest.mark.parametrize(
+    "changes", [{"samples": 0}, {"top_p": 1.5}, {"unit_size": 0}, {"min_k": 9}, {"top_k": 0}, {"temperature": -1.0}]
+)
+def test_impossible_options_are_refused(tmp_path, changes) -> None:
+    with pytest.raises(InputError):
+        options("x.jsonl", tmp_path, **changes)
