@@ -134,16 +134,13 @@ def _pairs(option: str, given: list[str] | None) -> dict[str, Any]:
 def main() -> NoReturn:
     """Entry point: a deliberate error is one line and its exit code; a Ctrl-C is no traceback."""
     try:
-        app(standalone_mode=False)
-        code = 0
+        code = app(standalone_mode=False) or 0
     except LogitcacheError as e:
         print(f"logitcache: {e}", file=sys.stderr)
         code = e.exit_code
     except KeyboardInterrupt:
         print("logitcache: stopped; run the same command again to go on", file=sys.stderr)
         code = 130
-    except typer.Exit as e:
-        code = e.exit_code
     except click.ClickException as e:
         e.show()
         code = e.exit_code

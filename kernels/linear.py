@@ -1,14 +1,14 @@
 """The student's head and a sparse divergence in one: logits exist a chunk of rows at a time, never as a whole.
 
-A chunk's logits come from one matrix product, become their own gradient in place (a Triton row kernel on CUDA, the reference
-elsewhere), and two more products take that into dH and dW. 6NVH FLOP, nothing computed twice; 4NVH for a frozen head. The
-gradients are made in the forward and scaled in the backward, so the loss must be a leaf of the graph's end: one backward, no
-second derivative.
+A chunk's logits come from one matrix product, become their own gradient in place (a Triton row kernel on CUDA, the
+reference elsewhere), and two more products take that into dH and dW. 6NVH FLOP, nothing computed twice; 4NVH for a
+frozen head. The gradients are made in the forward and scaled in the backward: one backward, no second derivative.
 """
 
 import functools
 import logging
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def linear_sparse_divergence(
 
     Args:
         hidden_NH: floating [N, H], the hidden states that predict the taught rows. N may be 0: a connected zero.
-        weight_VH: [V, H], the head's weight, same dtype (under autocast both are cast). Its gradient is skipped if frozen.
+        weight_VH: [V, H], the head's weight, same dtype (under autocast both are cast). If frozen, dW is skipped.
         bias_V: [V] or None. weights_N, ce_weights_N: float [N] or None.
         vocab_size: rows of the head from here on are padding: no probability, no gradient. None: all are real.
         chunk_rows: rows of logits at a time; None: at most 2048 and 512 MiB on CUDA, 256 and 40 MiB on a CPU.
@@ -108,9 +108,9 @@ def linear_sparse_metrics(
 ) -> dict[str, Tensor]:
     """Per-row values for evaluation, in the same chunks and without gradients.
 
-    Returns: tensors [N]: `forward_kl` (bucketed, nats), `ce` (nats, 0 where there is no label), `log_tail` (the student's log
-    mass outside the support), all float32; `argmax` int64, the student's best id; `top1` bool, whether it is also the
-    teacher's best id.
+    Returns: tensors [N]: `forward_kl` (bucketed, nats), `ce` (nats, 0 where there is no label), `log_tail` (the
+    student's log mass outside the support), all float32; `argmax` int64, the student's best id; `top1` bool, whether
+    it is also the teacher's best id.
     """
     objective = Objective.of(softcap=softcap, logit_scale=logit_scale)
     hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, len(targets))
@@ -329,7 +329,7 @@ def _add_product(grad_weight_VH: Tensor, grad_CV: Tensor, hidden_CH: Tensor, fir
             slice_CV = grad_CV[:, start : start + 8192].to(wide)
             _add_product(grad_weight_VH[start : start + 8192], slice_CV, hidden_CH, first)
         return
-    mixed = {} if wide == narrow else {"out_dtype": wide}
+    mixed: dict[str, Any] = {} if wide == narrow else {"out_dtype": wide}
     if first:
         torch.mm(grad_CV.t(), hidden_CH, out=grad_weight_VH, **mixed)
     else:
@@ -371,7 +371,7 @@ def _scale(ctx, grad_loss, *_):
 
 
 def _scaled_(grad: Tensor, factor: Tensor) -> Tensor:
-    """In place, so that dW exists once; on a GPU for nothing where the factor is 1 (divide by way of the row weights)."""
+    """In place, so that dW exists once. On a GPU it costs nothing where the factor is 1: divide in the row weights."""
     rows = _triton_rows(grad.device.type, grad.dtype)
     if rows is None or torch.compiler.is_compiling():
         return grad.mul_(factor)

@@ -1,7 +1,7 @@
 """Every sparse divergence in plain torch: the definition, the CPU path and the test oracle.
 
-A teacher's row is a support S (k ids with log-probabilities at T = 1) and the log of the mass outside it. With P and Q over
-the k + 1 buckets (support entries, tail), h_b = Q_b dL/dQ_b and c = sum_b h_b, the gradient with respect to the logits is
+A teacher's row is a support S (k ids with log-probabilities at T = 1) and the log of the mass outside it. With P and Q
+over the k + 1 buckets (support entries, tail), h_b = Q_b dL/dQ_b and c = sum_b h_b, the gradient by the logits is
 
     dL/dz_j = h_b - Q_b c           for an id j that is itself a bucket (the support),
     dL/dz_j = r_j (h_t - Q_t c)     for the rest, r = softmax over the tail alone.
@@ -12,7 +12,7 @@ GKD (arXiv 2306.13649), DistiLLM (arXiv 2402.03898), Sparse Logit Sampling (arXi
 
 import difflib
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -52,8 +52,9 @@ class SparseTargets:
         return self.log_tail.shape[0]
 
     def to(self, device: torch.device | str) -> "SparseTargets":
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return SparseTargets(**{name: None if t is None else t.to(device) for name, t in tensors.items()})
+        labels = None if self.labels is None else self.labels.to(device)
+        entries = self.ids.to(device), self.logprobs.to(device)
+        return SparseTargets(self.offsets.to(device), *entries, self.log_tail.to(device), labels)
 
     def rows(self, start: int, stop: int) -> "SparseTargets":
         """Rows start:stop, sharing the entries."""
@@ -100,7 +101,8 @@ class SparseTargets:
         for name, found in (("ids", int(ids_NK.max())), ("labels", label)):
             if found >= vocab:
                 raise ValueError(
-                    f"{name} hold {found}, the student's head has {vocab} rows: teacher and student must share a tokenizer"
+                    f"{name} hold {found}, the student's head has {vocab} rows: "
+                    "teacher and student must share a tokenizer"
                 )
         slot_K = torch.arange(ids_NK.shape[1], device=ids_NK.device)
         sorted_NK = torch.where(valid_NK, ids_NK, vocab + slot_K).sort(dim=1).values
@@ -141,18 +143,20 @@ class Objective:
         mix, letter = (beta, "beta") if divergence == "jsd" else (alpha, "alpha")
         if (divergence == "jsd" or divergence.startswith("skewed")) and not 0.0 < mix < 1.0:
             raise ValueError(
-                f"{divergence} needs 0 < {letter} < 1, found {mix}: its limits are forward_kl and reverse_kl, ask for those"
+                f"{divergence} needs 0 < {letter} < 1, found {mix}: its limits are forward_kl and reverse_kl, "
+                "ask for those by name"
             )
         if not temperature > 0.0:
             raise ValueError(f"temperature={temperature} must be positive")
         if temperature != 1.0 and tail != "support":
             raise ValueError(
-                f"temperature={temperature} with tail={tail!r} needs the teacher's log-sum-exp at that temperature, which "
-                "top-k rows do not hold: use temperature=1.0, or tail='support', where any temperature is exact"
+                f"temperature={temperature} with tail={tail!r} needs the teacher's log-sum-exp at that temperature, "
+                "which top-k rows do not hold: use temperature=1.0, or tail='support', where any temperature is exact"
             )
         if tail == "sampled" and divergence != "forward_kl":
             raise ValueError(
-                f"tail='sampled' is unbiased for forward_kl only, which is linear in P; {divergence} needs tail='bucket'"
+                f"tail='sampled' is unbiased for forward_kl only, which is linear in P; "
+                f"{divergence} needs tail='bucket'"
             )
         if softcap is not None and not softcap > 0.0:
             raise ValueError(f"softcap={softcap} must be positive, or None for off")
@@ -223,18 +227,21 @@ def sparse_divergence(
 ) -> Tensor:
     """Divergence of each row from its sparse teacher: the definition, differentiable by autograd any number of times.
 
-    tail: `bucket` adds one bucket for all the mass outside the support; `support` renormalises both sides on the support;
-    `sampled` lets the realised token carry the mass outside (unbiased gradient of the dense forward KL; its value exceeds
-    the KL by the entropy of the teacher's tail), valid only where that token was sampled at T = 1 without filters.
-    The loss carries T^2, so gradients keep their size at any temperature. A bucket to which the teacher gives no mass counts
-    as e^-30 in the logarithm of reverse_kl. Where the support is all V ids, or all other logits are -inf, there is no tail.
+    tail: `bucket` adds one bucket for all the mass outside the support; `support` renormalises both sides on the
+    support; `sampled` lets the realised token carry the mass outside (unbiased gradient of the dense forward KL; its
+    value exceeds the KL by the entropy of the teacher's tail), valid only where that token was sampled at T = 1 without
+    filters. The loss carries T^2, so gradients keep their size at any temperature. A bucket to which the teacher gives
+    no mass counts as e^-30 in the logarithm of reverse_kl. Where the support is all V ids, or all other logits are
+    -inf, there is no tail.
 
     Args:
         logits_NV: floating [N, V], before `logit_scale` and `softcap`. Computed in float32, or float64 if it is.
-        weights_N: float [N], factor of each row's divergence, 1 by default. ce_weight, or ce_weights_N float [N]: factor of
-            each row's cross-entropy with `targets.labels`.
+        beta, alpha: P's share of the mixture in jsd; the skew of the skewed ones. Both in (0, 1).
+        weights_N: float [N], factor of each row's divergence, 1 by default.
+        ce_weight, ce_weights_N: factor of the cross-entropy with `targets.labels`, for all rows or float [N].
+        check: refuse targets that do not fit V; waits for the device.
     Returns: float32 (float64) [N], nats.
-    Raises: ValueError for options that do not go together, and for targets that do not fit (`check`).
+    Raises: ValueError for options that do not go together, and for targets that do not fit.
     """
     objective = Objective.of(divergence, tail, beta, alpha, temperature, softcap, logit_scale)
     ce_weights_N = resolve_ce_weights(targets, objective, ce_weight, ce_weights_N)
@@ -296,7 +303,7 @@ def _labels(targets: SparseTargets, ids_NK: Tensor, valid_NK: Tensor) -> tuple[T
 
 
 class RowValues(NamedTuple):
-    """Per row, unweighted, in nats: the divergence, the cross-entropy (0 without a label), the student's log tail mass."""
+    """Per row, unweighted, nats: the divergence, the cross-entropy (0 without a label), the student's log tail mass."""
 
     divergence_N: Tensor
     ce_N: Tensor
@@ -313,11 +320,10 @@ def sparse_divergence_(
     *,
     grad: bool = True,
 ) -> RowValues:
-    """The same by hand and in place: float32 (float64) logits [N, V] become dL/dlogits of the weighted sum, or are destroyed.
+    """The same by hand and in place: float32 (float64) logits [N, V] become the gradient of the weighted sum.
 
-    Two passes over the logits and no second buffer (one more with a softcap). Targets are taken as checked.
+    No second buffer, but one with a softcap. With grad=False the logits are destroyed. Targets are taken as checked.
     """
-    vocab = logits_NV.shape[1]
     if objective.logit_scale != 1.0:
         logits_NV.mul_(objective.logit_scale)
     chain_NV = None
@@ -383,12 +389,11 @@ def sparse_divergence_(
         logits_NV.mul_(chain_NV)
     if objective.logit_scale != 1.0:
         logits_NV.mul_(objective.logit_scale)
-    assert logits_NV.shape[1] == vocab
     return values
 
 
 def softmax_(logits_NV: Tensor) -> Tensor:
-    """Softmax over each row in place; returns its log-sum-exp [N]. A row of nothing but -inf becomes zeros, and -inf."""
+    """Softmax of each row in place; returns the log-sum-exp [N]. A row of nothing but -inf becomes zeros, and -inf."""
     top_N = logits_NV.amax(dim=1)
     empty_N = top_N == -math.inf
     logits_NV.sub_(top_N.masked_fill(empty_N, 0.0)[:, None]).exp_()

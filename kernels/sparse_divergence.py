@@ -1,10 +1,12 @@
 """One Triton row kernel for every sparse divergence: a chunk of logits becomes its own gradient, in place.
 
-One program owns one row. It gathers the support's logits, sets them to -inf in the row, takes the tail's log-sum-exp online,
-works out k + 1 buckets in registers, writes the dense factor over the row and the k entries over that. The row is read twice
-and written once; the second pass runs backwards, so that it starts on what the caches still hold. Every formula and every
-name is that of `reference.py`, which defines them. No atomics: two runs agree to the last bit.
+One program owns one row. It gathers the support's logits, sets them to -inf in the row, takes the tail's log-sum-exp
+online, works out k + 1 buckets in registers, writes the dense factor over the row and the k entries over that. The row
+is read twice and written once; the second pass runs backwards, so that it starts on what the caches still hold.
+Formulas and names are those of `reference.py`, which defines them. No atomics: two runs agree to the last bit.
 """
+
+# pyright: reportCallIssue=false, reportOperatorIssue=false
 
 import torch
 import triton
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from logitcache.kernels.reference import Objective, RowValues, SparseTargets
 
-# N rows, V vocabulary, K entries of a row (a power of two), E entries of all rows, R x L the tile: R vectors of L = 16 bytes.
+# N rows, V vocabulary, K entries of a row (a power of two), E entries of all rows, R x L a tile: R vectors of 16 bytes.
 
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that an online maximum over nothing but -inf makes no NaN
 LOG_FLOOR = tl.constexpr(-30.0)
@@ -106,7 +108,7 @@ def _row_kernel(
     student_tail_ptr,  # float32 [N], out
     stride,
     V,
-    stored,  # columns of a row that may be touched, V <= stored <= stride: a multiple of 16 keeps vector loads in the rest
+    stored,  # columns that may be touched, V <= stored <= stride: a multiple of 16 keeps vector loads in the rest
     mix,
     temperature,
     softcap,
@@ -139,7 +141,7 @@ def _row_kernel(
     ce_weight = 0.0
     if CE_WEIGHTS:
         ce_weight = tl.where(label >= 0, tl.load(ce_weights_ptr + row).to(tl.float32), 0.0)
-    if WEIGHTS:
+    if WEIGHTS:  # noqa: SIM102, one is known to the compiler and one to the device
         if (weight == 0.0) & (ce_weight == 0.0):  # an ignored row is written once and never read
             if GRAD:
                 for start in range(0, full, TILE):
@@ -245,7 +247,7 @@ def _row_kernel(
 
 
 def tile(vocab: int, dtype: torch.dtype, num_warps: int | None = None, vectors: int = 2) -> tuple[int, int, int]:
-    """Vectors a tile, elements a vector, warps: pinned. Wide rows get one block an SM, so that their second pass hits L2."""
+    """Vectors a tile, elements a vector, warps: pinned. Wide rows get one block an SM, for L2 to hold them all."""
     warps = num_warps or (32 if vocab >= 32768 else 16 if vocab >= 8192 else 4)
     return 32 * warps * vectors, 16 // dtype.itemsize, warps
 
@@ -266,13 +268,13 @@ def sparse_divergence_(
 ) -> RowValues:
     """`reference.sparse_divergence_` on a CUDA device: bfloat16, float16 or float32 logits become their gradient.
 
-    Rows whose two weights are zero are not read: their values are 0. With grad=False the logits are destroyed all the same.
+    Rows whose two weights are zero are not read: their values are 0. With grad=False the logits are destroyed.
 
     Args:
         logits_NV: [N, V], unit column stride. Targets as checked by `SparseTargets.check`: ids >= V are dropped here.
         most_k: entries of the longest row, where known; finding it waits for the device.
         padding: the columns from V to the next multiple of 16 exist and may be written: vector loads for any V.
-    Raises: ValueError for column strides other than 1, for rows of more than 4096 entries and for padding that is not there.
+    Raises: ValueError for column strides other than 1, rows of more than 4096 entries, padding that is not there.
     """
     n, vocab = logits_NV.shape
     stride = logits_NV.stride(0)

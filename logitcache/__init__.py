@@ -1,3 +1,23 @@
-"""logitcache: run the teacher once, keep what it thought at every token, train as many students as you like from disk."""
+"""logitcache: run the teacher once, keep what it thought at every token, train students from disk."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from logitcache.cache import Cache
+    from logitcache.schema import Trace
+    from logitcache.sections import Sections
+    from logitcache.topk import SparseRows
 
 __version__ = "0.1.0"
+__all__ = ["Cache", "Sections", "SparseRows", "Trace"]
+
+_HOMES = {"Cache": "cache", "Trace": "schema", "Sections": "sections", "SparseRows": "topk"}
+
+
+def __getattr__(name: str) -> Any:
+    # On demand: the kernels import this package on machines that have no pyarrow and no zstandard.
+    if name not in _HOMES:
+        raise AttributeError(f"module 'logitcache' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(f"logitcache.{_HOMES[name]}"), name)

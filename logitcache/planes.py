@@ -43,7 +43,9 @@ def compress(planes: Sequence[bytes], level: int) -> bytes | None:
     size = sum(map(len, planes))
     compressors = _local.__dict__.setdefault("compressors", {})
     if level not in compressors:
-        compressors[level] = zstandard.ZstdCompressor(level=level)
+        # parameters named outright: zstd's own choice for so short an input costs 1 byte a token more
+        parameters = zstandard.ZstdCompressionParameters.from_level(level)
+        compressors[level] = zstandard.ZstdCompressor(compression_params=parameters)
     frame = compressors[level].compressobj(size=size)
     parts = []
     for plane in planes:

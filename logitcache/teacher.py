@@ -5,6 +5,10 @@ import importlib.util
 import itertools
 import os
 import re
+import signal
+import sys
+import threading
+import time
 from array import array
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -238,8 +242,9 @@ class Engine:
 
         Raises: InputError for an option vLLM does not have, EngineError where it cannot start.
         """
-        # The sampler of the CPU engine draws from one generator; nothing here needs vLLM's usage statistics.
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ[_PARENT] = str(os.getpid())
+        # A forked process would not load plugins again, `end_with_parent` among them.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         import vllm
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
@@ -278,6 +283,7 @@ class Engine:
             )
         except Exception as e:
             raise EngineError(f"vLLM cannot start: {_first_line(e)}") from e
+        threading.Thread(target=_wake_on_death, args=(self._engine.engine_core,), daemon=True).start()
         self.max_model_len: int = self._engine.vllm_config.model_config.max_model_len
         self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
 
@@ -299,6 +305,16 @@ class Engine:
     def close(self) -> None:
         """Ends the engine's processes."""
         self._engine.engine_core.shutdown()
+
+
+def _wake_on_death(client: Any) -> None:
+    """vLLM 0.32 notices that its engine process was killed (by the kernel for memory, say) and still lets a caller of
+    ``step`` wait for it for ever: this puts the news where that caller waits."""
+    if not hasattr(client, "outputs_queue"):
+        return  # the engine runs in this process
+    while not client.resources.engine_dead:
+        time.sleep(1)
+    client.outputs_queue.put(RuntimeError("the engine's process was killed, perhaps for want of memory"))
 
 
 def _completion(output: Any) -> Completion:
@@ -389,6 +405,26 @@ def _use_typed_rows() -> None:
             f"{engine_version()} keeps its log-probabilities in another way ({e!r}): rows take about ten times the memory while in flight",
             stacklevel=2,
         )
+
+
+_PARENT = "LOGITCACHE_ENGINE_PARENT"
+
+
+def end_with_parent() -> None:
+    """A vLLM plugin: an engine that `Engine` started is killed with it, where vLLM 0.32 lets it live on as an orphan.
+
+    Its workers end with it by vLLM's own means. Does nothing in any other process.
+    """
+    parent = os.environ.get(_PARENT)
+    if parent is None or not sys.platform.startswith("linux") or os.getpid() == int(parent):
+        return
+    if os.getppid() == int(parent):
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(parent):  # it died before the call
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def cause_in(log: Path) -> str | None:

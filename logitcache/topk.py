@@ -218,8 +218,8 @@ def bucketed_kl(captured: SparseRows, stored: SparseRows) -> np.ndarray:
 
 
 def _bucket_divergence(log_p: np.ndarray, log_q: np.ndarray) -> np.ndarray:
-    log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)
+    p, q = np.exp(log_p.astype(np.float64)), np.exp(log_q.astype(np.float64))
     with np.errstate(invalid="ignore"):
-        delta = np.where(np.isneginf(log_p), 0, log_p - log_q)
-    # P (x - 1 + e^-x) for x = log P - log Q; the rest of Q where P is zero
-    return np.where(np.isneginf(log_p), np.exp(log_q), np.exp(log_p) * (delta + np.expm1(-delta)))
+        delta = np.where(p > 0, log_p.astype(np.float64) - log_q, 0)
+    near = np.abs(delta) < 1  # there P (delta - 1 + e^-delta) keeps the digits that the difference would lose
+    return np.where(near, p * (delta + np.expm1(-np.where(near, delta, 0))), p * delta - p + q) + np.where(p > 0, 0, q)

@@ -2,8 +2,8 @@
 
 The order of an epoch is a pure function of (seed, epoch, trace ids), and an optimiser step takes its traces from that order by
 a budget of tokens alone. Ranks and accumulation only share a step's traces out, so they change the order of a sum and nothing
-else. Traces are padded on the right and stand in a row each: a causal model never looks right, so no trace sees padding or
-another trace, with any attention and without a mask.
+else. A trace stands in a row of its own, padded on the right: a causal model never looks right, so none sees padding or another
+trace, with any attention and without a mask. A micro-batch is fed in a few groups of alike length to keep padding small.
 """
 
 import hashlib
@@ -24,6 +24,7 @@ from logitcache.topk import SparseRows
 # N taught rows, T input positions of a trace, B traces of a batch, E entries of all its rows.
 
 Batch = dict[str, Any]
+GROUP_TOKENS = 256  # padding that a forward of its own is worth: what its launches cost on a GPU, in tokens
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -157,15 +158,29 @@ def cut(lengths: np.ndarray, parts: int) -> list[slice]:
 
 
 def share(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Index arrays of `parts` micro-batches, some perhaps empty: longest together, the largest padded one as small as possible."""
-    order = np.argsort(-lengths, kind="stable")
-    longest = lengths[order]
-    low, high = int(longest[0]), int(longest[0]) * len(order)
-    while low < high:  # smallest padded size under which greedy filling needs no more than `parts`
-        size = (low + high) // 2
-        low, high = (low, size) if len(_fill(longest, size)) <= parts else (size + 1, high)
-    filled = [order[s] for s in _fill(longest, low)]
-    return filled + [order[:0]] * (parts - len(filled))
+    """Index arrays of `parts` micro-batches, some perhaps empty: the longest trace left goes where the fewest tokens are."""
+    filled: list[list[int]] = [[] for _ in range(parts)]
+    tokens = np.zeros(parts, np.int64)
+    for i in np.argsort(-lengths, kind="stable"):
+        part = int(tokens.argmin())
+        filled[part].append(int(i))
+        tokens[part] += lengths[i]
+    return [np.array(part, np.int64) for part in filled]
+
+
+def groups(lengths: np.ndarray) -> list[slice]:
+    """Descending lengths cut into the runs that cost least, a run costing its padded tokens and GROUP_TOKENS."""
+    best, cuts = np.zeros(len(lengths) + 1), np.zeros(len(lengths) + 1, np.int64)
+    starts = np.arange(len(lengths))
+    for stop in range(1, len(lengths) + 1):
+        cost = best[:stop] + (stop - starts[:stop]) * lengths[:stop] + GROUP_TOKENS
+        cuts[stop] = cost.argmin()
+        best[stop] = cost[cuts[stop]]
+    runs, stop = [], len(lengths)
+    while stop:
+        runs.append(slice(int(cuts[stop]), stop))
+        stop = int(cuts[stop])
+    return runs[::-1]
 
 
 def _fill(longest: np.ndarray, size: int) -> list[slice]:
@@ -182,8 +197,8 @@ class StepSampler(Sampler[list[int]]):
     """Micro-batches of one rank: `accumulation` of them a step, as many on every rank and in every epoch, some perhaps empty.
 
     Args:
-        tokens_per_batch: tokens a micro-batch holds on average at most, so that a step has `tokens_per_batch * accumulation *
-            world` of them. Padding, and a trace that is longer, come on top.
+        tokens_per_batch: tokens of a micro-batch on average, padding not counted: a step has at most `tokens_per_batch *
+            accumulation * world` on average, and more where a single trace is longer.
     """
 
     def __init__(
@@ -219,22 +234,27 @@ def evaluation_batches(lengths: np.ndarray, tokens: int, rank: int = 0, world: i
 
 
 def collate(examples: list[Example]) -> Batch:
-    """A batch of tensors. Taught positions are flat, into [B * T]: a packed layout would change these and nothing else.
+    """A batch of tensors; N is 0, and a dummy token is fed, where nothing is taught.
 
-    input_ids int64 [B, T], padded on the right with 0; taught int64 [N]; offsets, ids, logprobs, log_tail, labels as
-    SparseTargets has them; kd float32 [N], ce float32 [N] or None where all are 0; sections int64 [N]; trace_ids; tokens, those
-    fed. Without examples, or with nothing to teach, N is 0 and a dummy token is fed.
+    groups: list of int64 [B, T], padded on the right with 0; taught: int64 [N], taught positions in all groups flattened and
+    joined (a packed layout would change these two and nothing else); offsets, ids, logprobs, log_tail, labels as SparseTargets
+    has them; kd float32 [N]; ce float32 [N], or None where all are 0; sections int64 [N]; trace_ids; tokens, those fed.
     """
-    examples = [e for e in examples if len(e.positions)]
-    width = max((len(e.input_ids) for e in examples), default=1)
-    input_ids = np.zeros((max(len(examples), 1), width), np.int64)
-    for b, e in enumerate(examples):
-        input_ids[b, : len(e.input_ids)] = e.input_ids
+    examples = sorted((e for e in examples if len(e.positions)), key=lambda e: -len(e.input_ids))
+    padded, taught, start = [], [], 0
+    for group in groups(np.array([len(e.input_ids) for e in examples], np.int64)):
+        width = len(examples[group.start].input_ids)
+        rows_BT = np.zeros((group.stop - group.start, width), np.int64)
+        for row_T, e in zip(rows_BT, examples[group], strict=True):
+            row_T[: len(e.input_ids)] = e.input_ids
+            taught.append(e.positions + start)
+            start += width
+        padded.append(torch.from_numpy(rows_BT))
     rows = SparseRows.concatenate([e.rows for e in examples])
     ce = _join([e.ce for e in examples], np.float32)
     return {
-        "input_ids": torch.from_numpy(input_ids),
-        "taught": _join([e.positions + b * width for b, e in enumerate(examples)], np.int64),
+        "groups": padded or [torch.zeros(1, 1, dtype=torch.int64)],
+        "taught": _join(taught, np.int64),
         "offsets": torch.from_numpy(rows.offsets),
         "ids": torch.from_numpy(rows.ids),
         "logprobs": torch.from_numpy(rows.logprobs),
@@ -250,6 +270,11 @@ def collate(examples: list[Example]) -> Batch:
 
 def _join(parts: list[np.ndarray], dtype: type) -> torch.Tensor:
     return torch.from_numpy(np.concatenate([np.empty(0, dtype), *parts]))
+
+
+def to(batch: Batch, device: torch.device) -> Batch:
+    moved = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+    return moved | {"groups": [g.to(device) for g in batch["groups"]]}
 
 
 def targets(batch: Batch) -> SparseTargets:

@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 from transformers import PreTrainedModel
 
-from logitcache.student.data import TraceDataset, evaluation_batches
+from logitcache.student.data import TraceDataset, evaluation_batches, to
 from logitcache.student.model import Head, find_head, lesson_metrics
 from logitcache.student.views import SECTIONS
 
@@ -34,7 +34,7 @@ def evaluate(
     totals = torch.zeros(len(SECTIONS), 3, dtype=torch.float64, device=device)  # KL, agreement, rows
     batches = evaluation_batches(data.lengths, tokens_per_batch, rank, world)
     for batch in data.loader(batches, num_workers=workers):
-        batch = {name: v.to(device) if isinstance(v, torch.Tensor) else v for name, v in batch.items()}
+        batch = to(batch, device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             row = lesson_metrics(student, head, batch)
         columns = torch.stack([row["forward_kl"].double(), row["top1"].double(), torch.ones_like(row["top1"]).double()], dim=1)

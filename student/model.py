@@ -117,9 +117,9 @@ def _heads(student: PreTrainedModel, module: nn.Module) -> Iterator[Head]:
 
 def taught_hidden(student: PreTrainedModel, batch: Batch) -> Tensor:
     """[N, H], the base model's last hidden states at the taught positions; the head is not run."""
-    # No mask: rows are padded on the right only. use_cache=False also keeps models from guessing packed sequences wrongly.
-    hidden_BTH = student.base_model(input_ids=batch["input_ids"], use_cache=False).last_hidden_state
-    return hidden_BTH.flatten(0, 1)[batch["taught"]]
+    # No mask: rows are padded on the right only. A cache of keys and values would be waste.
+    outputs = [student.base_model(input_ids=ids_BT, use_cache=False) for ids_BT in batch["groups"]]
+    return torch.cat([o.last_hidden_state.flatten(0, 1) for o in outputs])[batch["taught"]]
 
 
 def lesson_loss(student: PreTrainedModel, head: Head, batch: Batch) -> Tensor:

@@ -13,6 +13,8 @@ from logitcache.kernels import linear
 from logitcache.kernels.linear import linear_sparse_divergence, linear_sparse_metrics
 from logitcache.kernels.reference import DIVERGENCES, TAILS, SparseTargets, sparse_divergence
 
+# pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportPrivateImportUsage=false
+
 # N rows, H hidden, V vocabulary.
 
 MODES = [(d, t) for d in DIVERGENCES for t in TAILS if t != "sampled" or d == "forward_kl"]

@@ -1,5 +1,6 @@
 """The definition of every divergence against autograd, finite differences, dense formulas and its limits."""
 
+import itertools
 import math
 
 import pytest
@@ -15,6 +16,8 @@ from logitcache.kernels.reference import (
     sparse_divergence_,
 )
 
+# pyright: reportArgumentType=false
+
 # N rows, V vocabulary, K ids of a row. float64 unless a test says otherwise.
 
 MODES = [(d, t) for d in DIVERGENCES for t in TAILS if t != "sampled" or d == "forward_kl"]
@@ -22,7 +25,7 @@ BETA, ALPHA = 0.3, 0.2
 
 
 def teacher(logp_NV: torch.Tensor, sizes: list[int], labels: bool = True) -> SparseTargets:
-    """The top ids of each row of a dense teacher, `sizes[r]` of them, exact tails, and the second id or a rare one as label."""
+    """The top `sizes[r]` ids of each row of a dense teacher, exact tails, and the second id or the rarest as label."""
     vocab = logp_NV.shape[1]
     order_NV = logp_NV.argsort(dim=1, descending=True)
     offsets = torch.tensor([0, *sizes]).cumsum(0)
@@ -135,7 +138,7 @@ def test_folding_ids_into_the_bucket_never_raises_the_divergence(divergence):
         sparse_divergence(logits_NV, teacher(logp_NV, [k] * 16), divergence=divergence) for k in (0, 1, 4, 16, 32, 33)
     ]
     assert values[0].abs().max() < 1e-12  # one bucket holds everything
-    for fewer_N, more_N in zip(values, values[1:], strict=False):
+    for fewer_N, more_N in itertools.pairwise(values):
         assert (fewer_N <= more_N + 1e-12).all()
 
 

@@ -1,0 +1,111 @@
+"""One top-k block from outside: its header, its checksum, and the planes between them (FORMAT.md)."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+
+from logitcache import planes
+from logitcache.errors import FormatVersionError, ShardCorruptError
+
+# R rows, N entries of all rows together.
+
+VERSION = 1
+STORED, EXACT = 1, 2  # flags: planes uncompressed; values bit for bit
+
+_MAGIC = b"LK"
+_LAYOUT = struct.Struct("<2s10B3I")
+_CRC = struct.Struct("<I")
+
+
+class Header(NamedTuple):
+    flags: int
+    grid: int  # values are multiples of 2^-grid nat
+    fine_bits: int  # steps = coarse << fine_bits + fine
+    tail_width: int  # planes of each kind
+    count_width: int  # 0: all rows have N / R entries
+    id_width: int
+    fine_width: int
+    residual_width: int
+    reserved: int
+    R: int
+    N: int
+    table_id: int  # 0: ids are stored as they are
+
+    @property
+    def exact(self) -> bool:
+        return bool(self.flags & EXACT)
+
+    @property
+    def sane(self) -> bool:
+        if self.R == 0:
+            return self[:-1] == (STORED, *[0] * 10)
+        return (
+            self.flags <= (STORED | EXACT)
+            and self.grid <= 16
+            and self.fine_bits <= 8
+            and self.tail_width == (4 if self.exact else 2)
+            and self.count_width <= 4
+            and 1 <= self.id_width <= 4
+            and self.fine_width <= 2
+            and self.residual_width <= (4 if self.exact else 0)
+            and self.reserved == 0
+            and self.R <= self.N
+            and (self.count_width > 0 or self.N % self.R == 0)
+        )
+
+    @property
+    def raw_size(self) -> int:
+        per_row = self.tail_width + self.count_width + (4 if self.exact else 0)
+        return self.R * per_row + self.N * (self.id_width + 1 + self.fine_width + self.residual_width)
+
+
+def seal(header: Header, parts: list[bytes], level: int) -> bytes:
+    """A whole block; the planes are stored as they are where compression gains nothing."""
+    payload = planes.compress(parts, level) if header.N else None
+    if payload is None:
+        header = header._replace(flags=header.flags | STORED)
+        payload = b"".join(parts)
+    body = _LAYOUT.pack(_MAGIC, VERSION, *header) + payload
+    return body + _CRC.pack(zlib.crc32(body))
+
+
+def read_header(block: bytes | memoryview) -> Header:
+    """The header, its checksum and that of all behind it verified.
+
+    Raises: ShardCorruptError; FormatVersionError for a later version.
+    """
+    view = memoryview(block)
+    if len(view) < _LAYOUT.size + _CRC.size:
+        raise ShardCorruptError(f"a top-k block of {len(view)} bytes is shorter than its header")
+    magic, version, *fields = _LAYOUT.unpack_from(view)
+    if magic != _MAGIC:
+        raise ShardCorruptError(f"a top-k block begins with {magic!r}, expected {_MAGIC!r}")
+    if version > VERSION:
+        raise FormatVersionError(
+            f"a top-k block has version {version}, this logitcache reads up to {VERSION}: upgrade it"
+        )
+    body = view[: -_CRC.size]
+    if zlib.crc32(body) != _CRC.unpack_from(view, len(body))[0]:
+        raise ShardCorruptError("a top-k block does not match its checksum")
+    header = Header(*fields)
+    if version < 1 or not header.sane:
+        raise ShardCorruptError("the header of a top-k block contradicts itself")
+    return header
+
+
+def unseal(block: bytes | memoryview) -> tuple[Header, np.ndarray]:
+    """Header and planes, uint8; counts are checked against the bytes there are before memory is taken.
+
+    Raises: as read_header.
+    """
+    header = read_header(block)
+    payload = memoryview(block)[_LAYOUT.size : -_CRC.size]
+    if not header.flags & STORED:
+        return header, np.frombuffer(planes.decompress(payload, header.raw_size), np.uint8)
+    if len(payload) != header.raw_size:
+        raise ShardCorruptError(f"a top-k block holds {len(payload)} bytes, its counts say {header.raw_size}")
+    return header, np.frombuffer(payload, np.uint8)
