@@ -11,7 +11,7 @@ export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
-	$(BIN)/python benchmarks/demo.py
+	$(BIN)/python -m benchmarks.demo $(DEMO)
 
 test: $(VENV)/.ready
 	$(BIN)/pytest

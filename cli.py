@@ -1,6 +1,7 @@
 """The command line: one function a verb. Heavy imports live inside the functions, so that --help is quick."""
 
 import json
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -12,6 +13,7 @@ from logitcache.errors import InputError, LogitcacheError
 
 app = typer.Typer(
     no_args_is_help=True,
+    rich_markup_mode=None,
     add_completion=False,
     pretty_exceptions_enable=False,
     help="Run the teacher once, keep what it thought at every token, train as many students as you like from disk.",
@@ -23,7 +25,8 @@ def generate(
     prompts: Annotated[
         str,
         typer.Argument(
-            help="A .jsonl or .parquet file with `prompt` or `messages` (optional `id`, `answer`; other columns are kept), or gym:NAME?size=100&seed=1 for a reasoning-gym task."
+            help="A .jsonl or .parquet file with `prompt` or `messages` (optional `id`, `answer`; other columns are "
+            "kept), or gym:NAME?size=100&seed=1 for a reasoning-gym task."
         ),
     ],
     teacher: Annotated[str, typer.Option(help="Model folder or hub id.")],
@@ -94,14 +97,66 @@ def generate(
     if answer_regex:
         markers = Markers(markers and markers.opening, markers and markers.closing, answer_regex)
     spec = TeacherSpec(
-        model=teacher, revision=revision, dtype=dtype, top_k=top_k, prompt_logits=prompt_logits, temperature=temperature,
-        max_tokens=max_tokens, seed=seed, tensor_parallel_size=tensor_parallel_size, sampling=_pairs("--sampling", sampling),
-        engine_args=_pairs("--engine-arg", engine_arg), template_args=_pairs("--template-arg", template_arg),
+        model=teacher, revision=revision, dtype=dtype, top_k=top_k, prompt_logits=prompt_logits,
+        temperature=temperature, max_tokens=max_tokens, seed=seed, tensor_parallel_size=tensor_parallel_size,
+        sampling=_pairs("--sampling", sampling), engine_args=_pairs("--engine-arg", engine_arg),
+        template_args=_pairs("--template-arg", template_arg),
     )  # fmt: skip
     summary = run(GenerateOptions(prompts, out, spec, samples, limit, top_p, min_k, markers, unit_size))
     typer.echo(summary.text(out))
     if summary.stopped:
-        raise typer.Exit(130 if summary.stopped == "SIGINT" else 143)
+        raise typer.Exit(_signal_code(summary.stopped))
+
+
+@app.command()
+def train(
+    cache: Annotated[Path, typer.Argument(help="What `logitcache generate` wrote.")],
+    student: Annotated[str, typer.Option(help="Model folder or hub id, with the teacher's tokenizer.")],
+    out: Annotated[Path, typer.Option(help="The run: a new directory, or one to go on with.")],
+    view: Annotated[str, typer.Option(help="What the student sees of each trace.")] = "full",
+    sections: Annotated[
+        str, typer.Option(help="Whose tokens it is taught: any of prompt,reasoning,answer.")
+    ] = "prompt,reasoning,answer",
+    held_out: Annotated[
+        float, typer.Option(help="Share of the prompts kept for evaluation; none is on both sides.")
+    ] = 0.05,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 (float32 weights, bfloat16 arithmetic) or fp32. [default: bf16 on CUDA]")
+    ] = None,
+    tokens_per_batch: Annotated[
+        int | None, typer.Option(help="Tokens a device is fed at a time. [default: 4096]")
+    ] = None,
+    epochs: Annotated[float | None, typer.Option(help="[default: 3]")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimiser steps. [default: off]")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="[default: 5e-4]")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the order of traces. [default: 0]")] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Any other training argument of transformers, such as weight_decay=0.1. Repeatable.",
+        ),
+    ] = None,
+) -> None:
+    """A student learns the teacher's distributions from CACHE, by forward KL; the teacher is never loaded.
+
+    OUT then holds the model with its tokenizer and run.json. Run the same command again to go on after a stop.
+
+    Example: logitcache train math-cache --student Qwen/Qwen3-0.6B --out math-student --epochs 2
+    """
+    from logitcache.report import describe_run
+    from logitcache.student.trainer import TrainOptions
+    from logitcache.student.trainer import train as run
+
+    options = TrainOptions(
+        cache, student, out, view, tuple(name.strip() for name in sections.split(",")), held_out, dtype,
+        tokens_per_batch, epochs, max_steps, learning_rate, seed, _pairs("--set", set_),
+    )  # fmt: skip
+    finished = run(options)
+    typer.echo(describe_run(finished, out))
+    if finished["status"] == "stopped":
+        raise typer.Exit(_signal_code(finished["signal"]))
 
 
 @app.command()
@@ -115,6 +170,11 @@ def info(
 
     facts = Cache.open(cache).info()
     typer.echo(json.dumps(facts, indent=1) if as_json else describe(facts))
+
+
+def _signal_code(name: str | None) -> int:
+    """Exit code of a command that a signal ended, as shells count it."""
+    return 128 + signal.Signals[name].value if name else 1
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, Any]:

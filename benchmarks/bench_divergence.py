@@ -265,7 +265,8 @@ def run_case(
             problem.clear()
     flop = 6 * case.N * case.V * case.H
     bare = [min(r.ms) for r, _ in made if r.impl == "matrix products"]
-    floor_ms = flop / peak() * 1e3 if device == "cuda" and peak() else min(bare, default=None)
+    rate = peak() if device == "cuda" else None
+    floor_ms = flop / rate * 1e3 if rate else min(bare, default=None)
     for result, _ in made:
         result.floor_ms = floor_ms
     return [result for result, _ in made if result.ms]
@@ -379,7 +380,7 @@ def plot(source: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="an object a line, and nothing else on stdout")
     parser.add_argument("--reps", type=int, default=9, help="turns of every implementation")

@@ -1,11 +1,14 @@
-"""What a person sees while a long command runs: a bar on a terminal, plain lines elsewhere, and nobody else's chatter."""
+"""What a person sees while a long command runs: a bar on a terminal, plain lines elsewhere, nobody else's chatter."""
 
 import contextlib
 import os
+import signal
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 
@@ -33,6 +36,30 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
         for descriptor, original in enumerate(kept, 1):
             os.dup2(original, descriptor)
             os.close(original)
+
+
+class Stop:
+    """Ctrl-C and SIGTERM as a flag, ``signal``. A second one, or one while not ``patient``, raises KeyboardInterrupt.
+    """
+
+    def __init__(self) -> None:
+        self.signal: str | None = None
+        self.patient = False
+
+    def __enter__(self) -> "Stop":
+        main = threading.current_thread() is threading.main_thread()
+        caught = (signal.SIGINT, signal.SIGTERM) if main else ()
+        self._before = {s: signal.signal(s, self._receive) for s in caught}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        again, self.signal = self.signal, signal.Signals(number).name
+        if again or not self.patient:
+            raise KeyboardInterrupt
 
 
 class Progress:

@@ -1,8 +1,6 @@
 """Prompts -> teacher -> shards. What is in the cache is not made again, and what was published is never lost."""
 
 import os
-import signal
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -11,7 +9,6 @@ from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -19,7 +16,7 @@ import numpy as np
 import logitcache
 from logitcache import manifest, prompts, sections, shard, teacher, topk
 from logitcache.cache import Cache
-from logitcache.console import Progress, chatter_to
+from logitcache.console import Progress, Stop, chatter_to
 from logitcache.errors import EngineError, InputError
 from logitcache.files import exclusive, publish_json
 from logitcache.manifest import Identity
@@ -29,7 +26,6 @@ from logitcache.sections import Markers
 from logitcache.shard import EncodedTrace
 from logitcache.table import FrequencyTable, build_table
 from logitcache.teacher import Completion, Engine, TeacherFacts, TeacherSpec
-
 
 # Finished traces that may wait for the finisher: it encodes about ten times faster than one GPU generates.
 _BACKLOG = 1024
@@ -119,32 +115,6 @@ class Unit:
         return self.closed and len(self.finished) == self.size
 
 
-class Stop:
-    """Ctrl-C and SIGTERM, turned into a flag while the caller is ``patient``; a second one, or an impatient caller, raises.
-
-    Raises: KeyboardInterrupt.
-    """
-
-    def __init__(self) -> None:
-        self.signal: str | None = None
-        self.patient = False
-
-    def __enter__(self) -> "Stop":
-        main = threading.current_thread() is threading.main_thread()
-        caught = (signal.SIGINT, signal.SIGTERM) if main else ()
-        self._before = {s: signal.signal(s, self._receive) for s in caught}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        again, self.signal = self.signal, signal.Signals(number).name
-        if again or not self.patient:
-            raise KeyboardInterrupt
-
-
 def identify(options: GenerateOptions, facts: TeacherFacts) -> Identity:
     """The identity of the cache that ``options`` would make."""
     markers, spec = markers_of(options, facts), options.spec
@@ -229,7 +199,8 @@ class _Run:
             terminal = stack.enter_context(chatter_to(self.log))
             stop = stack.enter_context(Stop())
             print(
-                f"{self.summary.before} traces there, {len(missing)} to make; loading {self.facts.name} (log: {self.log})",
+                f"{self.summary.before} traces there, {len(missing)} to make; "
+                f"loading {self.facts.name} (log: {self.log})",
                 file=terminal,
             )
             began = time.monotonic()
@@ -278,7 +249,8 @@ class _Run:
             if request.sample_index == 0:
                 self.summary.skipped.append(request.prompt.id)
                 self.progress.say(
-                    f"skipped {request.prompt.id}: {len(token_ids)} tokens, the teacher takes {engine.max_model_len - 1}"
+                    f"skipped {request.prompt.id}: {len(token_ids)} tokens, "
+                    f"the teacher takes {engine.max_model_len - 1}"
                 )
             return True
         if not self.open or self.open[-1].closed:
@@ -320,14 +292,15 @@ class _Run:
         return self.backlog[-1]
 
     def _publish_rest(self) -> None:
-        """At the end, and at any end that came early: what finished is published, as units smaller than planned."""
-        for unit in self.open:
-            if unit.finished:
-                self._publish(unit)
-        self.open.clear()
-        while self.backlog:
-            self.backlog.popleft().result()
-        self.finisher.shutdown()
+        """At the end, and at any end that came early: what finished is published, as units smaller than planned.
+
+        Raises: what the finisher met, once it has done all it could.
+        """
+        rest = [unit for unit in self.open if unit.finished]
+        writes = [self.finisher.submit(self._write, self.number + i, unit) for i, unit in enumerate(rest)]
+        self.finisher.shutdown(wait=True)
+        for future in (*self.backlog, *writes):
+            future.result()
 
     def _encode(self, unit: Unit, request: Request, completion: Completion) -> EncodedTrace | Trace:
         """On the finisher's thread: a trace is encoded the moment it ends, if its unit has a table."""
@@ -354,7 +327,8 @@ class _Run:
     def _with_cause(self, error: EngineError) -> EngineError:
         cause = teacher.cause_in(self.log)
         return EngineError(
-            f"{cause or error}; everything published is safe: mend the cause and run the same command again (log: {self.log})"
+            f"{cause or error}; everything published is safe: mend the cause and run the same command again "
+            f"(log: {self.log})"
         )
 
 

@@ -14,7 +14,7 @@ from logitcache.files import publish_json, read_json
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
-# Its token ids change with any difference in normalisation, splitting or merges that the vocabulary alone does not show.
+# Its ids change with any difference in normalisation, splitting or merges that the vocabulary alone does not show.
 PROBE = "The 3 cats' naïve  idea:\n\tf(x)=x**2 — 12,345.67 «été» 数学 🙂 <think>don't</think>\r\n\n\n  end"
 
 

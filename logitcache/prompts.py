@@ -45,8 +45,9 @@ def load(source: str, limit: int | None = None) -> PromptSet:
     """Reads a prompt source.
 
     Args:
-        source: a ``.jsonl`` or ``.parquet`` file with a column ``prompt`` (text) or ``messages`` (chat), optional ``id`` and
-            ``answer``; every other column is kept as metadata. Or ``gym:NAME?size=100&seed=1`` for a reasoning-gym task.
+        source: a ``.jsonl`` or ``.parquet`` file with a column ``prompt`` (text) or ``messages`` (chat), optional
+            ``id`` and ``answer``; every other column is kept as metadata. Or ``gym:NAME?size=100&seed=1`` for a
+            reasoning-gym task.
         limit: read at most so many prompts.
     Raises: PromptsError naming file and row.
     """
@@ -155,9 +156,8 @@ def _nearest_task(name: str, reason: str) -> str:
 def _prompt(where: str, row: dict[str, Any]) -> tuple[Prompt, bool]:
     text, messages = row.pop("prompt", None), row.pop("messages", None)
     if (text is None) == (messages is None):
-        raise PromptsError(
-            f"{where}: {'both `prompt` and' if text is not None else 'neither `prompt` nor'} `messages`; give one of the two"
-        )
+        found = "both `prompt` and" if text is not None else "neither `prompt` nor"
+        raise PromptsError(f"{where}: {found} `messages`; give one of the two")
     content = text if text is not None else messages
     if text is not None and not isinstance(text, str):
         raise PromptsError(f"{where}: `prompt` is a {type(text).__name__}, expected text")

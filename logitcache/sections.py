@@ -1,7 +1,8 @@
 """Token ids -> spans: prompt, reasoning, answer and the two delimiters between them.
 
-A reasoning model writes ``prompt <think> reasoning </think> answer``. The five spans tile the trace in that order, and any of
-them but the prompt may be empty. Text positions come from one incremental decode, so each span begins and ends on a token.
+A reasoning model writes ``prompt <think> reasoning </think> answer``. The five spans tile the trace in that order, and
+any of them but the prompt may be empty. Text positions come from one incremental decode, so each span begins and ends
+on a token.
 """
 
 import re
@@ -143,10 +144,10 @@ class TokenText:
 def find(pieces: Sequence[str | None], prompt_length: int, markers: Markers) -> Sections:
     """Sections of a trace.
 
-    The opening marker counts where it begins the completion or ends the prompt (a chat template may put it there, or both
-    markers when thinking is switched off). A completion cut before the closing marker is all reasoning; one without any
-    marker is all answer; a closing marker alone ends a reasoning that began with the completion. A token that holds any
-    character of a marker belongs to the delimiter.
+    The opening marker counts where it begins the completion or ends the prompt (a chat template may put it there, or
+    both markers when thinking is switched off). A completion cut before the closing marker is all reasoning; one
+    without any marker is all answer; a closing marker alone ends a reasoning that began with the completion. A token
+    that holds any character of a marker belongs to the delimiter.
 
     Args:
         pieces: text added by each of the L tokens, prompt included, from one incremental decode.
@@ -180,7 +181,7 @@ def find(pieces: Sequence[str | None], prompt_length: int, markers: Markers) -> 
 
 
 def _answer_start(tokens: TokenText, split: int, prompt_length: int, markers: Markers) -> int:
-    """Without delimiters: where the pattern's first match begins, or all is answer. One never matched is all reasoning."""
+    """Without delimiters: where the pattern first matches, else all is reasoning; without a pattern all is answer."""
     if markers.answer_regex is None:
         return prompt_length
     match = re.compile(markers.answer_regex).search(tokens.text, split)

@@ -1,4 +1,4 @@
-"""The teacher: what can be known of it before it runs, and vLLM behind a small face. The only file that imports vllm."""
+"""The teacher: what is known of it before it runs, and vLLM behind a small face. The only file that imports vllm."""
 
 import importlib.metadata
 import importlib.util
@@ -156,7 +156,8 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
         tokenizer = AutoTokenizer.from_pretrained(spec.engine_args.get("tokenizer", spec.model), **kwargs)
     except (OSError, ValueError) as e:
         raise TeacherError(
-            f"--teacher {spec.model}: cannot be read as a model folder or a hub id ({_first_line(e)}); check the name and the network"
+            f"--teacher {spec.model}: cannot be read as a model folder or a hub id ({_first_line(e)}); "
+            "check the name and the network"
         ) from None
     text = config.get_text_config()
     names = config.architectures or []
@@ -165,7 +166,8 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
         or (not names and config.model_type in CAUSAL)
     ):
         raise TeacherError(
-            f"--teacher {spec.model}: {', '.join(names) or config.model_type} is not a causal language model; it has no next-token logits"
+            f"--teacher {spec.model}: {', '.join(names) or config.model_type} is not a causal language model; "
+            "it has no next-token logits"
         )
     if spec.top_k > text.vocab_size:
         raise TeacherError(
@@ -210,7 +212,7 @@ def render(facts: TeacherFacts, prompt: Prompt, template_args: dict[str, Any]) -
 
 
 def pieces(facts: TeacherFacts, token_ids: list[int]) -> list[str | None]:
-    """The text each token adds, special tokens included; None where it waits for a later token to become a character."""
+    """The text each token adds, special tokens included; None where it waits for a later one to become a character."""
     backend = getattr(facts.tokenizer, "backend_tokenizer", None)
     if backend is None:  # a slow tokenizer: characters that span tokens are lost, markers are still found
         return [facts.tokenizer.decode([i]) for i in token_ids]
@@ -235,7 +237,7 @@ class Completion:
 
 
 class Engine:
-    """A vLLM engine that hands out top-k rows. Requests go in under a key, finished completions come out of ``step``."""
+    """A vLLM engine that hands out top-k rows: requests go in under a key, completions come out of ``step``."""
 
     def __init__(self, spec: TeacherSpec) -> None:
         """Loads the model: minutes for a large one.
@@ -268,7 +270,7 @@ class Engine:
             # vLLM makes [tokens, vocabulary] in float32 outside its memory profile when it scores a prompt.
             args.setdefault("max_num_batched_tokens", 2048)
         if current_platform.is_cpu():
-            args.setdefault("kv_cache_memory_bytes", min(4 << 30, _available_memory() // 4))
+            args.setdefault("kv_cache_memory_bytes", min(2 << 30, _available_memory() // 4))
         try:
             self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**args))
             self._params = vllm.SamplingParams(
@@ -335,7 +337,7 @@ def _completion(output: Any) -> Completion:
 
 
 def _rows(flat: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids int32 [R, 1 + K] and log-probabilities float32 [R, 1 + K], the realised token first, and its rank int32 [R]."""
+    """ids int32 [R, 1 + K] and log-probabilities float32 [R, 1 + K], realised token first, and its rank int32 [R]."""
     counts = np.asarray(flat.end_indices, np.int64) - np.asarray(flat.start_indices, np.int64)
     scored = counts > 0  # a prompt's first token has no row
     width = int(counts.max(initial=0))
@@ -385,9 +387,9 @@ def _use_typed_rows() -> None:
         trial = typed()
         trial.append(None)
         module.append_logprobs_for_next_position(trial, [7, 7, 9], [-0.5, -0.5, -1.5], itertools.repeat(None), 1, 2)
-        assert (
-            [list(c) for c in _rows(trial)] and list(_rows(trial)[0][0]) == [7, 7, 9] and list(_rows(trial)[2]) == [1]
-        )
+        ids, _, rank = _rows(trial)
+        assert ids.tolist() == [[7, 7, 9]]
+        assert rank.tolist() == [1]
 
         def sample_rows(flat_logprobs: bool) -> Any:
             return typed() if flat_logprobs else []
@@ -402,7 +404,8 @@ def _use_typed_rows() -> None:
             setattr(module, name, made)
     except (ImportError, AttributeError, TypeError, AssertionError) as e:
         warnings.warn(
-            f"{engine_version()} keeps its log-probabilities in another way ({e!r}): rows take about ten times the memory while in flight",
+            f"{engine_version()} keeps its log-probabilities in another way ({e!r}): "
+            "rows take about ten times the memory while in flight",
             stacklevel=2,
         )
 

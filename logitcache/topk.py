@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from logitcache.errors import CacheError
 
@@ -62,7 +63,7 @@ class SparseRows:
         )
 
 
-def from_topk(ids_RK: np.ndarray, logprobs_RK: np.ndarray, vocab_size: int) -> SparseRows:
+def from_topk(ids_RK: ArrayLike, logprobs_RK: ArrayLike, vocab_size: int) -> SparseRows:
     """Rows from the top k an engine returned.
 
     Args:

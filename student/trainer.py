@@ -14,7 +14,7 @@ import time
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 import logitcache
 from logitcache.cache import Cache
@@ -304,6 +304,7 @@ def _train(options: TrainOptions) -> dict[str, Any]:
             options.out.mkdir(parents=True, exist_ok=True)
             stack.enter_context(exclusive(options.out / ".lock", str(options.out)))
         trainer = DistillTrainer(student, config, data, eval_dataset=held_data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
         trainer.add_callback(_Report(trainer)) if main else None
         run = {"status": "running", **wanted, "eval_before": before.get("eval_before"), "versions": _versions()}
         if run["eval_before"] is None:

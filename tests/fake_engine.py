@@ -1,6 +1,7 @@
 """An engine without a model, for the logic around it; test_engine.py runs the same through real vLLM."""
 
 import numpy as np
+
 from logitcache import teacher
 from logitcache.teacher import Completion, TeacherFacts, TeacherSpec
 

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from logitcache import shard
 from logitcache.cache import Cache
 from logitcache.errors import CacheError, FormatVersionError, ShardCorruptError
 from logitcache.files import publish_json, read_json
 from logitcache.generate import GenerateOptions, generate
 from logitcache.teacher import TeacherSpec
-
 from tests import fake_engine
 
 

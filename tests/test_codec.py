@@ -1,10 +1,14 @@
+import math
+import struct
 import tracemalloc
 import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 
+from benchmarks.bench_codec import LAYOUTS, write_packed
 from logitcache import block as block_module
 from logitcache import topk
 from logitcache.codec import HIGHEST_LEVEL, decode, encode
@@ -168,7 +172,10 @@ def test_rows_of_one_entry_and_no_rows_at_all():
 def test_ids_up_to_the_end_of_int32_do_not_wrap():
     ids = np.array([2**31 - 1, 0, 131_072, 2**31 - 2, 65_536, 2**24], np.int32)
     rows = SparseRows(
-        np.array([0, 6]), ids, np.log(np.array([0.4, 0.2, 0.1, 0.1, 0.05, 0.05], np.float32)), np.log(np.float32([0.1]))
+        np.array([0, 6]),
+        ids,
+        np.log(np.array([0.4, 0.2, 0.1, 0.1, 0.05, 0.05], np.float32)),
+        np.log(np.array([0.1], np.float32)),
     )
     for exact in (False, True):
         assert decode(encode(rows, exact=exact)).ids.tolist() == [2**31 - 1, 0, 131_072, 2**31 - 2, 65_536, 2**24]
@@ -315,8 +322,6 @@ def test_a_header_that_lies_is_refused_before_memory_is_taken(fields):
 
 
 def test_a_frame_that_expands_too_far_is_refused():
-    import zstandard
-
     bomb = zstandard.ZstdCompressor().compress(bytes(1 << 24))
     R = (1 << 24) // 4  # one entry a row: two planes of tails, one of ids, one of values
     header = block_module.Header(0, 6, 2, 2, 0, 1, 0, 0, 0, R, R, 0)
@@ -359,6 +364,90 @@ def test_random_and_mutated_blocks_give_an_error_of_ours_or_rows():
         assert len(read.ids) == len(read.logprobs) == read.offsets[-1] <= 64 * len(data)
         assert len(read.ids) == 0 or read.ids.min() >= 0
     assert min(outcomes.values()) > 50
+
+
+def second_reader(data, table=b""):
+    """Rows of a block as lists of (logprob, id), and log tails: FORMAT.md word for word, nothing of ours."""
+    assert data[:3] == b"LK\x01"
+    assert zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
+    flags, grid, fine_bits, tail_width, count_width, id_width, fine_width, residual_width, reserved = data[3:12]
+    R, N, table_id = struct.unpack("<3I", data[12:24])
+    stored, exact = flags & 1, flags & 2
+    raw = data[24:-4] if stored else zstandard.ZstdDecompressor().decompress(data[24:-4])
+    id_of_rank = None
+    if table_id:
+        classes = zstandard.ZstdDecompressor().decompress(table)
+        assert table_id == zlib.crc32(classes)
+        id_of_rank = np.argsort(np.frombuffer(classes, np.uint8), kind="stable").tolist()
+    at = 0
+
+    def integers(count, width):
+        nonlocal at
+        planes = [raw[at + w * count : at + (w + 1) * count] for w in range(width)]
+        at += width * count
+        return [sum(plane[i] << 8 * w for w, plane in enumerate(planes)) for i in range(count)]
+
+    def as_float(bits):
+        return struct.unpack("<f", struct.pack("<I", bits % 2**32))[0]
+
+    def ordered(bits):
+        return bits ^ 0x7FFFFFFF if bits & 0x80000000 else bits
+
+    tails = integers(R, tail_width)
+    lasts = integers(R, 4) if exact else []
+    counts = integers(R, count_width) if count_width else [N // R] * R if R else []
+    distances, coarse = integers(N, id_width), integers(N, 1)
+    fine, residuals = integers(N, fine_width), integers(N, residual_width)
+    assert (at, reserved) == (len(raw), 0)
+    rows, log_tails, start = [], [], 0
+    for r, count in enumerate(counts):
+        row = range(start, start + count)
+        start += count
+        ranks = np.cumsum([distances[i] for i in row]).tolist()
+        ids = ranks if id_of_rank is None else [id_of_rank[rank] for rank in ranks]
+        steps = [((coarse[i] << fine_bits) + fine[i]) * 2.0**-grid for i in row]
+        if exact:
+            bits = [struct.unpack("<I", struct.pack("<f", as_float(lasts[r]) + step))[0] for step in steps]
+            signed = [(residuals[i] >> 1) ^ -(residuals[i] & 1) for i in row]
+            logprobs = [as_float(ordered((ordered(b) + s) % 2**32)) for b, s in zip(bits, signed, strict=True)]
+            log_tails.append(as_float(tails[r]))
+        else:
+            z = (tails[r] - 32768) / 128 if tails[r] else -math.inf
+            log_tails.append(-np.logaddexp(0, -z))
+            log_mass = max(steps) + math.log(sum(math.exp(step - max(steps)) for step in steps))
+            logprobs = [step - log_mass - np.logaddexp(0, z) for step in steps]
+        rows.append(sorted(zip(logprobs, ids, strict=True), key=lambda entry: (-entry[0], entry[1])))
+    return rows, log_tails
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_second_reader_written_from_the_format_text_agrees(exact):
+    for rows in (ragged(R=60)[40:60], synthetic("bf16", R=8), synthetic("peaked", R=8), ragged()[:0]):
+        for table in (None, build_table(np.bincount(rows.ids % 5000, minlength=151_936))):
+            data = encode(rows, exact=exact, table=table)
+            read = decode(data, table=table)
+            expected, log_tails = second_reader(data, table.to_bytes() if table else b"")
+            assert [len(row) for row in expected] == read.counts.tolist()
+            assert [i for row in expected for _, i in row] == read.ids.tolist()
+            tolerance = 0 if exact else 1e-5
+            assert np.allclose([p for row in expected for p, _ in row], read.logprobs, rtol=0, atol=tolerance)
+            assert np.allclose(log_tails, read.log_tail, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+def test_every_layout_of_the_benchmark_reads_what_it_wrote(layout):
+    rows = synthetic("bf16", vocab_size=100_000, R=60)
+    traces = [rows[:20], topk.trim(rows[20:50], top_p=0.5), rows[50:]]
+    read = layout.open(layout.write(traces))
+    for i in (2, 0, 1):
+        assert bucketed_kl(traces[i], read(i)).max() < 1e-4
+
+
+def test_ids_of_18_bits_are_refused_by_the_17_bit_layout():
+    rows = synthetic("bf16", R=1)
+    large = SparseRows(rows.offsets, rows.ids % 1000 + 131_072, rows.logprobs, rows.log_tail)
+    with pytest.raises(ValueError, match="17 bits"):
+        write_packed([large])
 
 
 @pytest.mark.parametrize("name", ["v1-dense", "v1-ragged", "v1-exact", "v1-table", "v1-empty"])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+
 from logitcache.cache import Cache
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
@@ -141,4 +142,3 @@ def test_a_killed_engine_ends_the_command_with_its_cause_and_sigterm_ends_it_cle
     (report,) = [json.loads(p.read_bytes()) for p in (out / "logs").glob(f"*-{process.pid}.json")]
     assert len(Cache.open(out)) == kept + report["made"] > kept
     assert not list((out / "shards").glob("*.part"))
-

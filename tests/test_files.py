@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from logitcache.errors import CacheBusyError, ShardCorruptError, WriteError
 from logitcache.files import exclusive, publish, publish_json, read_json
 
@@ -40,7 +41,10 @@ def test_every_changed_byte_of_a_json_file_is_found(tmp_path: Path) -> None:
 
 def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
-    script = f"from logitcache.files import exclusive; from pathlib import Path\nwith exclusive(Path({str(lock)!r}), 'c'): print('held', flush=True); input()"
+    script = (
+        "from logitcache.files import exclusive; from pathlib import Path\n"
+        f"with exclusive(Path({str(lock)!r}), 'c'): print('held', flush=True); input()"
+    )
     holder = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"

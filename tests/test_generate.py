@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from logitcache.cache import Cache
 from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, WriteError
 from logitcache.files import exclusive
 from logitcache.generate import GenerateOptions, generate
 from logitcache.sections import Markers
 from logitcache.teacher import TeacherSpec
-
 from tests import fake_engine
 
 

@@ -31,7 +31,7 @@ def imports(path: Path) -> set[str]:
     ],
 )
 def test_imports_run_one_way(folder: str, forbidden: str) -> None:
-    for path in (ROOT / folder).glob("*.py"):
+    for path in (p for p in (ROOT / folder).glob("*.py") if not p.is_symlink()):
         # `from logitcache import x` names the bare package as well
         found = {n for n in imports(path) if re.match(rf"({forbidden})(\.|$)", n)}
         assert not found, f"{path.name} imports {found}"

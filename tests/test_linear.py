@@ -1,7 +1,6 @@
 """The fused head against the reference on whole logits, and what it promises around it."""
 
 import ast
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.bench_divergence import naive
 from logitcache.kernels import linear
 from logitcache.kernels.linear import linear_sparse_divergence, linear_sparse_metrics
 from logitcache.kernels.reference import DIVERGENCES, TAILS, SparseTargets, sparse_divergence
@@ -371,10 +371,7 @@ def test_on_a_gpu_the_extra_memory_stays_below_600_mib():
 
 
 def test_the_benchmark_baseline_computes_the_same():
-    spec = importlib.util.spec_from_file_location("bench_divergence", ROOT / "benchmarks" / "bench_divergence.py")
-    bench = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(bench)
     hidden_NH, weight_VH, _, targets = problem(dtype=torch.float32)
     for divergence in ("forward_kl", "reverse_kl", "jsd"):
         want = linear_sparse_divergence(hidden_NH, weight_VH, targets, divergence=divergence)
-        torch.testing.assert_close(bench.naive(hidden_NH, weight_VH, targets, divergence), want)
+        torch.testing.assert_close(naive(hidden_NH, weight_VH, targets, divergence), want)

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import pytest
+
 from logitcache import manifest
 from logitcache.errors import FormatVersionError, IdentityError, NotACacheError, ShardCorruptError
 from logitcache.files import publish_json

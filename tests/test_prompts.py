@@ -3,6 +3,7 @@ import json
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from logitcache.errors import PromptsError
 from logitcache.prompts import load
 

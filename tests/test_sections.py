@@ -1,4 +1,5 @@
 import pytest
+
 from logitcache.errors import InputError
 from logitcache.sections import Markers, Sections, TokenText, find
 

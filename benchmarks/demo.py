@@ -1,0 +1,93 @@
+"""The main job on this machine's CPU: a real teacher fills a cache, and a third of it learns from that cache.
+
+`make demo` runs it. Everything lies in demo/; a second run finds it done, `make demo DEMO=--fresh` starts over.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.embedded import embedded_teacher
+
+HERE = Path(__file__).parents[1] / "demo"
+TEACHER, CACHE, PRUNED, RUN = HERE / "teacher", HERE / "cache", HERE / "pruned", HERE / "run"
+LOGITCACHE = str(Path(sys.executable).with_name("logitcache"))
+
+GENERATE = [
+    "generate", "gym:gsm_symbolic?size=112&seed=1", "--teacher", str(TEACHER), "--out", str(CACHE),
+    "--top-k", "64", "--max-tokens", "256", "--prompt-logits", "--unit-size", "16",
+    "--answer-regex", r"(?i)therefore|answer is|in total|\bso\b",
+    "--engine-arg", "max_model_len=2048", "--engine-arg", "max_num_seqs=64", "--engine-arg", "enforce_eager=true",
+]  # fmt: skip
+TRAIN = ["train", str(CACHE), "--student", str(PRUNED), "--out", str(RUN), "--held-out", "0.1"]
+
+
+def main() -> None:
+    if "--fresh" in sys.argv:
+        for path in (CACHE, PRUNED, RUN):
+            shutil.rmtree(path, ignore_errors=True)
+    HERE.mkdir(exist_ok=True)
+    seconds = {
+        "teacher made": timed(lambda: embedded_teacher(TEACHER)),
+        "cache written": timed(lambda: logitcache(*GENERATE)),
+        "student made": timed(prune),
+        "student trained": timed(lambda: logitcache(*TRAIN)),
+    }
+    print(table(seconds))
+
+
+def timed(stage: Callable[[], Any]) -> float:
+    began = time.monotonic()
+    stage()
+    return time.monotonic() - began
+
+
+def logitcache(*arguments: str) -> None:
+    print(f"\n$ logitcache {' '.join(arguments)}", flush=True)
+    if code := subprocess.run([LOGITCACHE, *arguments]).returncode:
+        sys.exit(code)
+
+
+def prune() -> None:
+    """A copy of the teacher with every third layer: 10 of 30."""
+    from logitcache.student.model import prune_layers
+
+    if not PRUNED.exists():
+        prune_layers(TEACHER, PRUNED, every=3)
+
+
+def table(seconds: dict[str, float]) -> str:
+    from logitcache.cache import Cache
+
+    info, run = Cache.open(CACHE).info(), json.loads((RUN / "run.json").read_text())
+    calls = [json.loads(path.read_text()) for path in (CACHE / "logs").glob("*.json")]
+    speed = sum(c["tokens"] for c in calls) / sum(c["seconds"] for c in calls)
+    before, after = run["eval_before"], run["eval_after"]
+    rows = [
+        ("teacher", f"{info['identity']['teacher_revision'][:8]} SmolLM2-135M-Instruct, {info['identity']['engine']}"),
+        ("traces", f"{info['traces']:,}"),
+        ("tokens", f"{info['tokens']:,} ({', '.join(f'{n:,} {k}' for k, n in info['section_tokens'].items() if n)})"),
+        ("bytes a token", f"{info['bytes_per_token']:.1f} ({info['block_bytes_per_token']:.1f} of them top-64)"),
+        ("teacher tokens/s", f"{speed:,.0f}"),
+        ("held-out KL, nats", f"{before['kl']:.3f} -> {after['kl']:.3f} ({after['kl'] / before['kl']:.0%})"),
+        ("held-out top-1", f"{before['top1']:.1%} -> {after['top1']:.1%}"),
+        *((f"{stage}", f"{s:.0f} s") for stage, s in seconds.items()),
+        (
+            "together",
+            f"{sum(seconds.values()):.0f} s on {os.cpu_count()} cores ({platform.machine()}, torch {version('torch')})",
+        ),
+    ]
+    width = max(len(name) for name, _ in rows)
+    return "\n" + "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+if __name__ == "__main__":
+    main()
