@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
-import click
 import typer
 
 from logitcache.errors import InputError, LogitcacheError
+
+# What typer raises for options it does not know; it has no public name of its own.
+_USAGE_ERROR: Any = typer.BadParameter.__base__
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -198,10 +200,10 @@ def main() -> NoReturn:
     except LogitcacheError as e:
         print(f"logitcache: {e}", file=sys.stderr)
         code = e.exit_code
-    except KeyboardInterrupt:
+    except typer.Abort:
         print("logitcache: stopped; run the same command again to go on", file=sys.stderr)
-        code = 130
-    except click.ClickException as e:
+        code = _signal_code("SIGINT")
+    except _USAGE_ERROR as e:
         e.show()
         code = e.exit_code
     sys.exit(code)

@@ -3,6 +3,7 @@
 A chunk's logits come from one matrix product, become their own gradient in place (a Triton row kernel on CUDA, the
 reference elsewhere), and two more products take that into dH and dW. 6NVH FLOP, nothing computed twice; 4NVH for a
 frozen head. The gradients are made in the forward and scaled in the backward: one backward, no second derivative.
+On a CPU a batch of N <= H rows needs no buffer: its logits lie in the memory of dW until dW takes their place.
 """
 
 import functools
@@ -20,8 +21,8 @@ logger = logging.getLogger(__name__)
 # N taught rows, H hidden, V vocabulary, C rows of a chunk.
 
 CUDA_ROWS, CUDA_BYTES = 2048, 512 << 20  # beyond 2048 rows the products gain nothing
-CPU_ROWS, CPU_BYTES = 256, 40 << 20
-FLOAT32_CHUNKS = 8  # bf16 dW is rounded once a chunk: above this many, accumulate in float32
+CPU_ROWS, CPU_BYTES = 512, 256 << 20
+FLOAT32_CHUNKS = 16  # bf16 dW is rounded once a chunk: above this many, accumulate in float32
 
 
 def linear_sparse_divergence(
@@ -54,15 +55,15 @@ def linear_sparse_divergence(
         weight_VH: [V, H], the head's weight, same dtype (under autocast both are cast). If frozen, dW is skipped.
         bias_V: [V] or None. weights_N, ce_weights_N: float [N] or None.
         vocab_size: rows of the head from here on are padding: no probability, no gradient. None: all are real.
-        chunk_rows: rows of logits at a time; None: at most 2048 and 512 MiB on CUDA, 256 and 40 MiB on a CPU.
-        accumulate: dtype in which dW adds up; None: the weight's, or float32 for more than 8 chunks.
-        check: refuse ids >= V and ids twice in a row; waits for the device. Without it such ids are dropped.
+        chunk_rows: rows of logits at a time; None: at most 2048 and 512 MiB on CUDA, 512 and 256 MiB on a CPU.
+        accumulate: dtype in which dW adds up; None: the weight's, or float32 for more than 16 chunks.
+        check: refuse ids >= V and ids twice in a row; waits for the device. Without it their result is undefined.
     Returns: float32 [] (float64 for float64 inputs), nats.
     Raises: ValueError for options or targets that do not fit, TypeError for a head that is no plain tensor,
         NotImplementedError for a sharded or adapted head and for a second derivative.
     """
     objective = Objective.of(divergence, tail, beta, alpha, temperature, softcap, logit_scale)
-    hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, len(targets))
+    hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, targets)
     ce_weights_N = resolve_ce_weights(targets, objective, ce_weight, ce_weights_N)
     grad = torch.is_grad_enabled()
     loss, *_ = _linear_sparse_divergence(
@@ -113,7 +114,7 @@ def linear_sparse_metrics(
     it is also the teacher's best id.
     """
     objective = Objective.of(softcap=softcap, logit_scale=logit_scale)
-    hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, len(targets))
+    hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, targets)
     vocab = _real_rows(weight_VH, vocab_size)
     if check:
         targets.check(vocab)
@@ -138,7 +139,7 @@ def linear_sparse_metrics(
 
 
 def _plain(
-    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, rows: int
+    hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets: SparseTargets
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The three tensors in one dtype, or a refusal with the way out."""
     if not isinstance(weight_VH, Tensor):
@@ -156,8 +157,13 @@ def _plain(
         if tensor is not None and not tensor.is_floating_point():
             raise TypeError(f"{name} is {tensor.dtype}: dequantise it to a floating dtype first")
     vocab, width = weight_VH.shape
-    if hidden_NH.shape != (rows, width):
-        raise ValueError(f"hidden_NH is {list(hidden_NH.shape)}, targets and weight_VH ask for {[rows, width]}")
+    if hidden_NH.shape != (len(targets), width):
+        wanted = [len(targets), width]
+        raise ValueError(f"hidden_NH is {list(hidden_NH.shape)}, targets and weight_VH ask for {wanted}")
+    if targets.ids.device != hidden_NH.device:
+        raise ValueError(
+            f"targets are on {targets.ids.device}, hidden_NH on {hidden_NH.device}: use targets.to(device)"
+        )
     if bias_V is not None and bias_V.shape != (vocab,):
         raise ValueError(f"bias_V is {list(bias_V.shape)}, weight_VH asks for {[vocab]}")
     device = hidden_NH.device.type
@@ -201,19 +207,25 @@ class _Chunks:
         bias_V: Tensor | None,
         targets: SparseTargets,
         chunk_rows: int | None,
+        grad_weight_VH: Tensor | None = None,
     ):
         if chunk_rows is not None and chunk_rows < 1:
             raise ValueError(f"chunk_rows={chunk_rows} must be positive, or None for the default")
         self.hidden_NH, self.weight_VH, self.bias_V, self.targets = hidden_NH, weight_VH, bias_V, targets
         n, vocab = hidden_NH.shape[0], weight_VH.shape[0]
-        rows = min(chunk_rows or default_rows(n, vocab, hidden_NH.dtype, hidden_NH.device), max(n, 1))
-        self.spans = [(start, min(start + rows, n)) for start in range(0, n, rows)]
-        stride = -(-vocab // 16) * 16  # rows start on 32 bytes: vector loads and aligned products for any V
-        self.buffer_CV = hidden_NH.new_empty(rows, stride)[:, :vocab]
+        width = 0 if grad_weight_VH is None else grad_weight_VH.shape[1]
         self.triton = _triton_rows(hidden_NH.device.type, hidden_NH.dtype)
         self.most_k = targets.longest() if self.triton else None
         wide = torch.promote_types(hidden_NH.dtype, torch.float32)
         narrow = not self.triton and hidden_NH.dtype != wide
+        self.borrowed = chunk_rows is None and 0 < n <= width and not hidden_NH.is_cuda and not narrow
+        rows = min(chunk_rows or default_rows(n, vocab, width, hidden_NH.dtype, hidden_NH.device), max(n, 1))
+        if self.borrowed and grad_weight_VH is not None:
+            rows, self.buffer_CV = n, grad_weight_VH[:, :n].t()
+        else:
+            stride = -(-vocab // 16) * 16  # rows start on 32 bytes: vector loads and aligned products for any V
+            self.buffer_CV = hidden_NH.new_empty(rows, stride)[:, :vocab]
+        self.spans = [(start, min(start + rows, n)) for start in range(0, n, rows)]
         self.wide_CV = self.buffer_CV.new_empty(rows, vocab, dtype=wide) if narrow else None
 
     def logits(self, start: int, stop: int) -> Tensor:
@@ -247,11 +259,16 @@ class _Chunks:
         return values
 
 
-def default_rows(n: int, vocab: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a chunk: under the device's limits, and chunks of nearly equal size."""
-    most, limit = (CUDA_ROWS, CUDA_BYTES) if device.type == "cuda" else (CPU_ROWS, CPU_BYTES)
-    step = 128 if device.type == "cuda" else 16
-    most = min(most, max(limit // (vocab * dtype.itemsize) // step * step, step))
+def default_rows(n: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
+    """Rows of a chunk: under the device's limits, and chunks of nearly equal size. `width` is 0 without dW.
+
+    Autograd on whole logits peaks at 3 N V beside the inputs, or 3 N V - V H beyond dW: on a CPU a chunk is a sixth.
+    """
+    most, limit, step = (CUDA_ROWS, CUDA_BYTES, 128) if device.type == "cuda" else (CPU_ROWS, CPU_BYTES, 16)
+    if device.type != "cuda":
+        most = min(most, max((3 * n - width) // 6, n // 6) // step * step)
+    most = min(most, limit // (vocab * dtype.itemsize) // step * step)
+    most = max(most, step)
     chunks = max(-(-n // most), 1)
     return min(most, max(-(-n // chunks // step) * step, step))
 
@@ -296,11 +313,16 @@ def _linear_sparse_divergence(
         targets.check(vocab)
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     bias_V = None if bias_V is None else bias_V[:vocab]
-    chunks = _Chunks(hidden_NH, weight_VH[:vocab], bias_V, targets, chunk_rows)
-    dtype = accumulate or (wide if len(chunks.spans) > FLOAT32_CHUNKS else weight_VH.dtype)
+    rows = chunk_rows or default_rows(
+        *hidden_NH.shape[:1], vocab, weight_VH.shape[1], weight_VH.dtype, weight_VH.device
+    )
+    many = hidden_NH.shape[0] > FLOAT32_CHUNKS * rows
     grad_hidden_NH = torch.empty_like(hidden_NH) if need_hidden else hidden_NH.new_empty(0)
+    dtype = accumulate or (wide if many else weight_VH.dtype)
     grad_weight_VH = weight_VH.new_empty(weight_VH.shape if need_weight else 0, dtype=dtype)
-    grad_weight_VH[vocab if chunks.spans else 0 :].zero_()  # the first chunk writes the rest
+    grad_weight_VH[vocab if len(hidden_NH) else 0 :].zero_()  # the first chunk writes the rest
+    borrow = grad_weight_VH[:vocab] if need_weight else None
+    chunks = _Chunks(hidden_NH, weight_VH[:vocab], bias_V, targets, chunk_rows, borrow)
     grad_bias_V = weight_VH.new_zeros(weight_VH.shape[0] if need_bias else 0, dtype=wide)
     parts = []
     for start, stop in chunks.spans:
@@ -309,10 +331,14 @@ def _linear_sparse_divergence(
         parts.append(chunks.divergence_(start, stop, objective, weights_N, ce_weights_N, needed))
         if need_hidden:
             torch.mm(grad_CV, chunks.weight_VH, out=grad_hidden_NH[start:stop])
-        if need_weight:
-            _add_product(grad_weight_VH[:vocab], grad_CV, hidden_NH[start:stop], first=start == 0)
         if need_bias:
             grad_bias_V[:vocab] += grad_CV.sum(dim=0, dtype=wide)
+        if need_weight and chunks.borrowed:
+            for vocab_slice in range(0, vocab, 4096):
+                slice_VN = grad_CV.t()[vocab_slice : vocab_slice + 4096].clone()
+                torch.mm(slice_VN, hidden_NH, out=grad_weight_VH[vocab_slice : min(vocab_slice + 4096, vocab)])
+        elif need_weight:
+            _add_product(grad_weight_VH[:vocab], grad_CV, hidden_NH[start:stop], first=start == 0)
     values = _cat(parts, hidden_NH)
     loss = (values.divergence_N if weights_N is None else values.divergence_N * weights_N).sum()
     if ce_weights_N is not None:
@@ -358,11 +384,17 @@ def _keep(ctx, inputs, output):
 
 
 def _scale(ctx, grad_loss, *_):
+    if getattr(ctx, "spent", False):
+        raise RuntimeError(
+            "a second backward through linear_sparse_divergence, whose gradients are scaled in place: call it again, "
+            "or add the losses up before one backward"
+        )
     if torch.is_grad_enabled():
         raise NotImplementedError(
             "linear_sparse_divergence has no second derivative: backward without create_graph, or differentiate "
             "logitcache.kernels.reference.sparse_divergence on whole logits"
         )
+    ctx.spent = not torch.compiler.is_compiling()
     grads = [
         _scaled_(grad, grad_loss) if needed else None
         for grad, needed in zip(ctx.saved_tensors, ctx.needed, strict=True)

@@ -128,7 +128,7 @@ def decode(block: bytes | memoryview, *, table: FrequencyTable | None = None) ->
         id_N, value_N = (pair_N & 0x7FFFFFFF).astype(np.int32), _ordered((-(pair_N >> 31)).astype(np.int32))
         return SparseRows(offsets, id_N, value_N.view(np.float32), tail_R.view(np.float32))
 
-    most = int(step_N.max())
+    most = (255 << header.fine_bits) + 255 if header.fine_width < 2 else int(step_N.max())
     id_bits = (len(table.class_V) - 1 if table is not None else int(id_N.max())).bit_length()
     if most.bit_length() + id_bits > 31:
         step_N = step_N.astype(np.int64)
@@ -186,7 +186,7 @@ def _ranks(id_N: np.ndarray, table: FrequencyTable) -> np.ndarray:
 def _ids(delta_N: np.ndarray, offsets: np.ndarray, K: int, table: FrequencyTable | None) -> np.ndarray:
     """Ids in ascending order of rank, int32 [N]."""
     if K:
-        rank_N = np.cumsum(delta_N.reshape(-1, K), axis=1, dtype=np.int64).ravel()
+        rank_N = delta_N.reshape(-1, K).cumsum(axis=1, dtype=np.int64).ravel()
     else:
         rank_N = np.cumsum(delta_N, dtype=np.int64)
         start_R = offsets[:-1]
@@ -260,7 +260,7 @@ def _renormalise(
         value_RK = value_N.reshape(-1, K)
         if reach > 64:  # e^88 is float32's last
             value_RK -= value_RK[:, :1].copy()
-        mass_R = np.exp(value_RK) @ np.ones(K, np.float32)
+        mass_R = np.einsum("rk->r", np.exp(value_RK))  # a product with ones would start threads of its own
         value_RK += (log_support_R - np.log(mass_R))[:, None]
         return value_N
     starts = np.cumsum(counts) - counts

@@ -19,7 +19,7 @@ from logitcache.errors import CacheError, ShardCorruptError
 MAX_VOCAB = 1 << 24  # keeps a damaged table from asking for memory; vocabularies end below 2^19
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class FrequencyTable:
     """A frequency class for each id; ranks count ids by (class, id).
 

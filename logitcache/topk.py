@@ -141,7 +141,7 @@ def log_tail(logprobs_RK: np.ndarray, vocab_size: int) -> np.ndarray:
     with np.errstate(divide="ignore", invalid="ignore"):
         guess_R = last_R + np.log(K) + _log_power_sum(1 - decay_R, np.log(vocab_size / K))
         floor_R = np.log(np.maximum(1 - mass_R - slack_R, 0))
-        ceiling_R = np.minimum(np.log(np.maximum(1 - mass_R + slack_R, slack_R)), cap_R)
+        ceiling_R = np.minimum(np.log(np.clip(1 - mass_R + slack_R, slack_R, 1)), cap_R)
     tail_R = np.minimum(np.maximum(guess_R, floor_R), ceiling_R)
     return np.where(complete_R, -np.inf, tail_R).astype(np.float32)
 
@@ -196,7 +196,7 @@ def _keep(rows: SparseRows, keep_N: np.ndarray) -> SparseRows:
     cut_mass_R = np.bincount(row_N[cut], np.exp(rows.logprobs[cut].astype(np.float64)), minlength=len(rows))
     with np.errstate(divide="ignore"):
         log_tail_R = np.logaddexp(rows.log_tail.astype(np.float64), np.log(cut_mass_R))
-    log_tail_R = np.where(cut_mass_R > 0, log_tail_R, rows.log_tail).astype(np.float32)
+    log_tail_R = np.where(cut_mass_R > 0, np.minimum(log_tail_R, 0), rows.log_tail).astype(np.float32)
     offsets = np.concatenate([[0], np.cumsum(np.bincount(row_N[keep_N], minlength=len(rows)))]).astype(np.int64)
     return SparseRows(offsets, rows.ids[keep_N], rows.logprobs[keep_N], log_tail_R)
 

@@ -23,7 +23,16 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    IntervalStrategy,
+    PreTrainedModel,
+    PrinterCallback,
+    SchedulerType,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+from transformers.trainer_utils import SaveStrategy
 
 import logitcache
 from logitcache.cache import Cache
@@ -47,18 +56,18 @@ class DistillConfig(TrainingArguments):
     save_minutes: float | None = field(default=10.0, metadata={"help": "Minutes between checkpoints; None: save_strategy rules."})
     learning_rate: float = 5e-4
     warmup_steps: float = 0.05  # of all steps
-    lr_scheduler_type: Any = "cosine"
+    lr_scheduler_type: SchedulerType | str = "cosine"
     logging_steps: float = 1
     logging_nan_inf_filter: bool = False  # it would hide what stops the run here
-    eval_strategy: Any = "epoch"
-    save_strategy: Any = "no"
+    eval_strategy: IntervalStrategy | str = "epoch"
+    save_strategy: SaveStrategy | str = "no"
     save_total_limit: int | None = 2
-    report_to: Any = "none"
+    report_to: None | str | list[str] = "none"
     disable_tqdm: bool | None = True
     log_level: str = "error"
     remove_unused_columns: bool = False
     seed: int = 0
-    accelerator_config: Any = field(default_factory=lambda: {"even_batches": False})
+    accelerator_config: dict | str | None = field(default_factory=lambda: {"even_batches": False})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -365,7 +374,7 @@ def _parse(name: str, value: Any) -> Any:
     text = value if isinstance(value, str) else json.dumps(value)
     kind = kinds[name]
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
-    if text.lower() in ("none", "null") and (type(None) in options or kind is Any):
+    if text.lower() in ("none", "null") and (type(None) in options):
         return None
     for option in options:
         base = typing.get_origin(option) or option
@@ -383,7 +392,7 @@ def _parse(name: str, value: Any) -> Any:
     if choices:
         near = difflib.get_close_matches(text, choices, n=1, cutoff=0.0)[0]
         raise StudentError(f"--set {name}={text}: did you mean {near!r}? All: {', '.join(choices)}")
-    if str in options or kind is Any:
+    if str in options:
         return text
     raise StudentError(f"--set {name}={text}: expected {getattr(kind, '__name__', kind)}")
 

@@ -115,6 +115,29 @@ def test_rows_are_those_of_the_same_model_in_transformers(resumed: Path, embedde
     assert np.mean(shifted) > 1
 
 
+def test_the_teacher_is_a_perfect_student_of_itself_and_one_row_off_is_not(
+    resumed: Path, embedded_teacher: Path
+) -> None:
+    """Two published systems fail this: they train rows one position off."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from logitcache.student.data import TraceDataset
+    from logitcache.student.evaluate import evaluate
+    from logitcache.student.views import View
+    from tests.tiny import Shifted
+
+    cache = Cache.open(resumed)
+    for dtype in (torch.float32, torch.bfloat16):
+        teacher = AutoModelForCausalLM.from_pretrained(embedded_teacher, dtype=dtype)
+        aligned = evaluate(teacher, TraceDataset(cache))
+        print(f"{dtype}: {aligned}")
+        assert aligned["rows"] == sum(len(t.rows) for t in cache)
+        assert aligned["kl"] < 0.01
+        assert aligned["top1"] > 0.9
+    assert evaluate(teacher, TraceDataset(cache, view=Shifted(View())))["kl"] > 1
+
+
 def test_a_killed_engine_ends_the_command_with_its_cause_and_sigterm_ends_it_cleanly(
     embedded_teacher: Path, tmp_path: Path
 ) -> None:

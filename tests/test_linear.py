@@ -69,7 +69,7 @@ def tensors(targets):
 
 
 @pytest.mark.parametrize(("divergence", "tail"), MODES)
-@pytest.mark.parametrize("chunk_rows", [None, 4])
+@pytest.mark.parametrize("chunk_rows", [None, 4])  # None, 11 rows and 16 wide: logits in dW's memory; 4: three chunks
 def test_the_fused_head_is_the_reference_on_whole_logits(divergence, tail, chunk_rows):
     hidden_NH, weight_VH, bias_V, targets = problem()
     more = {**options(divergence, tail), **row_weights(11), "softcap": 5.0, "logit_scale": 0.7}
@@ -226,7 +226,7 @@ def test_a_second_backward_is_refused():
     hidden_NH, weight_VH, _, targets = problem()
     loss = linear_sparse_divergence(hidden_NH, weight_VH, targets)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match="add the losses up before one backward"):
         loss.backward()
 
 
@@ -345,11 +345,15 @@ def test_the_kernels_import_nothing_but_torch_and_triton():
 
 def test_chunks_stay_within_their_memory():
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    assert linear.default_rows(8192, 128256, torch.bfloat16, cuda) == 2048
+    assert linear.default_rows(8192, 128256, 4096, torch.bfloat16, cuda) == 2048
     for vocab in (128256, 151936, 262144):
-        assert linear.default_rows(16384, vocab, torch.bfloat16, cuda) * vocab * 2 <= linear.CUDA_BYTES
-        assert linear.default_rows(16384, vocab, torch.float32, cpu) * vocab * 4 <= linear.CPU_BYTES
-    assert linear.default_rows(1, 10**9, torch.float32, cpu) == 16
+        rows = linear.default_rows(16384, vocab, 4096, torch.bfloat16, cuda)
+        assert rows * vocab * 2 <= linear.CUDA_BYTES
+        assert rows * linear.FLOAT32_CHUNKS >= 16384
+        assert linear.default_rows(16384, vocab, 576, torch.float32, cpu) * vocab * 4 <= linear.CPU_BYTES
+    assert linear.default_rows(1, 10**9, 8, torch.float32, cpu) == 16
+    for n in (1, 512, 600, 1100, 2048, 10**6):
+        assert linear.default_rows(n, 49152, 576, torch.float32, cpu) <= max(n / 5, (3 * n - 576) / 5, 16)
 
 
 @pytest.mark.gpu

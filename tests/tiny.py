@@ -1,9 +1,11 @@
 """Tiny models, tokenizers and caches, made in milliseconds: random, but valid, and learnable."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -17,6 +19,15 @@ from logitcache.student.views import NOT_TAUGHT, Lesson, View
 from logitcache.topk import from_topk
 
 VOCAB = 64
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Tensors of this size gain nothing from threads, and lose much beside other processes."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def tokenizer(vocab: int = VOCAB, prefix: str = "w") -> PreTrainedTokenizerFast:

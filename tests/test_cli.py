@@ -1,0 +1,144 @@
+"""The command line as a person meets it: what it prints, and its exit codes."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from logitcache import cli
+from tests import fake_engine, tiny
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> Path:
+    return tiny.save_model(tmp_path_factory.mktemp("teacher") / "tiny")
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs `logitcache ARGUMENTS` in this process: exit code, standard output, standard error."""
+
+    def call(*arguments) -> tuple[int, str, str]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["logitcache", *map(str, arguments)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out = capfd.readouterr()
+        return int(ended.value.code or 0), out.out, out.err
+
+    return call
+
+
+def prompts(path: Path, *lines: str) -> Path:
+    path.write_text("\n".join(lines))
+    return path
+
+
+GOOD = '{"id": "a", "prompt": "w3 w4"}'
+
+
+@pytest.mark.parametrize(
+    ("lines", "options", "message"),
+    [
+        pytest.param([GOOD, "{oops"], [], r"p\.jsonl:2: not a line of JSON", id="a broken line"),
+        pytest.param([""], [], "no prompts in it", id="an empty file"),
+        pytest.param([GOOD, GOOD], [], r"p\.jsonl:2: id 'a' is taken already by .*p\.jsonl:1", id="a duplicate id"),
+        pytest.param([GOOD], ["--teacher", "nowhere/at-all"], "cannot be read as a model", id="a missing model"),
+        pytest.param([GOOD], ["--top-k", "65"], "vocabulary has 64 tokens", id="k above the vocabulary"),
+        pytest.param(['{"messages": [{"role": "user", "content": "x"}]}'], ["--top-k", "0"], "at least|>= 1", id="k 0"),
+        pytest.param([GOOD], ["--engine-arg", "seed=3"], "use --seed", id="an engine argument of ours"),
+        pytest.param([GOOD], ["--sampling", "top_p"], "write KEY=VALUE", id="a setting without a value"),
+        pytest.param([GOOD], ["--answer-regex", "("], "not a regular expression", id="a broken pattern"),
+        pytest.param([GOOD], ["--top-p", "2"], "lies in", id="more than all of the mass"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2_with_nothing_written(
+    run, teacher, tmp_path, monkeypatch, lines, options, message
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    source = prompts(tmp_path / "p.jsonl", *lines)
+    code, out, err = run("generate", source, "--teacher", teacher, "--out", tmp_path / "c", "--top-k", 8, *options)
+    assert (code, out) == (2, "")
+    assert re.fullmatch(rf"logitcache: .*(?:{message}).*\n", err), err
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_model_that_predicts_no_next_token_is_refused(run, teacher, tmp_path) -> None:
+    folder = tmp_path / "bert"
+    folder.mkdir()
+    for file in teacher.iterdir():
+        (folder / file.name).write_bytes(file.read_bytes())
+    (folder / "config.json").write_text(
+        json.dumps({"model_type": "bert", "architectures": ["BertForMaskedLM"], "vocab_size": 64})
+    )
+    source = prompts(tmp_path / "p.jsonl", GOOD)
+    code, _, err = run("generate", source, "--teacher", folder, "--out", tmp_path / "c")
+    assert code == 2
+    assert "BertForMaskedLM is not a causal language model" in err
+
+
+def test_a_directory_that_is_no_cache_is_named(run, tmp_path) -> None:
+    (tmp_path / "x").mkdir()
+    code, _, err = run("info", tmp_path / "x")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "is not a cache: no manifest.json in it" in err
+
+
+def test_an_unknown_option_names_the_nearest(run) -> None:
+    code, _, err = run("info", "x", "--jsn")
+    assert code == 2
+    assert "--json" in err
+
+
+def test_generate_prints_its_summary_and_info_what_it_made(run, monkeypatch, tmp_path) -> None:
+    fake_engine.install(monkeypatch)
+    source = prompts(tmp_path / "p.jsonl", *(f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(5)))
+    arguments = ("generate", source, "--teacher", "fake", "--out", tmp_path / "c", "--top-k", 8, "--unit-size", 2)
+    code, out, err = run(*arguments)
+    assert code == 0
+    assert re.search(r"c: 5 traces made, 5 of 5 there; \d+ tokens in", out)
+    assert re.search(r"5/5 traces, [\d,]+ tokens/s, 0:00 left", err), "plain lines where there is no terminal"
+    assert "nothing to do, all 5 traces are there" in run(*arguments)[1]
+
+    code, out, _ = run("info", tmp_path / "c", "--json")
+    facts = json.loads(out)
+    assert (code, facts["traces"], facts["shards"], facts["identity"]["top_k"]) == (0, 5, 3, 8)
+    text = run("info", tmp_path / "c")[1]
+    assert "traces   5 of 5 prompts in 3 shards" in text
+    assert "<think> </think>" in text
+
+
+def test_train_refuses_another_tokenizer_and_a_small_vocabulary(run, tmp_path) -> None:
+    tiny.write_cache(tmp_path / "c")
+    other = tiny.save_model(tmp_path / "other", prefix="v")
+    code, _, err = run("train", tmp_path / "c", "--student", other, "--out", tmp_path / "r")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "tokenizer" in err
+    assert not (tmp_path / "r").exists()
+
+    small = tiny.save_model(tmp_path / "small")
+    tiny.model(32).save_pretrained(small)
+    code, _, err = run("train", tmp_path / "c", "--student", small, "--out", tmp_path / "r")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "32" in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_train_names_the_nearest_training_argument(run, tmp_path) -> None:
+    tiny.write_cache(tmp_path / "c")
+    code, _, err = run("train", tmp_path / "c", "--student", "x", "--out", tmp_path / "r", "--set", "weight_deca=0.1")
+    assert code == 2
+    assert "did you mean 'weight_decay'" in err
+
+
+def test_help_is_quick_and_teaches() -> None:
+    command = str(Path(sys.executable).with_name("logitcache"))
+    began = time.monotonic()
+    text = subprocess.run([command, "generate", "--help"], capture_output=True, text=True, check=True).stdout
+    assert time.monotonic() - began < 10  # a guard against a heavy import, not a measurement
+    assert "Example: logitcache generate" in text
+    assert "[default: off]" in text
