@@ -218,7 +218,7 @@ class _Chunks:
         self.most_k = targets.longest() if self.triton else None
         wide = torch.promote_types(hidden_NH.dtype, torch.float32)
         narrow = not self.triton and hidden_NH.dtype != wide
-        self.borrowed = chunk_rows is None and 0 < n <= width and not hidden_NH.is_cuda and not narrow
+        self.borrowed = hidden_NH.device.type == "cpu" and not (self.triton or narrow or chunk_rows) and 0 < n <= width
         rows = min(chunk_rows or default_rows(n, vocab, width, hidden_NH.dtype, hidden_NH.device), max(n, 1))
         if self.borrowed and grad_weight_VH is not None:
             rows, self.buffer_CV = n, grad_weight_VH[:, :n].t()

@@ -39,8 +39,7 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM as a flag, ``signal``. A second one, or one while not ``patient``, raises KeyboardInterrupt.
-    """
+    """Ctrl-C and SIGTERM as a flag, ``signal``. A second one, or one while not ``patient``, raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal: str | None = None

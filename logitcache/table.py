@@ -47,7 +47,7 @@ class FrequencyTable:
 
     def to_bytes(self) -> bytes:
         """One zstd frame of the classes."""
-        return zstandard.ZstdCompressor(level=19, write_checksum=True).compress(self.class_V.tobytes())
+        return zstandard.ZstdCompressor(level=15, write_checksum=True).compress(self.class_V.tobytes())
 
     @staticmethod
     def from_bytes(data: bytes) -> FrequencyTable:

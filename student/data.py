@@ -1,12 +1,14 @@
 """A cache as training data: held-out split, an order that anyone can compute again, batches by token budget.
 
-The order of an epoch is a pure function of (seed, epoch, trace ids), and an optimiser step takes its traces from that order by
-a budget of tokens alone. Ranks and accumulation only share a step's traces out, so they change the order of a sum and nothing
-else. A trace stands in a row of its own, padded on the right: a causal model never looks right, so none sees padding or another
-trace, with any attention and without a mask. A micro-batch is fed in a few groups of alike length to keep padding small.
+The order of an epoch is a pure function of (seed, epoch, trace ids), and an optimiser step takes its traces from that
+order by a budget of tokens alone. Ranks and accumulation only share a step's traces out, so they change the order of a
+sum and nothing else. A trace stands in a row of its own, padded on the right: a causal model never looks right, so none
+sees padding or another trace, with any attention and without a mask. A micro-batch is fed in a few groups of alike
+length to keep padding small.
 """
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -49,7 +51,9 @@ class TraceDataset(Dataset[Example]):
         vocab: rows of the student's head. Kept ids beyond it, which a padded teacher head can give, join the tail.
     """
 
-    def __init__(self, cache: Cache, indices: np.ndarray | None = None, view: View | None = None, vocab: int | None = None):
+    def __init__(
+        self, cache: Cache, indices: np.ndarray | None = None, view: View | None = None, vocab: int | None = None
+    ):
         self.cache, self.view, self.vocab = cache, view or View(), vocab
         self.indices = np.arange(len(cache)) if indices is None else np.asarray(indices)
         self.lengths = cache.lengths[self.indices].astype(np.int64)  # tokens; a view never feeds more
@@ -110,8 +114,8 @@ def _below(rows: SparseRows, vocab: int | None) -> SparseRows:
 def split(prompt_ids: Sequence[str], held_out: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training traces and of the held-out ones; no prompt is on both sides.
 
-    A prompt's side depends on its id alone, so a cache that grows moves none; about `held_out` of the prompts are held out,
-    at least one of them, and at least one is trained on.
+    A prompt's side depends on its id alone, so a cache that grows moves none; about `held_out` of the prompts are held
+    out, at least one of them, and at least one is trained on.
     Raises: StudentError for a fraction outside (0, 1), and where there is but one prompt.
     """
     if not 0.0 < held_out < 1.0:
@@ -154,11 +158,11 @@ def cut(lengths: np.ndarray, parts: int) -> list[slice]:
     bounds[-1] = len(lengths)
     bounds = np.maximum.accumulate(np.maximum(bounds, first) - first) + first
     bounds = np.minimum(bounds, len(lengths) - parts + first)
-    return [slice(int(a), int(b)) for a, b in zip(bounds, bounds[1:], strict=False)]
+    return [slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)]
 
 
 def share(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Index arrays of `parts` micro-batches, some perhaps empty: the longest trace left goes where the fewest tokens are."""
+    """Index arrays of `parts` micro-batches, some perhaps empty: the longest trace left goes to the fewest tokens."""
     filled: list[list[int]] = [[] for _ in range(parts)]
     tokens = np.zeros(parts, np.int64)
     for i in np.argsort(-lengths, kind="stable"):
@@ -194,15 +198,22 @@ def _fill(longest: np.ndarray, size: int) -> list[slice]:
 
 
 class StepSampler(Sampler[list[int]]):
-    """Micro-batches of one rank: `accumulation` of them a step, as many on every rank and in every epoch, some perhaps empty.
+    """Micro-batches of one rank, `accumulation` of them a step: as many on every rank and in every epoch, some empty.
 
     Args:
-        tokens_per_batch: tokens of a micro-batch on average, padding not counted: a step has at most `tokens_per_batch *
-            accumulation * world` on average, and more where a single trace is longer.
+        tokens_per_batch: tokens of a micro-batch on average, padding not counted: a step has at most tokens_per_batch *
+            accumulation * world on average, and more where a single trace is longer.
     """
 
     def __init__(
-        self, data: TraceDataset, tokens_per_batch: int, *, seed: int = 0, accumulation: int = 1, rank: int = 0, world: int = 1
+        self,
+        data: TraceDataset,
+        tokens_per_batch: int,
+        *,
+        seed: int = 0,
+        accumulation: int = 1,
+        rank: int = 0,
+        world: int = 1,
     ):
         self.lengths, self.keys, self.seed = data.lengths, data.keys, seed
         self.accumulation, self.rank, self.world = accumulation, rank, world
@@ -236,9 +247,10 @@ def evaluation_batches(lengths: np.ndarray, tokens: int, rank: int = 0, world: i
 def collate(examples: list[Example]) -> Batch:
     """A batch of tensors; N is 0, and a dummy token is fed, where nothing is taught.
 
-    groups: list of int64 [B, T], padded on the right with 0; taught: int64 [N], taught positions in all groups flattened and
-    joined (a packed layout would change these two and nothing else); offsets, ids, logprobs, log_tail, labels as SparseTargets
-    has them; kd float32 [N]; ce float32 [N], or None where all are 0; sections int64 [N]; trace_ids; tokens, those fed.
+    groups: list of int64 [B, T], padded on the right with 0; taught: int64 [N], taught positions in all groups
+    flattened and joined (a packed layout would change these two and nothing else); offsets, ids, logprobs, log_tail,
+    labels as SparseTargets has them; kd float32 [N]; ce float32 [N], or None where all are 0; sections int64 [N];
+    trace_ids; tokens, those fed.
     """
     examples = sorted((e for e in examples if len(e.positions)), key=lambda e: -len(e.input_ids))
     padded, taught, start = [], [], 0

@@ -25,7 +25,8 @@ def evaluate(
     Under torch.distributed every rank takes its share and all get the same answer.
     Args:
         autocast: dtype to run in, such as bfloat16; None runs in the student's own.
-    Returns: {"kl": nats a row, "top1": fraction, "rows": count, "sections": {name: the same three}}; means of no rows are None.
+    Returns: {"kl": nats a row, "top1": fraction, "rows": count, "sections": {name: the same three}}; means of no rows
+    are None.
     """
     head = head or find_head(student)
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
@@ -37,7 +38,9 @@ def evaluate(
         batch = to(batch, device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             row = lesson_metrics(student, head, batch)
-        columns = torch.stack([row["forward_kl"].double(), row["top1"].double(), torch.ones_like(row["top1"]).double()], dim=1)
+        columns = torch.stack(
+            [row["forward_kl"].double(), row["top1"].double(), torch.ones_like(row["top1"]).double()], dim=1
+        )
         totals.index_add_(0, batch["sections"], columns)
     student.train(training)
     if world > 1:

@@ -28,14 +28,16 @@ def load_student(
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
-        student, loading = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, output_loading_info=True)
+        student, loading = AutoModelForCausalLM.from_pretrained(
+            model, config=config, dtype=dtype, output_loading_info=True
+        )
     except (OSError, ValueError, KeyError) as e:
         reason = str(e).strip().partition("\n")[0]
         raise StudentError(f"{model} is not a causal language model that transformers can load: {reason}") from e
     if missing := sorted(loading["missing_keys"]):
         raise StudentError(
-            f"{model} lacks {len(missing)} weights of {type(student).__name__}, {missing[0]} among them: it would train from "
-            "noise; give --student a whole causal model"
+            f"{model} lacks {len(missing)} weights of {type(student).__name__}, {missing[0]} among them: it would "
+            "train from noise; give --student a whole causal model"
         )
     check_vocabulary(student, tokenizer, identity)
     find_head(student)
@@ -48,8 +50,8 @@ def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     found = tokenizer_hash(tokenizer)
     if found != identity.tokenizer_hash:
         raise StudentError(
-            f"{name} has tokenizer {found}, the cache of {identity.teacher} was made with {identity.tokenizer_hash}: token ids "
-            "would not mean the same; take a student of the teacher's family, or generate with a teacher of the student's"
+            f"{name} has tokenizer {found}, the cache of {identity.teacher} was made with {identity.tokenizer_hash}: "
+            "token ids would not mean the same; take a student of the teacher's family, or a teacher of the student's"
         )
     needed = max(tokenizer.get_vocab().values()) + 1  # a padded teacher may give ids above: those join the tail
     rows = {"embedding": student.get_input_embeddings(), "head": student.get_output_embeddings()}
@@ -85,7 +87,9 @@ def find_head(student: PreTrainedModel) -> Head:
     if module is None or student.base_model is student:
         raise StudentError(f"{name} has no base model with a head on it: give --student a causal language model")
     if hasattr(module, "lora_A"):
-        raise StudentError(f"{name}: its head carries a LoRA adapter, which the fused head would leave out: merge it first")
+        raise StudentError(
+            f"{name}: its head carries a LoRA adapter, which the fused head would leave out: merge it first"
+        )
     training = student.training
     student.eval()
     probe = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=student.device) % module.weight.shape[0]
@@ -101,7 +105,9 @@ def find_head(student: PreTrainedModel) -> Head:
         mine = mine if head.softcap is None else head.softcap * torch.tanh(mine / head.softcap)
         if torch.allclose(mine, logits, rtol=close, atol=close * logits.abs().max().item()):
             return head
-    raise StudentError(f"{name} makes its logits in a way that the fused head does not know; open an issue with its config.json")
+    raise StudentError(
+        f"{name} makes its logits in a way that the fused head does not know; open an issue with its config.json"
+    )
 
 
 def _heads(student: PreTrainedModel, module: nn.Module) -> Iterator[Head]:
@@ -123,7 +129,7 @@ def taught_hidden(student: PreTrainedModel, batch: Batch) -> Tensor:
 
 
 def lesson_loss(student: PreTrainedModel, head: Head, batch: Batch) -> Tensor:
-    """Sum over the batch's taught rows of weighted forward KL with tail bucket and cross-entropy, nats; connected zero if none."""
+    """Weighted forward KL with tail bucket and cross-entropy, summed over taught rows, nats; connected even if none."""
     return linear_sparse_divergence(
         taught_hidden(student, batch),
         head.module.weight,
@@ -154,7 +160,9 @@ def prune_layers(model: str | Path, out: str | Path, every: int = 3) -> PreTrain
     depth = fields.get("num_hidden_layers")
     stacks = [n for n, m in teacher.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
     if every < 1 or len(stacks) != 1:
-        raise StudentError(f"{model}: cannot keep every {every}-th layer: it has {len(stacks)} stacks of {depth} layers")
+        raise StudentError(
+            f"{model}: cannot keep every {every}-th layer: it has {len(stacks)} stacks of {depth} layers"
+        )
     kept = range(0, depth, every)
     for name, value in fields.items():
         if isinstance(value, list) and len(value) == depth:  # layer_types and the like

@@ -1,6 +1,7 @@
 """Training a student from a cache: a transformers Trainer with an exact loss, and the run around it.
 
-The loss of an optimiser step is the sum over its taught rows, on all ranks and in all accumulated batches, by their number.
+The loss of an optimiser step is the sum over its taught rows, on all ranks and in all accumulated batches, by their
+number.
 """
 
 import contextlib
@@ -8,6 +9,7 @@ import difflib
 import enum
 import hashlib
 import json
+import math
 import platform
 import sys
 import time
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import (
@@ -30,6 +33,7 @@ from transformers import (
     SchedulerType,
     Trainer,
     TrainerCallback,
+    TrainerState,
     TrainingArguments,
 )
 from transformers.trainer_utils import SaveStrategy
@@ -37,10 +41,10 @@ from transformers.trainer_utils import SaveStrategy
 import logitcache
 from logitcache.cache import Cache
 from logitcache.console import Progress
-from logitcache.errors import StudentError, TrainingError
+from logitcache.errors import StudentError, TrainingError, WriteError
 from logitcache.files import exclusive, publish
 from logitcache.generate import Stop
-from logitcache.student.data import Batch, StepSampler, TraceDataset, collate, split
+from logitcache.student.data import Batch, StepSampler, TraceDataset, collate, count_steps, split
 from logitcache.student.evaluate import evaluate
 from logitcache.student.model import find_head, lesson_loss, load_student
 from logitcache.student.views import SECTIONS, View
@@ -53,7 +57,9 @@ class DistillConfig(TrainingArguments):
     """TrainingArguments with what a student needs, and defaults that suit it. Batches are measured in tokens."""
 
     tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens a device is fed at a time, about."})
-    save_minutes: float | None = field(default=10.0, metadata={"help": "Minutes between checkpoints; None: save_strategy rules."})
+    save_minutes: float | None = field(
+        default=10.0, metadata={"help": "Minutes between checkpoints; None: save_strategy rules."}
+    )
     learning_rate: float = 5e-4
     warmup_steps: float = 0.05  # of all steps
     lr_scheduler_type: SchedulerType | str = "cosine"
@@ -62,7 +68,7 @@ class DistillConfig(TrainingArguments):
     eval_strategy: IntervalStrategy | str = "epoch"
     save_strategy: SaveStrategy | str = "no"
     save_total_limit: int | None = 2
-    report_to: None | str | list[str] = "none"
+    report_to: str | list[str] | None = "none"
     disable_tqdm: bool | None = True
     log_level: str = "error"
     remove_unused_columns: bool = False
@@ -73,6 +79,8 @@ class DistillConfig(TrainingArguments):
         super().__post_init__()
         if self.tokens_per_batch < 1 or self.gradient_accumulation_steps < 1:
             raise ValueError("tokens_per_batch and gradient_accumulation_steps must be at least 1")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError("num_train_epochs or max_steps must be above 0")
 
     @property
     def tokens_per_step(self) -> int:
@@ -83,7 +91,8 @@ class DistillConfig(TrainingArguments):
 class DistillTrainer(Trainer):
     """A Trainer whose examples are lessons and whose loss is the divergence from a cache's rows.
 
-    Any Trainer argument goes; `train_dataset` and `eval_dataset` are TraceDatasets. Evaluation gives eval_kl and eval_top1.
+    Any Trainer argument goes; `train_dataset` and `eval_dataset` are TraceDatasets. Evaluation gives eval_kl and
+    eval_top1.
     """
 
     def __init__(self, model: PreTrainedModel, args: DistillConfig, train_dataset: TraceDataset, **options: Any):
@@ -95,9 +104,9 @@ class DistillTrainer(Trainer):
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.stop: Stop | None = None
         self.counts = {"tokens_fed": 0, "tokens_taught": 0, "seconds": 0.0}
-        self.last_evaluation: tuple[int, dict[str, Any]] | None = None
+        self.last_evaluation: tuple[int | None, dict[str, Any]] = (None, {})  # at which step, what evaluate() found
 
-        # The loss is made inside the forward, so that whatever wraps the model (DDP, FSDP, autocast) is at work around the head too.
+        # The loss is made inside the forward, so that what wraps the model (DDP, FSDP, autocast) wraps the head.
         def forward(self: PreTrainedModel, *inputs: Any, lesson: Batch | None = None, **named: Any) -> Any:
             return type(self).forward(self, *inputs, **named) if lesson is None else lesson_loss(self, head, lesson)
 
@@ -105,7 +114,7 @@ class DistillTrainer(Trainer):
         self.add_callback(_Flow(self))
 
     def get_train_dataloader(self) -> DataLoader:
-        # Not prepared by accelerate, which would deal whole batches out to ranks: the sampler knows ranks and accumulation.
+        # Not prepared by accelerate, which would deal batches out to ranks: the sampler knows ranks and accumulation.
         self.sampler = StepSampler(
             self.train_dataset,
             self.args.tokens_per_batch,
@@ -122,11 +131,15 @@ class DistillTrainer(Trainer):
             prefetch_factor=self.args.dataloader_prefetch_factor,
         )
 
-    def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Tensor]:
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
         """The step's micro-batches, and the taught rows of the whole step over all ranks."""
         self._step_began = time.monotonic()
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor([sum(len(b["taught"]) for b in samples), sum(b["tokens"] for b in samples)], device=device)
+        counts = torch.tensor(
+            [sum(len(b["taught"]) for b in samples), sum(b["tokens"] for b in samples)], device=device
+        )
         self._reduce(counts)
         self.counts["tokens_taught"] += int(counts[0])
         self.counts["tokens_fed"] += int(counts[1])
@@ -143,13 +156,15 @@ class DistillTrainer(Trainer):
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of traces "
-                f"{', '.join(inputs['trace_ids'])}; lower the learning rate, or go on from the last checkpoint with --dtype fp32"
+                f"{', '.join(inputs['trace_ids'])}; lower the learning rate, or use --dtype fp32"
             )
         rows = len(inputs["taught"]) if num_items_in_batch is None else num_items_in_batch
         loss = loss * (self.args.world_size / max(rows, 1))
         return (loss, None) if return_outputs else loss
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         began = time.monotonic()
         found = evaluate(
             self.model,
@@ -167,11 +182,23 @@ class DistillTrainer(Trainer):
         return metrics
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+        """As Trainer.train; True goes on from the newest whole checkpoint in the output folder, if any."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir))
-        if resume_from_checkpoint and (path := Path(resume_from_checkpoint) / COUNTS_FILE).exists():
-            self.counts = json.loads(path.read_text())
-        return super().train(resume_from_checkpoint=resume_from_checkpoint or None, **options)
+        if not resume_from_checkpoint:
+            return super().train(**options)
+        path = Path(resume_from_checkpoint)
+        if (path / COUNTS_FILE).exists():
+            self.counts = json.loads((path / COUNTS_FILE).read_text())
+        state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+        epoch_steps = count_steps(self.train_dataset.lengths, self.args.tokens_per_step)
+        if state.global_step >= (
+            self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * epoch_steps)
+        ):
+            self._load_from_checkpoint(str(path))  # Trainer would take one step more
+            self.state = state
+            return None
+        return super().train(resume_from_checkpoint=str(path), **options)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
@@ -221,11 +248,14 @@ class _Report(TrainerCallback):
     def on_train_begin(self, args, state, control, **_: Any) -> None:
         self.fed = self.trainer.counts["tokens_fed"]
         self.progress = Progress(sys.stderr, state.max_steps - state.global_step, "steps").__enter__()
+        data, held, done = self.trainer.train_dataset, self.trainer.eval_dataset, state.global_step
+        self.progress.say(
+            f"{len(data)} traces to learn from, {len(held)} held out; {state.max_steps} steps of about "
+            f"{args.tokens_per_step:,} tokens" + (f", {done} of them done" if done else "")
+        )
 
     def on_log(self, args, state, control, logs: dict[str, float], **_: Any) -> None:
-        if self.progress is None or self.progress.done == state.global_step:
-            return
-        if "loss" in logs:
+        if self.progress is not None and "loss" in logs:
             self.progress.what = f"steps, loss {logs['loss']:.3f}"
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
@@ -234,9 +264,9 @@ class _Report(TrainerCallback):
         self.fed = fed
 
     def on_evaluate(self, args, state, control, metrics: dict[str, float], **_: Any) -> None:
-        if self.progress is not None and "eval_kl" in metrics:
+        if self.progress is not None and metrics.get("eval_kl") is not None:
             self.progress.say(
-                f"epoch {state.epoch:.2g}, step {state.global_step}: held-out KL {metrics['eval_kl']:.4f} nats a token, "
+                f"epoch {state.epoch:.2g}, step {state.global_step}: held-out KL {metrics['eval_kl']:.4f} nats a row, "
                 f"top-1 {metrics['eval_top1']:.1%}"
             )
 
@@ -284,12 +314,12 @@ _FREE_PREFIXES = ("dataloader_", "logging_", "log_", "save_", "eval_", "ddp_", "
 
 
 def train(options: TrainOptions) -> dict[str, Any]:
-    """Trains `options.student` from a cache into the directory `options.out`; goes on where an earlier call was stopped.
+    """Trains `options.student` from a cache into the directory `options.out`, or goes on where an earlier call stopped.
 
-    OUT then holds the model with its tokenizer, `run.json` (what was done, and how the student stood before and after) and
-    checkpoints while it lasts. Works under torchrun.
-    Returns: what run.json holds, its "status" "finished" or, after Ctrl-C or SIGTERM, "stopped" with the "signal"; "again" is
-        true where nothing was left to do.
+    OUT then holds the model with its tokenizer, `run.json` (what was done, and how the student stood before and after)
+    and checkpoints while it lasts. Works under torchrun.
+    Returns: what run.json holds, its "status" "finished" or, after Ctrl-C or SIGTERM, "stopped" with the "signal";
+        "again" is true where nothing was left to do.
     Raises: StudentError for a student, an option or an OUT that will not do; CacheError; TrainingError.
     """
     with _quiet():
@@ -306,6 +336,12 @@ def _train(options: TrainOptions) -> dict[str, Any]:
     student, tokenizer = load_student(options.student, cache.identity)
     vocab = student.get_output_embeddings().weight.shape[0]
     data, held_data = TraceDataset(cache, taught, view, vocab), TraceDataset(cache, held, view, vocab)
+    for side, name in ((data, "training"), (held_data, "held-out")):
+        if not any(len(side[i].positions) for i in range(len(side))):
+            raise StudentError(
+                f"{options.cache}: no {name} trace has rows of {', '.join(view.sections)}; teach other sections, or "
+                "generate with --prompt-logits for those of the prompt"
+            )
 
     main = config.process_index == 0
     with contextlib.ExitStack() as stack:
@@ -323,7 +359,7 @@ def _train(options: TrainOptions) -> dict[str, Any]:
         stop.patient = True
         if main:
             _publish(options.out, run)
-        trainer.train(resume_from_checkpoint=True)
+        _fit(trainer)
         run |= trainer.counts | {"steps": trainer.state.global_step}
         run["tokens_per_second"] = run["tokens_fed"] / max(run["seconds"], 1e-9)
         if trainer.state.global_step < trainer.state.max_steps:
@@ -336,6 +372,21 @@ def _train(options: TrainOptions) -> dict[str, Any]:
         if main:
             _publish(options.out, run)
     return run
+
+
+def _fit(trainer: DistillTrainer) -> None:
+    """Trains on; what the machine lacks becomes one line."""
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    except torch.OutOfMemoryError as e:
+        raise TrainingError(
+            f"out of memory with {trainer.args.tokens_per_batch} tokens a batch; lower --tokens-per-batch, or "
+            "--set gradient_checkpointing=true, and run the same command again"
+        ) from e
+    except (OSError, SafetensorError) as e:
+        raise WriteError(
+            f"{trainer.args.output_dir}: {e}; the checkpoint before is whole: mend that and run the same command again"
+        ) from e
 
 
 def configure(options: TrainOptions) -> DistillConfig:
@@ -373,7 +424,11 @@ def _parse(name: str, value: Any) -> Any:
         raise StudentError(f"--set {name}: there is no such training argument; did you mean {near!r}?")
     text = value if isinstance(value, str) else json.dumps(value)
     kind = kinds[name]
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union else (kind,)
+    options = (
+        typing.get_args(kind)
+        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
+        else (kind,)
+    )
     if text.lower() in ("none", "null") and (type(None) in options):
         return None
     for option in options:
@@ -383,9 +438,8 @@ def _parse(name: str, value: Any) -> Any:
                 return text.lower() == "true"
             if base in (int, float):
                 return base(text)
-            if base in (dict, list):
-                if isinstance(found := json.loads(text), base):
-                    return found
+            if base in (dict, list) and isinstance(found := json.loads(text), base):
+                return found
             if isinstance(base, type) and issubclass(base, enum.Enum):
                 return base(text)
     choices = [m.value for o in options if isinstance(o, type) and issubclass(o, enum.Enum) for m in o]
@@ -438,7 +492,8 @@ def _claim(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
             key = next(k for k in [*there, *here] if there.get(k) != here.get(k))
             name, there, here = f"{name}.{key}", there.get(key), here.get(key)
         raise StudentError(
-            f"{out} was made with {name} = {there!r}, this run has {here!r}; set it as it was, or give --out a new directory"
+            f"{out} was made with {name} = {there!r}, this run has {here!r}; set it as it was, or give --out a new "
+            "directory"
         )
     return found
 

@@ -1,8 +1,9 @@
 """Views: a pure function from a trace to what a student is fed and which cached rows it is taught.
 
-The student's output at input position t predicts token t + 1, so in an uncut trace row r, the teacher's distribution of token
-``row_start + r``, is taught at position ``row_start + r - 1``. Sections choose among the rows by the token they belong to.
-Both delimiters belong to the reasoning: the one opens it, the other ends it, and a student taught reasoning must do both.
+The student's output at input position t predicts token t + 1, so in an uncut trace row r, the teacher's distribution of
+token ``row_start + r``, is taught at position ``row_start + r - 1``. Sections choose among the rows by the token they
+belong to. Both delimiters belong to the reasoning: the one opens it, the other ends it, and a student taught reasoning
+must do both.
 """
 
 import difflib
@@ -22,10 +23,11 @@ NOT_TAUGHT = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Lesson:
-    """What a student sees of one trace. Nothing after the last taught position is fed: it could not change a taught row.
+    """What a student sees of one trace. Nothing after the last taught position is fed: it could change no taught row.
 
     input_ids: int64 [T]; row: int64 [T], the cached row taught at each position, or NOT_TAUGHT;
-    kd, ce: float32 [T], weights of the divergence and of the cross-entropy with the realised token, 0 where nothing is taught.
+    kd, ce: float32 [T], weights of the divergence and of the cross-entropy with the realised token, 0 where nothing is
+    taught.
     """
 
     input_ids: np.ndarray
@@ -62,7 +64,9 @@ class View:
 
     def __call__(self, trace: Trace) -> Lesson:
         input_ids, row_T = VIEWS[self.name](trace)
-        row_T = np.where(np.isin(section_of(trace, row_T), [list(SECTIONS).index(s) for s in self.sections]), row_T, NOT_TAUGHT)
+        row_T = np.where(
+            np.isin(section_of(trace, row_T), [list(SECTIONS).index(s) for s in self.sections]), row_T, NOT_TAUGHT
+        )
         taught_T = row_T != NOT_TAUGHT
         fed = int(taught_T.nonzero()[0][-1]) + 1 if taught_T.any() else 0
         kd_T = taught_T[:fed].astype(np.float32)

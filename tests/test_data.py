@@ -2,7 +2,6 @@ import pickle
 
 import numpy as np
 import pytest
-from tests import tiny
 import torch
 
 from logitcache.errors import StudentError
@@ -20,6 +19,7 @@ from logitcache.student.data import (
 )
 from logitcache.student.views import View
 from logitcache.topk import SparseRows
+from tests import tiny
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,9 @@ def test_a_batch_names_for_each_taught_position_the_row_of_the_next_token(data):
 
 def test_a_batch_of_traces_with_nothing_to_teach_is_a_dummy(data):
     nothing = TraceDataset(data.cache, view=View(sections=("answer",)))[0]
-    nothing = type(nothing)(nothing.trace_id, nothing.input_ids[:0], nothing.positions[:0], nothing.rows[:0], *[np.zeros(0)] * 4)
+    nothing = type(nothing)(
+        nothing.trace_id, nothing.input_ids[:0], nothing.positions[:0], nothing.rows[:0], *[np.zeros(0)] * 4
+    )
     for examples in ([], [nothing]):
         batch = collate(examples)
         assert (len(batch["taught"]), batch["tokens"], batch["groups"][0].shape) == (0, 0, (1, 1))

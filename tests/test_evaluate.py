@@ -28,7 +28,9 @@ def test_evaluation_is_the_mean_over_all_taught_rows_and_over_those_of_a_section
     found = evaluate(student, data, tokens_per_batch=100)
     batch = collate([data[i] for i in range(len(data))])
     with torch.no_grad():
-        logits = torch.cat([student(input_ids=g, use_cache=False).logits.flatten(0, 1) for g in batch["groups"]])[batch["taught"]]
+        logits = torch.cat([student(input_ids=g, use_cache=False).logits.flatten(0, 1) for g in batch["groups"]])[
+            batch["taught"]
+        ]
     kl_N = sparse_divergence(logits, targets(batch)).double()
     top_N = logits.argmax(dim=1) == batch["ids"][batch["offsets"][:-1]]
     assert found["rows"] == len(kl_N) == int(data.lengths.sum()) - len(data)

@@ -1,4 +1,5 @@
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from logitcache.student.model import find_head, lesson_loss, lesson_metrics, loa
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
 
-SMALL = {
+SMALL: dict[str, Any] = {
     "vocab_size": tiny.VOCAB,
     "hidden_size": 32,
     "intermediate_size": 64,

@@ -163,6 +163,31 @@ class TestInterpretedOrOnAGpu:
         assert float(logits_NV[0, 1:].sum()) == pytest.approx(-0.5, abs=1e-5)
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU, test_linear.py does this")
+@pytest.mark.parametrize("vocab", [32, 1003])
+def test_the_grid_of_the_fused_head_with_the_kernel_in_its_place(monkeypatch, vocab):
+    """What the CUDA path does, launches and gradient scaling included, but for the device."""
+    from logitcache.kernels import linear
+    from logitcache.kernels import sparse_divergence as rows
+
+    targets = teacher(vocab, 8)
+    targets = SparseTargets(
+        targets.offsets, targets.ids, targets.logprobs.float(), targets.log_tail.float(), targets.labels
+    )
+    generator = torch.Generator().manual_seed(2)
+    leaves = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((5, 8), (vocab, 8), (vocab,))]
+    found = []
+    for module in (None, rows):
+        monkeypatch.setattr(linear, "_triton_rows", lambda *_, module=module: module)
+        loss = linear.linear_sparse_divergence(
+            *leaves[:2], targets, bias_V=leaves[2], ce_weight=0.3, weights_N=torch.arange(5.0), chunk_rows=2
+        )
+        metrics = linear.linear_sparse_metrics(*leaves[:2], targets, bias_V=leaves[2], chunk_rows=2)
+        found.append([loss.detach(), *torch.autograd.grad(loss / 7, leaves), *metrics.values()])
+    for reference, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
+
+
 if not INTERPRETED:
 
     def interpret(which: str) -> None:

@@ -218,12 +218,16 @@ def test_the_five_lines_of_the_library_train_a_student(home, tmp_path):
     cache = module.Cache.open(home / "cache")
     student, tokenizer = module.load_student(home / "model", cache.identity)
     taught, held = (TraceDataset(cache, side) for side in module.split(cache.prompt_ids, 0.2))
-    config = DistillConfig(str(tmp_path / "out"), num_train_epochs=2, use_cpu=True, tokens_per_batch=130, learning_rate=1e-2)
+    config = DistillConfig(
+        str(tmp_path / "out"), num_train_epochs=2, use_cpu=True, tokens_per_batch=130, learning_rate=1e-2
+    )
     run = DistillTrainer(student, config, taught, eval_dataset=held, processing_class=tokenizer)
     before = run.evaluate()["eval_kl"]
     run.train()
     assert run.evaluate()["eval_kl"] < before
-    assert student(input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, tiny.VOCAB), "the model is still called as ever"
+    assert student(input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, tiny.VOCAB), (
+        "the model is still called as ever"
+    )
 
 
 TRAIN = """
@@ -240,13 +244,21 @@ print(json.dumps(run, default=str))
 def launch(options: TrainOptions, ranks: int = 1) -> dict:
     """The same in processes of its own, `ranks` of them over gloo."""
     text = json.dumps({k: v for k, v in options.__dict__.items() if v is not None}, default=str)
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "OMP_NUM_THREADS": "1"}
+    shared = os.environ | {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(20000 + os.getpid() % 20000),
+        "OMP_NUM_THREADS": "1",
+    }
     processes = []
     for rank in range(ranks):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-c", TRAIN, text], env=shared | own, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+                [sys.executable, "-c", TRAIN, text],
+                env=shared | own,
+                cwd=ROOT,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
             )
         )
     out, err = processes[0].communicate(timeout=240)

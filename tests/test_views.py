@@ -2,13 +2,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from tests import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from logitcache.errors import StudentError
 from logitcache.sections import Sections
 from logitcache.student.views import NOT_TAUGHT, SECTIONS, View, section_of
+from tests import tiny
 
 
 def hand_made(row_start: int = 1):

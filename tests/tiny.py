@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,8 +41,18 @@ def tokenizer(vocab: int = VOCAB, prefix: str = "w") -> PreTrainedTokenizerFast:
 
 def model(vocab: int = VOCAB, seed: int = 0, layers: int = 2, **config) -> LlamaForCausalLM:
     torch.manual_seed(seed)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 1}
-    options = sizes | {"max_position_embeddings": 128, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": True}
+    sizes: dict[str, Any] = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+    }
+    options = sizes | {
+        "max_position_embeddings": 128,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "tie_word_embeddings": True,
+    }
     return LlamaForCausalLM(LlamaConfig(vocab_size=vocab, num_hidden_layers=layers, **options | config)).eval()
 
 
@@ -77,8 +88,10 @@ def bigram(vocab: int = VOCAB) -> np.ndarray:
     return logits_VV - np.log(np.exp(logits_VV).sum(axis=1, keepdims=True))
 
 
-def trace(i: int, tokens: list[int], logp_RV: np.ndarray, *, prompts: int = 1, top_k: int = 8, row_start: int = 1) -> Trace:
-    """Trace i with the teacher's log-probabilities of tokens row_start and on; all five sections where it is long enough."""
+def trace(
+    i: int, tokens: list[int], logp_RV: np.ndarray, *, prompts: int = 1, top_k: int = 8, row_start: int = 1
+) -> Trace:
+    """Trace i with the teacher's log-probabilities of tokens row_start and on; five sections if it is long enough."""
     length, vocab = len(tokens), logp_RV.shape[1]
     ids_RK = np.argsort(-logp_RV, axis=1, kind="stable")[:, :top_k]
     rows = from_topk(ids_RK, np.take_along_axis(logp_RV, ids_RK, axis=1).astype(np.float32), vocab)
@@ -125,7 +138,7 @@ def write_cache(path: Path, made: list[Trace] | None = None, *, shards: int = 2)
     manifest.create_or_match(path, identity())
     for number in range(shards):
         part = made[number * len(made) // shards : (number + 1) * len(made) // shards]
-        shard.write(path / shard.DIRECTORY, number, [shard.EncodedTrace.of(t, None) for t in part], None, {})
+        shard.write(path / shard.DIRECTORY, number, [shard.EncodedTrace.of(t) for t in part], VOCAB, {})
     return Cache.open(path)
 
 
