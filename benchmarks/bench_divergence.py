@@ -172,9 +172,10 @@ def implementations(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]
 
 
 def products(p: Problem) -> None:
-    """The three matrix products and nothing else, in our chunks."""
+    """The three matrix products and nothing else: in our chunks on a GPU, of all rows at once on a CPU."""
     hidden_NH, weight_VH = p.hidden_NH.detach(), p.weight_VH.detach()
-    rows = linear.default_rows(p.case.N, p.case.V, p.case.H, hidden_NH.dtype, hidden_NH.device)
+    device = hidden_NH.device
+    rows = linear.default_rows(p.case.N, p.case.V, p.case.H, hidden_NH.dtype, device) if hidden_NH.is_cuda else p.case.N
     logits_CV = hidden_NH.new_empty(min(rows, p.case.N), p.case.V)
     grad_NH, grad_VH = torch.empty_like(hidden_NH), torch.empty_like(weight_VH)
     for start in range(0, p.case.N, rows):

@@ -296,37 +296,38 @@ def sparse_divergence_(
         return values
     r, lanes, warps = tile(vocab, logits_NV.dtype, num_warps, vectors)
     nothing = targets.log_tail
-    _row_kernel[(n,)](
-        logits_NV,
-        targets.offsets,
-        targets.ids,
-        targets.logprobs,
-        targets.log_tail,
-        nothing if targets.labels is None else targets.labels,
-        nothing if weights_N is None else weights_N,
-        nothing if ce_weights_N is None else ce_weights_N,
-        *values,
-        stride,
-        vocab,
-        stored,
-        objective.mix,
-        objective.temperature,
-        objective.softcap or 1.0,
-        objective.logit_scale,
-        DIVERGENCE=objective.divergence,
-        TAIL=objective.tail,
-        LABELS=targets.labels is not None,
-        WEIGHTS=weights_N is not None,
-        CE_WEIGHTS=ce_weights_N is not None,
-        SOFTCAP=objective.softcap is not None,
-        SCALE=objective.logit_scale != 1.0,
-        GRAD=grad,
-        K=max(triton.next_power_of_2(most_k), 16),
-        R=r,
-        L=lanes,
-        num_warps=warps,
-        enable_fp_fusion=True,
-    )
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device, whatever its arguments are on
+        _row_kernel[(n,)](
+            logits_NV,
+            targets.offsets,
+            targets.ids,
+            targets.logprobs,
+            targets.log_tail,
+            nothing if targets.labels is None else targets.labels,
+            nothing if weights_N is None else weights_N,
+            nothing if ce_weights_N is None else ce_weights_N,
+            *values,
+            stride,
+            vocab,
+            stored,
+            objective.mix,
+            objective.temperature,
+            objective.softcap or 1.0,
+            objective.logit_scale,
+            DIVERGENCE=objective.divergence,
+            TAIL=objective.tail,
+            LABELS=targets.labels is not None,
+            WEIGHTS=weights_N is not None,
+            CE_WEIGHTS=ce_weights_N is not None,
+            SOFTCAP=objective.softcap is not None,
+            SCALE=objective.logit_scale != 1.0,
+            GRAD=grad,
+            K=max(triton.next_power_of_2(most_k), 16),
+            R=r,
+            L=lanes,
+            num_warps=warps,
+            enable_fp_fusion=True,
+        )
     return values
 
 
@@ -345,7 +346,8 @@ def scale_(values: Tensor, factor: Tensor) -> Tensor:
     """values *= factor, a one-element tensor; memory is not touched where the factor is 1."""
     if values.numel():
         block = 8192
-        _scale_kernel[(triton.cdiv(values.numel(), block),)](
-            values, factor, values.numel(), BLOCK=block, num_warps=8, enable_fp_fusion=True
-        )
+        with torch.cuda.device_of(values):
+            _scale_kernel[(triton.cdiv(values.numel(), block),)](
+                values, factor, values.numel(), BLOCK=block, num_warps=8, enable_fp_fusion=True
+            )
     return values

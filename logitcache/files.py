@@ -55,15 +55,12 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises: ShardCorruptError if a byte differs.
     """
     data = path.read_bytes()
-    try:
+    with contextlib.suppress(ValueError, KeyError, TypeError):
         fields = json.loads(data)
         del fields["check"]
-        whole = _render(fields) == data
-    except (ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        raise ShardCorruptError(f"{path}: not the bytes that were written, by its checksum; restore it from a copy")
-    return fields
+        if _render(fields) == data:
+            return fields
+    raise ShardCorruptError(f"{path}: not the bytes that were written, by its checksum; restore it from a copy")
 
 
 def _render(fields: dict[str, Any]) -> bytes:

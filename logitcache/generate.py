@@ -150,6 +150,7 @@ def generate(options: GenerateOptions) -> Summary:
     """
     source = prompts.load(options.source, options.limit)
     facts = teacher.inspect(options.spec)
+    teacher.render(facts, source.prompts[0], options.spec.template_args)  # what it refuses, it refuses now
     identity = identify(options, facts)
     manifest.create_or_match(options.out, identity)
     with exclusive(options.out / ".lock", str(options.out)):
@@ -200,7 +201,7 @@ class _Run:
             try:
                 engine = Engine(self.options.spec)
             except EngineError as e:
-                raise self._with_cause(e) from e
+                raise self._explain(e) from e
             stack.callback(engine.close)
             self.summary.load_seconds = time.monotonic() - began
             stop.patient = True
@@ -209,7 +210,7 @@ class _Run:
                 self._drive(engine, missing, stop)
             except EngineError as e:
                 if not stop.signal:  # a Ctrl-C reaches the engine's processes too
-                    raise self._with_cause(e) from e
+                    raise self._explain(e) from e
             finally:
                 self.summary.seconds = self.progress.seconds
                 self._publish_rest()
@@ -309,11 +310,10 @@ class _Run:
         shard.write(self.options.out / shard.DIRECTORY, number, traces, self.identity.vocab_size, provenance)
         self.summary.made += len(traces)
 
-    def _with_cause(self, error: EngineError) -> EngineError:
-        cause = teacher.cause_in(self.log)
+    def _explain(self, error: EngineError) -> EngineError:
+        what = ": ".join(filter(None, (str(error), teacher.cause_in(self.log))))
         return EngineError(
-            f"{cause or error}; everything published is safe: mend the cause and run the same command again "
-            f"(log: {self.log})"
+            f"{what}; everything published is safe: mend that and run the same command again ({self.log})"
         )
 
 

@@ -156,9 +156,8 @@ def find(pieces: Sequence[str | None], prompt_length: int, markers: Markers) -> 
     tokens, length = TokenText(pieces), len(pieces)
     text, split = tokens.text, tokens.starts[prompt_length] if prompt_length < length else len(tokens.text)
     if markers.closing is None:
-        return Sections(
-            prompt_length, prompt_length, *[_answer_start(tokens, split, prompt_length, markers)] * 2, length
-        )
+        answer = _answer_start(tokens, split, prompt_length, markers)
+        return Sections(prompt_length, prompt_length, answer, answer, length)
 
     opening, closing = re.escape(markers.opening or ""), re.escape(markers.closing)
     if head := re.search(rf"{opening}\s*{closing}\s*\Z", text[:split]):

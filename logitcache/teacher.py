@@ -1,5 +1,6 @@
 """The teacher: what is known of it before it runs, and vLLM behind a small face. The only file that imports vllm."""
 
+import importlib
 import importlib.metadata
 import importlib.util
 import itertools
@@ -174,7 +175,7 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
             f"--top-k {spec.top_k}: the teacher's vocabulary has {text.vocab_size} tokens; ask for at most so many"
         )
     try:
-        eos = GenerationConfig.from_pretrained(spec.model, revision=spec.revision).eos_token_id
+        eos = GenerationConfig.from_pretrained(spec.model, revision=spec.revision or "main").eos_token_id
     except OSError:
         eos = None
     eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
@@ -203,7 +204,7 @@ def render(facts: TeacherFacts, prompt: Prompt, template_args: dict[str, Any]) -
             f"prompt {prompt.id!r} has `messages`, and the teacher has no chat template; give `prompt` text"
         )
     try:
-        text = facts.tokenizer.apply_chat_template(
+        text: Any = facts.tokenizer.apply_chat_template(
             prompt.content, tokenize=False, add_generation_prompt=True, **template_args
         )
     except Exception as e:  # templates raise what they like
@@ -215,7 +216,7 @@ def pieces(facts: TeacherFacts, token_ids: list[int]) -> list[str | None]:
     """The text each token adds, special tokens included; None where it waits for a later one to become a character."""
     backend = getattr(facts.tokenizer, "backend_tokenizer", None)
     if backend is None:  # a slow tokenizer: characters that span tokens are lost, markers are still found
-        return [facts.tokenizer.decode([i]) for i in token_ids]
+        return [str(facts.tokenizer.decode([i])) for i in token_ids]
     from tokenizers.decoders import DecodeStream
 
     stream = DecodeStream(skip_special_tokens=False)
@@ -284,7 +285,9 @@ class Engine:
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
         except Exception as e:
-            raise EngineError(f"vLLM cannot start: {_first_line(e)}") from e
+            raise EngineError(
+                "vLLM cannot start" if "root cause above" in str(e) else f"vLLM cannot start: {_first_line(e)}"
+            ) from e
         threading.Thread(target=_wake_on_death, args=(self._engine.engine_core,), daemon=True).start()
         self.max_model_len: int = self._engine.vllm_config.model_config.max_model_len
         self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
@@ -382,7 +385,7 @@ def _use_typed_rows() -> None:
 
     typed = _typed_rows()
     try:
-        from vllm.v1.engine import logprobs as module
+        module: Any = importlib.import_module("vllm.v1.engine.logprobs")
 
         trial = typed()
         trial.append(None)
@@ -431,17 +434,10 @@ def end_with_parent() -> None:
 
 
 def cause_in(log: Path) -> str | None:
-    """The first error that an engine's log names, on one line: the root, not what followed from it."""
-    pattern = re.compile(r"(?:^|\s|\])\s*((?:[A-Za-z_.]*(?:Error|Exception|Killed)|RuntimeError): .+)$")
-    follow = ("EngineCore encountered", "Engine core initialization failed", "WorkerProc initialization failed")
-    try:
-        lines = log.read_text(errors="replace").splitlines()
-    except OSError:
-        return None
-    for line in lines:
-        if (match := pattern.search(line)) and not any(f in line for f in follow):
-            return match.group(1).strip()[:500]
-    return None
+    """The first exception that an engine's log reports, on one line: the root, not what followed from it."""
+    report = re.compile(r" ERROR .*\] ((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
+    with log.open(errors="replace") as lines:
+        return next((m.group(1).strip()[:500] for line in lines if (m := report.search(line))), None)
 
 
 def _refuse_unknown(option: str, given: dict[str, Any], known: set[str]) -> None:

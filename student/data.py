@@ -9,7 +9,7 @@ length to keep padding small.
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from logitcache.cache import Cache
 from logitcache.errors import StudentError
 from logitcache.kernels.reference import SparseTargets
-from logitcache.student.views import NOT_TAUGHT, View, section_of
+from logitcache.schema import Trace
+from logitcache.student.views import NOT_TAUGHT, Lesson, View, section_of
 from logitcache.topk import SparseRows
 
 # N taught rows, T input positions of a trace, B traces of a batch, E entries of all its rows.
@@ -52,7 +53,11 @@ class TraceDataset(Dataset[Example]):
     """
 
     def __init__(
-        self, cache: Cache, indices: np.ndarray | None = None, view: View | None = None, vocab: int | None = None
+        self,
+        cache: Cache,
+        indices: np.ndarray | None = None,
+        view: Callable[[Trace], Lesson] | None = None,
+        vocab: int | None = None,
     ):
         self.cache, self.view, self.vocab = cache, view or View(), vocab
         self.indices = np.arange(len(cache)) if indices is None else np.asarray(indices)

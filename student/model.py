@@ -1,6 +1,7 @@
 """The student: loading it, holding it against a cache, and running its head on the taught rows only."""
 
 import re
+import typing
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,12 +29,11 @@ def load_student(
     try:
         config = AutoConfig.from_pretrained(model)
         tokenizer = AutoTokenizer.from_pretrained(model)
-        student, loading = AutoModelForCausalLM.from_pretrained(
-            model, config=config, dtype=dtype, output_loading_info=True
-        )
+        loaded: Any = AutoModelForCausalLM.from_pretrained(model, config=config, dtype=dtype, output_loading_info=True)
     except (OSError, ValueError, KeyError) as e:
         reason = str(e).strip().partition("\n")[0]
         raise StudentError(f"{model} is not a causal language model that transformers can load: {reason}") from e
+    student, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise StudentError(
             f"{model} lacks {len(missing)} weights of {type(student).__name__}, {missing[0]} among them: it would "
@@ -69,7 +69,7 @@ def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
 class Head:
     """From a hidden state to logits: softcap(logit_scale * (h W^T + b)). The module, since its weight may move."""
 
-    module: nn.Module
+    module: nn.Linear
     logit_scale: float = 1.0
     softcap: float | None = None
 
@@ -83,7 +83,7 @@ def find_head(student: PreTrainedModel) -> Head:
 
     Raises: StudentError for a model whose logits are made otherwise, and for one that looks ahead.
     """
-    name, module = type(student).__name__, student.get_output_embeddings()
+    name, module = type(student).__name__, typing.cast(nn.Linear | None, student.get_output_embeddings())
     if module is None or student.base_model is student:
         raise StudentError(f"{name} has no base model with a head on it: give --student a causal language model")
     if hasattr(module, "lora_A"):
@@ -110,7 +110,7 @@ def find_head(student: PreTrainedModel) -> Head:
     )
 
 
-def _heads(student: PreTrainedModel, module: nn.Module) -> Iterator[Head]:
+def _heads(student: PreTrainedModel, module: nn.Linear) -> Iterator[Head]:
     """What published models do: Gemma caps, Granite divides, Cohere and others multiply."""
     config = student.config.get_text_config()
     caps = [c for c in (getattr(config, "final_logit_softcapping", None),) if c] + [None]
@@ -157,9 +157,9 @@ def prune_layers(model: str | Path, out: str | Path, every: int = 3) -> PreTrain
     """
     teacher = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     fields = teacher.config.to_dict()
-    depth = fields.get("num_hidden_layers")
+    depth: int = fields.get("num_hidden_layers") or 0
     stacks = [n for n, m in teacher.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if every < 1 or len(stacks) != 1:
+    if every < 1 or depth < 1 or len(stacks) != 1:
         raise StudentError(
             f"{model}: cannot keep every {every}-th layer: it has {len(stacks)} stacks of {depth} layers"
         )

@@ -60,7 +60,7 @@ class DistillConfig(TrainingArguments):
     save_minutes: float | None = field(
         default=10.0, metadata={"help": "Minutes between checkpoints; None: save_strategy rules."}
     )
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-4
     warmup_steps: float = 0.05  # of all steps
     lr_scheduler_type: SchedulerType | str = "cosine"
     logging_steps: float = 1
@@ -95,11 +95,15 @@ class DistillTrainer(Trainer):
     eval_top1.
     """
 
+    args: DistillConfig
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+
     def __init__(self, model: PreTrainedModel, args: DistillConfig, train_dataset: TraceDataset, **options: Any):
         if args.n_gpu > 1:  # no DataParallel: one process drives one device, torchrun starts more of them
             args._n_gpu = 1
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
-        self.args: DistillConfig = args
         self.head = head = find_head(model)
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
         self.stop: Stop | None = None
@@ -181,12 +185,14 @@ class DistillTrainer(Trainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def train(self, resume_from_checkpoint: str | bool | None = None, **options: Any) -> Any:
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
         """As Trainer.train; True goes on from the newest whole checkpoint in the output folder, if any."""
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir))
+            resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir or "."))
         if not resume_from_checkpoint:
-            return super().train(**options)
+            return super().train(None, trial, ignore_keys_for_eval)
         path = Path(resume_from_checkpoint)
         if (path / COUNTS_FILE).exists():
             self.counts = json.loads((path / COUNTS_FILE).read_text())
@@ -198,7 +204,7 @@ class DistillTrainer(Trainer):
             self._load_from_checkpoint(str(path))  # Trainer would take one step more
             self.state = state
             return None
-        return super().train(resume_from_checkpoint=str(path), **options)
+        return super().train(str(path), trial, ignore_keys_for_eval)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
@@ -243,7 +249,8 @@ class _Report(TrainerCallback):
     """Steps, speed and losses for a person; the training loop's own dictionaries stay in its history."""
 
     def __init__(self, trainer: DistillTrainer):
-        self.trainer, self.fed, self.progress = trainer, 0, None
+        self.trainer, self.fed = trainer, 0
+        self.progress: Any = None
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
         self.fed = self.trainer.counts["tokens_fed"]
@@ -254,16 +261,17 @@ class _Report(TrainerCallback):
             f"{args.tokens_per_step:,} tokens" + (f", {done} of them done" if done else "")
         )
 
-    def on_log(self, args, state, control, logs: dict[str, float], **_: Any) -> None:
-        if self.progress is not None and "loss" in logs:
-            self.progress.what = f"steps, loss {logs['loss']:.3f}"
+    def on_log(self, args, state, control, **found: Any) -> None:
+        if self.progress is not None and "loss" in found["logs"]:
+            self.progress.what = f"steps, loss {found['logs']['loss']:.3f}"
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
         fed = self.trainer.counts["tokens_fed"]
         self.progress.add(1, fed - self.fed)
         self.fed = fed
 
-    def on_evaluate(self, args, state, control, metrics: dict[str, float], **_: Any) -> None:
+    def on_evaluate(self, args, state, control, **found: Any) -> None:
+        metrics = found["metrics"]
         if self.progress is not None and metrics.get("eval_kl") is not None:
             self.progress.say(
                 f"epoch {state.epoch:.2g}, step {state.global_step}: held-out KL {metrics['eval_kl']:.4f} nats a row, "
@@ -334,7 +342,7 @@ def _train(options: TrainOptions) -> dict[str, Any]:
     if before.get("status") == "finished":
         return before | {"again": True}
     student, tokenizer = load_student(options.student, cache.identity)
-    vocab = student.get_output_embeddings().weight.shape[0]
+    vocab = find_head(student).module.weight.shape[0]
     data, held_data = TraceDataset(cache, taught, view, vocab), TraceDataset(cache, held, view, vocab)
     for side, name in ((data, "training"), (held_data, "held-out")):
         if not any(len(side[i].positions) for i in range(len(side))):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from logitcache.cache import Cache
-from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, WriteError
+from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, TeacherError, WriteError
 from logitcache.files import exclusive
 from logitcache.generate import GenerateOptions, generate
 from logitcache.sections import Markers
@@ -88,9 +88,7 @@ def test_the_engine_always_has_a_queue_until_the_prompts_run_out(engine, prompts
 def test_a_dead_engine_loses_nothing_that_finished(engine, prompts, tmp_path) -> None:
     engine.steps_before_failure, engine.failure = 15, EngineError("vLLM died: boom")
     source = prompts(20)
-    with pytest.raises(
-        EngineError, match=r"boom; everything published is safe: mend the cause and run the same command"
-    ):
+    with pytest.raises(EngineError, match=r"boom; everything published is safe: mend that and run the same command"):
         generate(options(source, tmp_path / "c"))
     finished = engine.last.made
     assert 0 < len(finished) < 20
@@ -160,6 +158,14 @@ def test_a_changed_setting_is_refused_before_the_engine_starts(engine, prompts, 
     with pytest.raises(IdentityError, match=re.escape("sampling.temperature = 1.0, this run has 0.5")):
         generate(options(prompts(3), tmp_path / "c", temperature=0.5))
     assert engine.started == 1
+
+
+def test_messages_without_a_chat_template_are_refused_before_anything_is_made(engine, tmp_path) -> None:
+    (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}')
+    with pytest.raises(TeacherError, match="has no chat template; give `prompt` text"):
+        generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+    assert engine.started == 0
 
 
 def test_a_second_writer_is_refused(engine, prompts, tmp_path) -> None:

@@ -122,13 +122,13 @@ def test_a_batch_with_nothing_to_teach_is_a_connected_zero():
     loss.backward()
     assert loss == 0
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())
-    assert student.model.layers[0].self_attn.q_proj.weight.grad is not None
+    assert dict(student.named_parameters())["model.layers.0.self_attn.q_proj.weight"].grad is not None
 
 
 def test_pruning_keeps_every_third_layer_and_all_else(tmp_path):
     torch.manual_seed(0)
-    config = Gemma2Config(**SMALL | {"num_hidden_layers": 7}, head_dim=16)
-    Gemma2ForCausalLM(config).to(torch.bfloat16).save_pretrained(tmp_path / "teacher")
+    deep: dict[str, Any] = SMALL | {"num_hidden_layers": 7, "head_dim": 16}
+    Gemma2ForCausalLM(Gemma2Config(**deep)).bfloat16().save_pretrained(tmp_path / "teacher")
     tiny.tokenizer().save_pretrained(tmp_path / "teacher")
     prune_layers(tmp_path / "teacher", tmp_path / "student", every=3)
     before = AutoModelForCausalLM.from_pretrained(tmp_path / "teacher", dtype="auto")

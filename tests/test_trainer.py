@@ -103,6 +103,15 @@ def test_bad_input_is_refused_before_anything_is_written(options, tmp_path):
     assert not options().out.exists()
 
 
+def test_sections_without_rows_are_refused(options, home):
+    bare = home / "bare"
+    made = [tiny.trace(i, list(range(3, 20)), tiny.bigram()[9:18], row_start=8, prompts=4) for i in range(8)]
+    tiny.write_cache(bare, made)
+    with pytest.raises(StudentError, match=r"no training trace has rows of prompt;.*--prompt-logits"):
+        train(TrainOptions(**options(sections=("prompt",)).__dict__ | {"cache": bare}))
+    assert not options().out.exists()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "value"),
     [
@@ -135,7 +144,7 @@ def test_a_setting_that_does_not_fit_says_what_would(options, name, text, messag
         configure(options(set={name: text}))
 
 
-@pytest.mark.parametrize("accumulation", [2, 5])
+@pytest.mark.parametrize("accumulation", [pytest.param(2, marks=pytest.mark.slow), 5])
 def test_accumulated_batches_equal_one_batch(options, accumulation):
     # 130 tokens a step either way; at 5 x 26 some micro-batches hold nothing. Only the order of sums differs.
     plain = {"optim": "sgd", "save_strategy": "no"}
@@ -167,7 +176,8 @@ def stop_at(monkeypatch, step: int) -> None:
     monkeypatch.setattr(DistillTrainer, "compute_loss", interrupted)
 
 
-@pytest.mark.parametrize("step", [1, 4, 6])  # in the first epoch, at its end, in the second
+# In the first epoch, at its end, in the second.
+@pytest.mark.parametrize("step", [*(pytest.param(s, marks=pytest.mark.slow) for s in (1, 4)), 6])
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypatch, step):
     whole, cut = options("whole"), options("cut")
     expected = train(whole)
@@ -184,6 +194,18 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypa
     assert resumed["eval_after"] == expected["eval_after"]
     assert resumed["tokens_fed"] == expected["tokens_fed"]
     assert history(resumed, "loss") == history(expected, "loss")
+
+
+def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(options):
+    opts = options(max_steps=6, set={"save_strategy": "steps", "save_steps": "3"})
+    expected, record = train(opts), opts.out / "run.json"
+    finished = weights(opts.out)
+    (opts.out / "model.safetensors").unlink()
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+    resumed = train(opts)
+    assert (resumed["status"], resumed["steps"]) == ("finished", 6)
+    assert resumed["tokens_fed"] == expected["tokens_fed"]
+    assert same(weights(opts.out), finished)
 
 
 def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
@@ -208,6 +230,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_traces(options, home):
         run.train()
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_weights(options):
     opts = options(dtype="bf16")
     assert train(opts)["eval_after"]["kl"] > 0

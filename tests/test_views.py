@@ -69,7 +69,7 @@ def test_a_view_never_teaches_a_row_whose_context_the_student_was_not_given(data
     sections = data.draw(st.lists(st.sampled_from(list(SECTIONS)), min_size=1, unique=True))
     tokens = data.draw(st.lists(st.integers(3, 63), min_size=length, max_size=length))
     trace = tiny.trace(0, tokens, tiny.bigram()[tokens[row_start - 1 : -1]], row_start=row_start)
-    trace = replace(trace, sections=Sections(*bounds, length))
+    trace = replace(trace, sections=Sections(bounds[0], bounds[1], bounds[2], bounds[3], length))
     lesson = View(sections=tuple(sections))(trace)
     for position, row in taught(lesson).items():
         assert lesson.input_ids[: position + 1].tolist() == tokens[: row_start + row]

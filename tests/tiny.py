@@ -100,7 +100,7 @@ def trace(
         prompt_id=f"p{i % prompts}",
         sample_index=i // prompts,
         token_ids=np.array(tokens, np.int32),
-        sections=Sections(*np.linspace(0, length, 6).astype(int)[1:-1].tolist(), length),
+        sections=Sections(length // 5, length * 2 // 5, length * 3 // 5, length * 4 // 5, length),
         row_start=row_start,
         rows=rows,
         token_logprob=logp_RV[np.arange(len(rows)), tokens[row_start:]].astype(np.float32),

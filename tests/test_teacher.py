@@ -1,0 +1,65 @@
+from array import array
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from logitcache import teacher
+from logitcache.errors import InputError
+from logitcache.teacher import TeacherSpec, cause_in
+
+
+def test_the_root_cause_is_read_from_an_engines_log(tmp_path: Path) -> None:
+    log = tmp_path / "x.log"
+    head = "(VllmWorker-0 pid=7) ERROR 11-22 00:18:37 [multiproc_executor.py:953] "
+    log.write_text(
+        "INFO ValueError: not this\n"
+        f"{head}Traceback (most recent call last):\n{head}    raise ValueError(\n{head}ValueError: Available memory is less\n"
+        "(EngineCore pid=1) ERROR 11-22 00:18:39 [core.py:1510] Exception: WorkerProc initialization failed\n"
+    )
+    assert cause_in(log) == "ValueError: Available memory is less"
+    log.write_text("all is well\n")
+    assert cause_in(log) is None
+
+
+def test_capacity_settings_are_no_part_of_the_identity() -> None:
+    spec = TeacherSpec(
+        "m", engine_args={"max_num_seqs": 4, "quantization": "fp8"}, template_args={"enable_thinking": True}
+    )
+    assert spec.identity_args() == {"quantization": "fp8", "template_args": {"enable_thinking": True}}
+
+
+def test_settings_that_logitcache_sets_itself_name_the_option_to_use() -> None:
+    with pytest.raises(InputError, match="--engine-arg max_logprobs: logitcache sets it itself; use --top-k"):
+        TeacherSpec("m", engine_args={"max_logprobs": 5})
+    with pytest.raises(InputError, match="--sampling temperature: .*use --temperature"):
+        TeacherSpec("m", sampling={"temperature": 5})
+
+
+def test_an_unknown_setting_names_the_nearest() -> None:
+    with pytest.raises(
+        InputError, match="--engine-arg max_num_seq: vLLM has no such setting; did you mean max_num_seqs"
+    ):
+        teacher._refuse_unknown("--engine-arg", {"max_num_seq": 4}, {"max_num_seqs", "model"})
+
+
+@pytest.mark.slow
+def test_vllms_rows_arrive_in_typed_arrays_of_8_bytes_an_entry() -> None:
+    """Through vLLM's own front end, prompt rows and the first token's missing one included."""
+    teacher._use_typed_rows()
+    from vllm.v1.engine import logprobs as front
+
+    for create, expected in ((front.create_sample_logprobs, 0), (front.create_prompt_logprobs, 1)):
+        rows = create(True)
+        for position in range(3):
+            ids, values = [9, 9, 4, position], [-0.25, -0.25, -1.5, -3.0]
+            front.append_logprobs_for_next_position(rows, ids, values, iter([None] * 4), 1, 3)
+        assert len(rows) == 3 + expected
+        assert isinstance(rows.token_ids, array)
+        assert rows.token_ids.itemsize + rows.logprobs.itemsize == 8
+        ids, logprobs, rank = teacher._rows(rows)
+        assert ids.tolist() == [[9, 9, 4, p] for p in range(3)]
+        assert logprobs.dtype == np.float32
+        assert logprobs[0].tolist() == [-0.25, -0.25, -1.5, -3.0]
+        assert rank.tolist() == [1, 1, 1]
+    assert front.create_sample_logprobs(False) == []
