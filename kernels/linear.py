@@ -313,14 +313,12 @@ def _linear_sparse_divergence(
         targets.check(vocab)
     wide = torch.promote_types(weight_VH.dtype, torch.float32)
     bias_V = None if bias_V is None else bias_V[:vocab]
-    rows = chunk_rows or default_rows(
-        *hidden_NH.shape[:1], vocab, weight_VH.shape[1], weight_VH.dtype, weight_VH.device
-    )
-    many = hidden_NH.shape[0] > FLOAT32_CHUNKS * rows
+    n, width = hidden_NH.shape
+    many = n > FLOAT32_CHUNKS * (chunk_rows or default_rows(n, vocab, width, hidden_NH.dtype, hidden_NH.device))
     grad_hidden_NH = torch.empty_like(hidden_NH) if need_hidden else hidden_NH.new_empty(0)
     dtype = accumulate or (wide if many else weight_VH.dtype)
     grad_weight_VH = weight_VH.new_empty(weight_VH.shape if need_weight else 0, dtype=dtype)
-    grad_weight_VH[vocab if len(hidden_NH) else 0 :].zero_()  # the first chunk writes the rest
+    grad_weight_VH[vocab if n else 0 :].zero_()  # the first chunk writes the rest
     borrow = grad_weight_VH[:vocab] if need_weight else None
     chunks = _Chunks(hidden_NH, weight_VH[:vocab], bias_V, targets, chunk_rows, borrow)
     grad_bias_V = weight_VH.new_zeros(weight_VH.shape[0] if need_bias else 0, dtype=wide)

@@ -73,3 +73,8 @@ class WriteError(LogitcacheError):
 
 class TrainingError(LogitcacheError):
     pass
+
+
+def first_line(error: BaseException) -> str:
+    """Kind and first line of someone else's exception, to be quoted in a message of ours."""
+    return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"

@@ -15,6 +15,7 @@ import logitcache
 from logitcache import manifest, prompts, sections, shard, teacher, topk
 from logitcache.cache import Cache
 from logitcache.console import Progress, Stop, chatter_to
+from logitcache.engine import Completion, Engine, cause_in
 from logitcache.errors import EngineError, InputError
 from logitcache.files import exclusive, publish_json
 from logitcache.manifest import Identity
@@ -22,7 +23,7 @@ from logitcache.prompts import Prompt
 from logitcache.schema import Trace
 from logitcache.sections import Markers
 from logitcache.shard import EncodedTrace
-from logitcache.teacher import Completion, Engine, TeacherFacts, TeacherSpec
+from logitcache.teacher import TeacherFacts, TeacherSpec
 
 # Finished traces that may wait for the finisher: it encodes about ten times faster than one GPU generates.
 _BACKLOG = 1024
@@ -311,7 +312,7 @@ class _Run:
         self.summary.made += len(traces)
 
     def _explain(self, error: EngineError) -> EngineError:
-        what = ": ".join(filter(None, (str(error), teacher.cause_in(self.log))))
+        what = ": ".join(filter(None, (str(error), cause_in(self.log))))
         return EngineError(
             f"{what}; everything published is safe: mend that and run the same command again ({self.log})"
         )

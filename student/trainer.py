@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import platform
+import shutil
 import sys
 import time
 import types
@@ -72,6 +73,7 @@ class DistillConfig(TrainingArguments):
     disable_tqdm: bool | None = True
     log_level: str = "error"
     remove_unused_columns: bool = False
+    use_cache: bool = True  # of the saved config, for those who generate with it; training passes False itself
     seed: int = 0
     accelerator_config: dict | str | None = field(default_factory=lambda: {"even_batches": False})
 
@@ -191,6 +193,8 @@ class DistillTrainer(Trainer):
         """As Trainer.train; True goes on from the newest whole checkpoint in the output folder, if any."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir or "."))
+            if self.args.should_save:
+                _drop_after(Path(self.args.output_dir or "."), resume_from_checkpoint)
         if not resume_from_checkpoint:
             return super().train(None, trial, ignore_keys_for_eval)
         path = Path(resume_from_checkpoint)
@@ -508,12 +512,22 @@ def _claim(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
 def latest_checkpoint(run: Path) -> str | None:
     """The newest checkpoint that was written whole: its state is written after all else."""
-    found = sorted((p for p in run.glob("checkpoint-*")), key=lambda p: int(p.name.rpartition("-")[2]), reverse=True)
-    for path in found:
+    for path in sorted(run.glob("checkpoint-*"), key=_step, reverse=True):
         with contextlib.suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_text())
             return str(path)
     return None
+
+
+def _drop_after(run: Path, whole: str | None) -> None:
+    """Removes checkpoints that were cut short, so that the rotation never takes one for the newest."""
+    for path in run.glob("checkpoint-*"):
+        if whole is None or _step(path) > _step(Path(whole)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def _publish(out: Path, run: dict[str, Any]) -> None:

@@ -3,7 +3,8 @@
 import numpy as np
 
 from logitcache import teacher
-from logitcache.teacher import Completion, TeacherFacts, TeacherSpec
+from logitcache.engine import Completion
+from logitcache.teacher import TeacherFacts, TeacherSpec
 
 VOCAB = 50
 WORDS = [f"w{i} " for i in range(VOCAB - 3)] + ["<think>", "</think>", "<eos>"]

@@ -37,7 +37,7 @@ def test_imports_run_one_way(folder: str, forbidden: str) -> None:
         assert not found, f"{path.name} imports {found}"
 
 
-def test_only_the_teacher_imports_vllm_and_only_inside_functions() -> None:
+def test_only_the_engine_imports_vllm_and_only_inside_functions() -> None:
     for path in [
         *ROOT.glob("logitcache/*.py"),
         *ROOT.glob("student/*.py"),
@@ -45,7 +45,7 @@ def test_only_the_teacher_imports_vllm_and_only_inside_functions() -> None:
         ROOT / "cli.py",
     ]:
         if any(n.split(".")[0] == "vllm" for n in imports(path)):
-            assert path.name == "teacher.py"
+            assert path.name == "engine.py"
             top = {
                 n
                 for node in ast.parse(path.read_text()).body

@@ -175,15 +175,18 @@ def test_the_grid_of_the_fused_head_with_the_kernel_in_its_place(monkeypatch, vo
         targets.offsets, targets.ids, targets.logprobs.float(), targets.log_tail.float(), targets.labels
     )
     generator = torch.Generator().manual_seed(2)
-    leaves = [torch.randn(*shape, generator=generator).requires_grad_() for shape in ((5, 8), (vocab, 8), (vocab,))]
+    hidden_NH, weight_VH = (torch.randn(n, 8, generator=generator).requires_grad_() for n in (5, vocab))
+    bias_V = torch.randn(vocab, generator=generator).requires_grad_()
+    more = {"bias_V": bias_V, "chunk_rows": 2}
     found = []
     for module in (None, rows):
         monkeypatch.setattr(linear, "_triton_rows", lambda *_, module=module: module)
         loss = linear.linear_sparse_divergence(
-            *leaves[:2], targets, bias_V=leaves[2], ce_weight=0.3, weights_N=torch.arange(5.0), chunk_rows=2
+            hidden_NH, weight_VH, targets, ce_weight=0.3, weights_N=torch.arange(5.0), **more
         )
-        metrics = linear.linear_sparse_metrics(*leaves[:2], targets, bias_V=leaves[2], chunk_rows=2)
-        found.append([loss.detach(), *torch.autograd.grad(loss / 7, leaves), *metrics.values()])
+        metrics = linear.linear_sparse_metrics(hidden_NH, weight_VH, targets, **more)
+        grads = torch.autograd.grad(loss / 7, (hidden_NH, weight_VH, bias_V))
+        found.append([loss.detach(), *grads, *metrics.values()])
     for reference, ours in zip(*found, strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-5, atol=1e-5)
 

@@ -4,9 +4,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from logitcache import teacher
+from logitcache import engine
+from logitcache.engine import cause_in
 from logitcache.errors import InputError
-from logitcache.teacher import TeacherSpec, cause_in
+from logitcache.teacher import TeacherSpec
 
 
 def test_the_root_cause_is_read_from_an_engines_log(tmp_path: Path) -> None:
@@ -40,13 +41,13 @@ def test_an_unknown_setting_names_the_nearest() -> None:
     with pytest.raises(
         InputError, match="--engine-arg max_num_seq: vLLM has no such setting; did you mean max_num_seqs"
     ):
-        teacher._refuse_unknown("--engine-arg", {"max_num_seq": 4}, {"max_num_seqs", "model"})
+        engine._refuse_unknown("--engine-arg", {"max_num_seq": 4}, {"max_num_seqs", "model"})
 
 
 @pytest.mark.slow
 def test_vllms_rows_arrive_in_typed_arrays_of_8_bytes_an_entry() -> None:
     """Through vLLM's own front end, prompt rows and the first token's missing one included."""
-    teacher._use_typed_rows()
+    engine._use_typed_rows()
     from vllm.v1.engine import logprobs as front
 
     for create, expected in ((front.create_sample_logprobs, 0), (front.create_prompt_logprobs, 1)):
@@ -57,7 +58,7 @@ def test_vllms_rows_arrive_in_typed_arrays_of_8_bytes_an_entry() -> None:
         assert len(rows) == 3 + expected
         assert isinstance(rows.token_ids, array)
         assert rows.token_ids.itemsize + rows.logprobs.itemsize == 8
-        ids, logprobs, rank = teacher._rows(rows)
+        ids, logprobs, rank = engine._rows(rows)
         assert ids.tolist() == [[9, 9, 4, p] for p in range(3)]
         assert logprobs.dtype == np.float32
         assert logprobs[0].tolist() == [-0.25, -0.25, -1.5, -3.0]

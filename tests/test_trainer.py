@@ -62,6 +62,7 @@ def test_a_student_learns_and_is_saved_with_its_tokenizer(options, home):
     assert saved["cache"] == tiny.identity().__dict__
     assert saved["tokens_taught"] == saved["tokens_fed"] > 0
     student = AutoModelForCausalLM.from_pretrained(opts.out)
+    assert student.config.use_cache
     assert len(AutoTokenizer.from_pretrained(opts.out)) == tiny.VOCAB
     cache = module.Cache.open(home / "cache")
     held = TraceDataset(cache, module.split(cache.prompt_ids, 0.2)[1])
@@ -217,6 +218,8 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epo')
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    module._drop_after(tmp_path, latest_checkpoint(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_the_traces(options, home):

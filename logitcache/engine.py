@@ -1,0 +1,245 @@
+"""vLLM behind a small face: requests in, completions with their top-k rows out. The only file that imports vllm."""
+
+import importlib
+import itertools
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import warnings
+from array import array
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcache.errors import EngineError, InputError, first_line
+from logitcache.teacher import TeacherSpec, engine_version
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer of the teacher. R rows: of the completion, or of prompt and completion without the first token."""
+
+    key: str
+    token_ids: np.ndarray  # int32 [L], prompt and completion
+    prompt_length: int
+    ids_RK: np.ndarray  # int32 [R, K]
+    logprobs_RK: np.ndarray  # float32 [R, K], before temperature, penalties and filters
+    token_logprob: np.ndarray  # float32 [R], realised token
+    token_rank: np.ndarray  # int32 [R]
+    finish_reason: str
+
+
+class Engine:
+    """A vLLM engine that hands out top-k rows: requests go in under a key, completions come out of ``step``."""
+
+    def __init__(self, spec: TeacherSpec) -> None:
+        """Loads the model: minutes for a large one.
+
+        Raises: InputError for an option vLLM does not have, EngineError where it cannot start.
+        """
+        os.environ[_PARENT] = str(os.getpid())
+        # A forked process would not load plugins again, `end_with_parent` among them.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        import vllm
+        from vllm.platforms import current_platform
+        from vllm.sampling_params import RequestOutputKind
+
+        _use_typed_rows()
+        _refuse_unknown("--engine-arg", spec.engine_args, set(vllm.EngineArgs.__dataclass_fields__))
+        _refuse_unknown("--sampling", spec.sampling, set(vllm.SamplingParams.__struct_fields__))
+        args = {
+            "disable_log_stats": True,
+            "enable_prefix_caching": not spec.prompt_logits,
+            **spec.engine_args,
+            "model": spec.model,
+            "revision": spec.revision,
+            "dtype": spec.dtype,
+            "seed": spec.seed,
+            "tensor_parallel_size": spec.tensor_parallel_size,
+            "max_logprobs": spec.top_k,
+            "logprobs_mode": "raw_logprobs",
+        }
+        if spec.prompt_logits:
+            # vLLM makes [tokens, vocabulary] in float32 outside its memory profile when it scores a prompt.
+            args.setdefault("max_num_batched_tokens", 2048)
+        if current_platform.is_cpu():
+            args.setdefault("kv_cache_memory_bytes", min(2 << 30, _available_memory() // 4))
+        try:
+            self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**args))
+            self._params = vllm.SamplingParams(
+                **spec.sampling,
+                temperature=spec.temperature,
+                max_tokens=spec.max_tokens,
+                logprobs=spec.top_k,
+                prompt_logprobs=spec.top_k if spec.prompt_logits else None,
+                flat_logprobs=True,
+                detokenize=bool(spec.sampling.get("stop")),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+        except Exception as e:
+            raise EngineError(
+                "vLLM cannot start" if "root cause above" in str(e) else f"vLLM cannot start: {first_line(e)}"
+            ) from e
+        threading.Thread(target=_wake_on_death, args=(self._engine.engine_core,), daemon=True).start()
+        self.max_model_len: int = self._engine.vllm_config.model_config.max_model_len
+        self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
+
+    def submit(self, key: str, prompt_ids: list[int]) -> None:
+        """Queues one request; several of one prompt differ by the sampler's state."""
+        self._engine.add_request(key, {"prompt_token_ids": prompt_ids}, self._params)
+
+    def step(self) -> list[Completion]:
+        """One step of the engine: the completions that finished in it.
+
+        Raises: EngineError if the engine died.
+        """
+        try:
+            outputs = self._engine.step()
+        except Exception as e:
+            raise EngineError(f"vLLM died: {first_line(e)}") from e
+        return [_completion(output) for output in outputs if output.finished]
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+        self._engine.engine_core.shutdown()
+
+
+def _wake_on_death(client: Any) -> None:
+    """vLLM 0.32 notices that its engine process was killed (by the kernel for memory, say) and still lets a caller of
+    ``step`` wait for it for ever: this puts the news where that caller waits."""
+    if not hasattr(client, "outputs_queue"):
+        return  # the engine runs in this process
+    while not client.resources.engine_dead:
+        time.sleep(1)
+    client.outputs_queue.put(RuntimeError("the engine's process was killed, perhaps for want of memory"))
+
+
+def _completion(output: Any) -> Completion:
+    sample = output.outputs[0]
+    parts = [p for p in (output.prompt_logprobs, sample.logprobs) if p is not None]
+    columns = [np.concatenate(c) for c in zip(*(_rows(part) for part in parts), strict=True)]
+    ids, logprobs, rank = columns
+    return Completion(
+        key=output.request_id,
+        token_ids=np.array([*output.prompt_token_ids, *sample.token_ids], np.int32),
+        prompt_length=len(output.prompt_token_ids),
+        ids_RK=ids[:, 1:],
+        logprobs_RK=logprobs[:, 1:],
+        token_logprob=np.ascontiguousarray(logprobs[:, 0]),
+        token_rank=rank,
+        finish_reason=sample.finish_reason or "unknown",
+    )
+
+
+def _rows(flat: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids int32 [R, 1 + K] and log-probabilities float32 [R, 1 + K], realised token first, and its rank int32 [R]."""
+    counts = np.asarray(flat.end_indices, np.int64) - np.asarray(flat.start_indices, np.int64)
+    scored = counts > 0  # a prompt's first token has no row
+    width = int(counts.max(initial=0))
+    assert (counts[scored] == width).all(), "vLLM gave rows of different widths"
+    shape = (int(scored.sum()), width)
+    ranks = flat.first_ranks if isinstance(flat, _typed_rows()) else flat.ranks[::width]
+    return (
+        np.asarray(flat.token_ids, np.int32).reshape(shape),
+        np.asarray(flat.logprobs, np.float32).reshape(shape),
+        np.asarray(ranks, np.int32),
+    )
+
+
+@cache
+def _typed_rows() -> type:
+    """vLLM's flat log-probabilities in typed arrays: 8 bytes an entry instead of about 84 in Python objects."""
+    from vllm.logprobs import FlatLogprobs
+
+    class TypedRows(FlatLogprobs):
+        def __init__(self) -> None:
+            super().__init__(array("q"), array("q"), array("i"), array("f"))  # type: ignore[arg-type]
+            self.first_ranks = array("i")
+
+        def append_fast(self, token_ids, logprobs, ranks, decoded_tokens) -> None:
+            self.start_indices.append(len(self.logprobs))
+            self.token_ids.extend(token_ids)
+            self.logprobs.extend(logprobs)
+            self.first_ranks.append(next(iter(ranks)))
+            self.end_indices.append(len(self.logprobs))
+
+    return TypedRows
+
+
+def _use_typed_rows() -> None:
+    """The narrowest hook: the two functions by which the front end makes an empty container."""
+    typed = _typed_rows()
+    try:
+        module: Any = importlib.import_module("vllm.v1.engine.logprobs")
+
+        trial = typed()
+        trial.append(None)
+        module.append_logprobs_for_next_position(trial, [7, 7, 9], [-0.5, -0.5, -1.5], itertools.repeat(None), 1, 2)
+        ids, _, rank = _rows(trial)
+        assert ids.tolist() == [[7, 7, 9]]
+        assert rank.tolist() == [1]
+
+        def sample_rows(flat_logprobs: bool) -> Any:
+            return typed() if flat_logprobs else []
+
+        def prompt_rows(flat_logprobs: bool) -> Any:
+            rows = sample_rows(flat_logprobs)
+            rows.append(None)
+            return rows
+
+        for name, made in (("create_sample_logprobs", sample_rows), ("create_prompt_logprobs", prompt_rows)):
+            getattr(module, name)
+            setattr(module, name, made)
+    except (ImportError, AttributeError, TypeError, AssertionError) as e:
+        warnings.warn(
+            f"{engine_version()} keeps its log-probabilities in another way ({e!r}): "
+            "rows take about ten times the memory while in flight",
+            stacklevel=2,
+        )
+
+
+_PARENT = "LOGITCACHE_ENGINE_PARENT"
+
+
+def end_with_parent() -> None:
+    """A vLLM plugin: an engine that `Engine` started is killed with it, where vLLM 0.32 lets it live on as an orphan.
+
+    Its workers end with it by vLLM's own means. Does nothing in any other process.
+    """
+    parent = os.environ.get(_PARENT)
+    if parent is None or not sys.platform.startswith("linux") or os.getpid() == int(parent):
+        return
+    if os.getppid() == int(parent):
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != int(parent):  # it died before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def cause_in(log: Path) -> str | None:
+    """The first exception that an engine's log reports, on one line: the root, not what followed from it."""
+    report = re.compile(r" ERROR .*\] ((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
+    with log.open(errors="replace") as lines:
+        return next((m.group(1).strip()[:500] for line in lines if (m := report.search(line))), None)
+
+
+def _refuse_unknown(option: str, given: dict[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise InputError(
+                f"{option} {name}: vLLM has no such setting" + (f"; did you mean {near[0]}?" if near else "")
+            )
+
+
+def _available_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
