@@ -12,7 +12,7 @@ from logitcache.console import Progress, Stop, chatter_to
 
 def test_chatter_of_children_goes_to_the_log_and_ours_to_the_terminal(tmp_path: Path, capfd) -> None:
     with chatter_to(tmp_path / "logs" / "x.log") as terminal:
-        print("from python")
+        os.write(1, b"from python\n")
         subprocess.run([sys.executable, "-c", "print('from a child')"])
         os.write(2, b"from C\n")
         print("for a person", file=terminal)

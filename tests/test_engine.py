@@ -1,6 +1,7 @@
 """generate through real vLLM, with real kills. test_generate.py has the same logic in milliseconds."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -32,7 +33,8 @@ def command(teacher: Path, out: Path, size: int) -> list[str]:
 
 
 def start(*args) -> subprocess.Popen:
-    return subprocess.Popen(command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command(*args), stdout=pipe, stderr=pipe, text=True, start_new_session=True)
 
 
 def published(out: Path) -> list[Path]:
@@ -158,7 +160,7 @@ def test_a_killed_engine_ends_the_command_with_its_cause_and_sigterm_ends_it_cle
 
     process = start(embedded_teacher, out, 40)
     wait_for_shards(process, out, len(published(out)) + 1)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, signal.SIGTERM)  # as a job scheduler does: the engine's processes get it too
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 143, (stdout, stderr)
     assert "stopped by SIGTERM: run the same command again to go on" in stdout

@@ -1,12 +1,15 @@
+import dataclasses
 from array import array
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from logitcache import engine
+from logitcache import engine, teacher
 from logitcache.engine import cause_in
 from logitcache.errors import InputError
+from logitcache.prompts import Prompt
+from logitcache.sections import Markers, find
 from logitcache.teacher import TeacherSpec
 
 
@@ -64,3 +67,24 @@ def test_vllms_rows_arrive_in_typed_arrays_of_8_bytes_an_entry() -> None:
         assert logprobs[0].tolist() == [-0.25, -0.25, -1.5, -3.0]
         assert rank.tolist() == [1, 1, 1]
     assert front.create_sample_logprobs(False) == []
+
+
+@pytest.mark.slow
+def test_sections_are_found_by_the_offsets_of_a_real_tokenizer(embedded_teacher: Path) -> None:
+    """Markers that are no tokens of their own, characters of several tokens, and a template that opens the reasoning."""
+    facts = teacher.inspect(TeacherSpec(str(embedded_teacher)))
+    opens = facts.chat_template + "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
+    facts.tokenizer.chat_template = opens
+    facts = dataclasses.replace(facts, chat_template=opens)
+    markers = Markers.detect(facts.tokenizer.get_vocab(), "<think>..</think>")
+    prompt = teacher.render(facts, Prompt("p", [{"role": "user", "content": "Does <think> mean think? 数学 🙂"}]), {})
+    said = facts.tokenizer("2 + 2 is 4 🙂🙂, naïve</think>\n\n**4**<|im_end|>", add_special_tokens=False)["input_ids"]
+    ids = prompt + said
+    pieces = teacher.pieces(facts, ids)
+    assert "".join(p or "" for p in pieces) == facts.tokenizer.decode(ids)
+    found = find(pieces, len(prompt), markers)
+    text = {name: facts.tokenizer.decode(ids[found.span(name)]) for name in ("opening", "reasoning", "answer")}
+    assert text["opening"].strip() == "<think>"
+    assert text["reasoning"] == "2 + 2 is 4 🙂🙂, naïve"
+    assert text["answer"].endswith("**4**<|im_end|>")
+    assert found.reasoning_start == len(prompt)
