@@ -224,7 +224,7 @@ class _Flow(TrainerCallback):
     """Epochs of the sampler, checkpoints by the clock, and the way out on a signal, agreed upon by all ranks."""
 
     def __init__(self, trainer: DistillTrainer):
-        self.trainer, self.saved = trainer, time.monotonic()
+        self.trainer, self.saved, self.stopping = trainer, time.monotonic(), False
 
     def on_epoch_begin(self, args, state, control, **_: Any) -> None:
         # Trainer's own set_epoch misses a batch sampler that accelerate did not wrap, and a resumed epoch.
