@@ -65,9 +65,10 @@ def generate(
         ),
     ] = None,
     answer_regex: Annotated[
-        str | None, typer.Option(help="Where there are no markers: the answer begins at this pattern's first match.")
+        str | None,
+        typer.Option(help="Where a completion has no markers: its answer begins at this pattern's first match."),
     ] = None,
-    unit_size: Annotated[int, typer.Option(help="Prompts that become one shard; what a kill can lose.")] = 64,
+    unit_size: Annotated[int, typer.Option(help="Traces that become one shard. A kill loses unfinished ones.")] = 64,
     sampling: Annotated[
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Any other vLLM sampling parameter, such as top_p=0.95. Repeatable."),
@@ -96,18 +97,19 @@ def generate(
     from logitcache.sections import Markers
 
     markers = Markers.parse(reasoning_markers) if reasoning_markers else None
-    if answer_regex:
-        markers = Markers(markers and markers.opening, markers and markers.closing, answer_regex)
     spec = TeacherSpec(
         model=teacher, revision=revision, dtype=dtype, top_k=top_k, prompt_logits=prompt_logits,
         temperature=temperature, max_tokens=max_tokens, seed=seed, tensor_parallel_size=tensor_parallel_size,
         sampling=_pairs("--sampling", sampling), engine_args=_pairs("--engine-arg", engine_arg),
         template_args=_pairs("--template-arg", template_arg),
     )  # fmt: skip
-    summary = run(GenerateOptions(prompts, out, spec, samples, limit, top_p, min_k, markers, unit_size))
+    options = GenerateOptions(prompts, out, spec, samples, limit, top_p, min_k, markers, answer_regex, unit_size)
+    summary = run(options)
     typer.echo(summary.text(out))
     if summary.stopped:
         raise typer.Exit(_signal_code(summary.stopped))
+    if summary.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -130,7 +132,7 @@ def train(
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="[default: 3]")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimiser steps. [default: off]")] = None,
-    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="[default: 5e-4]")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="[default: 1e-4]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of traces. [default: 0]")] = None,
     set_: Annotated[
         list[str] | None,
@@ -200,6 +202,9 @@ def main() -> NoReturn:
     except LogitcacheError as e:
         print(f"logitcache: {e}", file=sys.stderr)
         code = e.exit_code
+    except OSError as e:
+        print(f"logitcache: {e.strerror or e}: {e.filename}", file=sys.stderr)
+        code = 1
     except typer.Abort:
         print("logitcache: stopped; run the same command again to go on", file=sys.stderr)
         code = _signal_code("SIGINT")

@@ -26,16 +26,17 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
-    terminal = os.fdopen(os.dup(kept[1]), "w", buffering=1)
+    terminal = os.fdopen(os.dup(kept[1]), "w", buffering=1, errors="backslashreplace")
     try:
         yield terminal
     finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        terminal.close()
+        for stream in (sys.stdout, sys.stderr, terminal):
+            with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+                stream.flush()
         for descriptor, original in enumerate(kept, 1):
             os.dup2(original, descriptor)
             os.close(original)
+        terminal.close()
 
 
 class Stop:
@@ -105,7 +106,17 @@ class Progress:
         self.tokens += tokens
         if self._bar is not None:
             self._bar.update(self._task, completed=self.done, speed=f"{self.speed:,.0f} tokens/s")
-        elif time.monotonic() - self._last >= self.every:
+        self.tick()
+
+    def drop(self) -> None:
+        """One less to come."""
+        self.total -= 1
+        if self._bar is not None:
+            self._bar.update(self._task, total=self.total)
+
+    def tick(self) -> None:
+        """Shows that the command lives, where there is no bar to do so."""
+        if self._bar is None and time.monotonic() - self._last >= self.every:
             self._line()
 
     @property
@@ -126,8 +137,8 @@ class Progress:
 
     def _line(self) -> None:
         self._last = time.monotonic()
-        left = (self.total - self.done) * self.seconds / max(self.done, 1)
-        self.say(f"{self.done}/{self.total} {self.what}, {self.speed:,.0f} tokens/s, {_duration(left)} left")
+        left = _duration((self.total - self.done) * self.seconds / self.done) if self.done else "?"
+        self.say(f"{self.done}/{self.total} {self.what}, {self.speed:,.0f} tokens/s, {left} left")
 
 
 def _duration(seconds: float) -> str:

@@ -39,10 +39,12 @@ class Completion:
 class Engine:
     """A vLLM engine that hands out top-k rows: requests go in under a key, completions come out of ``step``."""
 
-    def __init__(self, spec: TeacherSpec) -> None:
+    def __init__(self, spec: TeacherSpec, seed: int) -> None:
         """Loads the model: minutes for a large one.
 
-        Raises: InputError for an option vLLM does not have, EngineError where it cannot start.
+        Args:
+            seed: where the engine's one sampler starts.
+        Raises: InputError for an option that vLLM does not have or refuses, EngineError where it cannot start.
         """
         os.environ[_PARENT] = str(os.getpid())
         # A forked process would not load plugins again, `end_with_parent` among them.
@@ -61,7 +63,7 @@ class Engine:
             "model": spec.model,
             "revision": spec.revision,
             "dtype": spec.dtype,
-            "seed": spec.seed,
+            "seed": seed,
             "tensor_parallel_size": spec.tensor_parallel_size,
             "max_logprobs": spec.top_k,
             "logprobs_mode": "raw_logprobs",
@@ -72,7 +74,7 @@ class Engine:
         if current_platform.is_cpu():
             args.setdefault("kv_cache_memory_bytes", min(2 << 30, _available_memory() // 4))
         try:
-            self._engine = vllm.LLMEngine.from_engine_args(vllm.EngineArgs(**args))
+            engine_args = vllm.EngineArgs(**args)
             self._params = vllm.SamplingParams(
                 **spec.sampling,
                 temperature=spec.temperature,
@@ -83,17 +85,29 @@ class Engine:
                 detokenize=bool(spec.sampling.get("stop")),
                 output_kind=RequestOutputKind.FINAL_ONLY,
             )
+        except (ValueError, TypeError) as e:
+            raise InputError(f"vLLM refuses these settings: {first_line(e)}") from e
+        try:
+            self._engine = vllm.LLMEngine.from_engine_args(engine_args)
         except Exception as e:
-            raise EngineError(
-                "vLLM cannot start" if "root cause above" in str(e) else f"vLLM cannot start: {first_line(e)}"
-            ) from e
-        threading.Thread(target=_wake_on_death, args=(self._engine.engine_core,), daemon=True).start()
+            reason = "" if "root cause above" in str(e) else f": {first_line(e)}"
+            raise EngineError(f"vLLM cannot start{reason}") from e
+        self._killed = False
+        threading.Thread(target=self._wake_on_death, daemon=True).start()
         self.max_model_len: int = self._engine.vllm_config.model_config.max_model_len
         self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
 
     def submit(self, key: str, prompt_ids: list[int]) -> None:
-        """Queues one request; several of one prompt differ by the sampler's state."""
-        self._engine.add_request(key, {"prompt_token_ids": prompt_ids}, self._params)
+        """Queues one request; several of one prompt differ by the sampler's state.
+
+        Raises: InputError where vLLM refuses it, EngineError if the engine died.
+        """
+        try:
+            self._engine.add_request(key, {"prompt_token_ids": prompt_ids}, self._params)
+        except ValueError as e:
+            raise InputError(f"vLLM refuses a request: {first_line(e)}") from e
+        except Exception as e:
+            raise self._died(e) from e
 
     def step(self) -> list[Completion]:
         """One step of the engine: the completions that finished in it.
@@ -103,27 +117,36 @@ class Engine:
         try:
             outputs = self._engine.step()
         except Exception as e:
-            raise EngineError(f"vLLM died: {first_line(e)}") from e
-        return [_completion(output) for output in outputs if output.finished]
+            raise self._died(e) from e
+        finished: list[Any] = [output for output in outputs if output.finished]
+        # An engine that is told to end hands out what it has as if it were whole.
+        if broken := [o for o in finished if o.outputs[0].finish_reason not in ("stop", "length", "repetition")]:
+            raise EngineError(f"vLLM gave up its requests: {broken[0].outputs[0].finish_reason}")
+        return [_completion(output) for output in finished]
 
     def close(self) -> None:
         """Ends the engine's processes."""
         self._engine.engine_core.shutdown()
 
+    def _died(self, error: Exception) -> EngineError:
+        killed = "its process was killed, perhaps for want of memory"
+        return EngineError(f"vLLM died: {killed if self._killed else first_line(error)}")
 
-def _wake_on_death(client: Any) -> None:
-    """vLLM 0.32 notices that its engine process was killed (by the kernel for memory, say) and still lets a caller of
-    ``step`` wait for it for ever: this puts the news where that caller waits."""
-    if not hasattr(client, "outputs_queue"):
-        return  # the engine runs in this process
-    while not client.resources.engine_dead:
-        time.sleep(1)
-    client.outputs_queue.put(RuntimeError("the engine's process was killed, perhaps for want of memory"))
+    def _wake_on_death(self) -> None:
+        """vLLM 0.32 notices that its engine process was killed (by the kernel for memory, say) and still lets a caller
+        of ``step`` wait for it for ever: this puts the news where that caller waits."""
+        client: Any = self._engine.engine_core
+        if not hasattr(client, "outputs_queue"):
+            return  # the engine runs in this process
+        while not client.resources.engine_dead:
+            time.sleep(1)
+        self._killed = client.outputs_queue.empty()  # what died of an error of its own has said so there
+        client.outputs_queue.put(RuntimeError("the engine is dead"))
 
 
 def _completion(output: Any) -> Completion:
     sample = output.outputs[0]
-    parts = [p for p in (output.prompt_logprobs, sample.logprobs) if p is not None]
+    parts = [p for p in (output.prompt_logprobs, sample.logprobs) if p is not None and len(p.token_ids)]
     columns = [np.concatenate(c) for c in zip(*(_rows(part) for part in parts), strict=True)]
     ids, logprobs, rank = columns
     return Completion(

@@ -6,6 +6,7 @@ import fcntl
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ def publish(path: Path, data: bytes | memoryview) -> None:
     """
     part = path.with_name(path.name + ".part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with part.open("wb") as file:
             file.write(data)
             file.flush()
@@ -40,6 +42,9 @@ def _sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as e:
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # what some network file systems say, and rename all the same
+            raise
     finally:
         os.close(descriptor)
 
@@ -65,25 +70,32 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def _render(fields: dict[str, Any]) -> bytes:
     canonical = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    check = hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()
-    return json.dumps(fields | {"check": check}, ensure_ascii=False, indent=1).encode("utf-8", "surrogatepass")
+    check = hashlib.sha256(canonical.encode()).hexdigest()
+    return json.dumps(fields | {"check": check}, ensure_ascii=False, indent=1).encode()
 
 
 @contextlib.contextmanager
 def exclusive(path: Path, what: str) -> Iterator[None]:
-    """Holds an advisory lock on ``path`` for as long as this process lives.
+    """Holds an advisory lock on ``path`` for as long as this process lives; makes the directory it lies in.
 
-    Raises: CacheBusyError if another process holds it.
+    Raises: CacheBusyError if another process holds it, WriteError where no file can be locked there.
     """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as e:
+        raise WriteError(f"{path.parent}: {e.strerror}; give --out a directory that can be written to") from e
     with path.open("a+") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        except BlockingIOError:
             file.seek(0)
             raise CacheBusyError(
                 f"{what} is written by another process ({file.read().strip()}); let it finish or stop it"
             ) from None
+        except OSError as e:
+            raise WriteError(f"{path}: cannot be locked ({e.strerror}); give --out a file system that has locks") from e
         file.truncate(0)
-        file.write(f"pid {os.getpid()}")
+        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
         yield

@@ -1,12 +1,13 @@
 """Prompts -> teacher -> shards. What is in the cache is not made again, and what was published is never lost."""
 
+import hashlib
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,8 @@ from logitcache import manifest, prompts, sections, shard, teacher, topk
 from logitcache.cache import Cache
 from logitcache.console import Progress, Stop, chatter_to
 from logitcache.engine import Completion, Engine, cause_in
-from logitcache.errors import EngineError, InputError
-from logitcache.files import exclusive, publish_json
+from logitcache.errors import EngineError, InputError, LogitcacheError, first_line
+from logitcache.files import exclusive, publish_json, read_json
 from logitcache.manifest import Identity
 from logitcache.prompts import Prompt
 from logitcache.schema import Trace
@@ -25,8 +26,9 @@ from logitcache.sections import Markers
 from logitcache.shard import EncodedTrace
 from logitcache.teacher import TeacherFacts, TeacherSpec
 
-# Finished traces that may wait for the finisher: it encodes about ten times faster than one GPU generates.
-_BACKLOG = 1024
+# Finished traces that may wait for the finisher, which encodes ten times faster than one GPU generates: a raw trace of
+# 32k tokens at k = 64 takes 17 MB.
+_BACKLOG = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class GenerateOptions:
     top_p: float | None = None
     min_k: int = 1
     markers: Markers | None = None  # None: found in the tokenizer or the chat template
-    unit_size: int = 64  # prompts that become one shard
+    answer_regex: str | None = None  # for completions without markers
+    unit_size: int = 64  # traces that become one shard
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.unit_size < 1 or self.min_k < 1 or (self.limit is not None and self.limit < 1):
@@ -50,6 +53,10 @@ class GenerateOptions:
             raise InputError(f"--top-p {self.top_p}: the share of mass a row keeps lies in (0, 1]")
         if self.min_k > self.spec.top_k:
             raise InputError(f"--min-k {self.min_k} is above --top-k {self.spec.top_k}")
+        if self.samples > 1 and self.spec.temperature == 0:
+            raise InputError(
+                f"--samples {self.samples} at --temperature 0 are {self.samples} times the same; set one of the two"
+            )
 
 
 @dataclass
@@ -62,8 +69,10 @@ class Summary:
     tokens: int = 0
     seconds: float = 0.0
     load_seconds: float = 0.0
-    skipped: list[str] = field(default_factory=list)
     repeated: int = 0
+    skipped: dict[str, str] = field(default_factory=dict)  # prompt id -> why the teacher cannot be asked
+    skipped_traces: list[str] = field(default_factory=list)  # their trace ids: later calls pass them by
+    failed: dict[str, str] = field(default_factory=dict)  # prompt id -> why its answer cannot be kept
     stopped: str | None = None
 
     @property
@@ -75,13 +84,15 @@ class Summary:
         lines = []
         if self.repeated:
             lines.append(f"{self.repeated} repeated prompts were read once")
-        if self.skipped:
-            names = ", ".join(self.skipped[:5]) + (", ..." if len(self.skipped) > 5 else "")
-            lines.append(f"{len(self.skipped)} prompts are longer than the teacher takes and were skipped: {names}")
+        for what, found in (("prompts skipped", self.skipped), ("answers lost", self.failed)):
+            if found:
+                lines.append(f"{len(found)} {what}:")
+                lines += [f"  {prompt}: {why}" for prompt, why in list(found.items())[:5]]
+                lines += [f"  ... and {len(found) - 5} more"] if len(found) > 5 else []
         if self.stopped:
             lines.append(f"stopped by {self.stopped}: run the same command again to go on")
-        if self.before == self.wanted:
-            lines.append(f"{out}: nothing to do, all {self.wanted} traces are there")
+        if self.before + len(self.skipped_traces) == self.wanted and not self.made:
+            lines.append(f"{out}: nothing to do, all {self.before} traces are there")
         else:
             lines.append(
                 f"{out}: {self.made} traces made, {self.before + self.made} of {self.wanted} there; "
@@ -103,7 +114,7 @@ class Unit:
 
     size: int = 0  # requests that joined
     closed: bool = False  # no more requests join
-    finished: list[Future[EncodedTrace]] = field(default_factory=list)
+    finished: list[Future[EncodedTrace | None]] = field(default_factory=list)  # None: lost
 
     @property
     def complete(self) -> bool:
@@ -133,11 +144,8 @@ def identify(options: GenerateOptions, facts: TeacherFacts) -> Identity:
 
 
 def markers_of(options: GenerateOptions, facts: TeacherFacts) -> Markers:
-    given = options.markers or Markers()
-    if given.closing or options.markers == Markers():
-        return given
-    found = Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
-    return Markers(found.opening, found.closing, given.answer_regex)
+    found = options.markers or Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
+    return Markers(found.opening, found.closing, options.answer_regex)
 
 
 def generate(options: GenerateOptions) -> Summary:
@@ -152,37 +160,53 @@ def generate(options: GenerateOptions) -> Summary:
     source = prompts.load(options.source, options.limit)
     facts = teacher.inspect(options.spec)
     teacher.render(facts, source.prompts[0], options.spec.template_args)  # what it refuses, it refuses now
-    identity = identify(options, facts)
-    manifest.create_or_match(options.out, identity)
+    wanted = identify(options, facts)
+    manifest.match(options.out, wanted)
     with exclusive(options.out / ".lock", str(options.out)):
-        cache = Cache.open(options.out)
-        present = set(cache.trace_ids)
-        missing = [
-            request
-            for prompt in source
-            for sample in range(options.samples)
-            if (request := Request(identity.trace_id(prompt.id, prompt.digest(), sample), prompt, sample)).trace_id
-            not in present
-        ]
-        wanted = len(source) * options.samples
-        summary = Summary(wanted=wanted, before=wanted - len(missing), repeated=source.repeated)
+        # The identity on disk names the traces: 1 and 1.0 are one temperature and two digests.
+        identity = manifest.match(options.out, wanted) or wanted
+        shards = Cache.open(options.out).shards if (options.out / manifest.FILE_NAME).exists() else []
+        present, passed_by = {t for s in shards for t in s.trace_ids}, _skipped_before(options.out)
+        summary = Summary(wanted=len(source) * options.samples, before=0, repeated=source.repeated)
+        missing: list[Request] = []
+        for prompt in source:
+            digest = prompt.digest()
+            for sample in range(options.samples):
+                request = Request(identity.trace_id(prompt.id, digest, sample), prompt, sample)
+                if request.trace_id in present:
+                    summary.before += 1
+                elif why := passed_by.get(request.trace_id):
+                    summary.skipped[prompt.id] = why
+                    summary.skipped_traces.append(request.trace_id)
+                else:
+                    missing.append(request)
         if missing:
-            _Run(options, facts, identity, summary, cache).work(missing)
+            number = 1 + max((s.number for s in shards), default=-1)
+            _Run(options, facts, identity, summary, number).work(missing)
         return summary
+
+
+def _skipped_before(out: Path) -> dict[str, str]:
+    """Trace ids that an earlier call could not ask the teacher for, with the reason; the ids bind it to the identity."""
+    found: dict[str, str] = {}
+    for path in (out / "logs").glob("generate-*.json"):
+        summary = read_json(path)
+        found |= dict.fromkeys(summary["skipped_traces"], "as an earlier call found")
+    return found
 
 
 class _Run:
     """One engine's life over the missing requests."""
 
     def __init__(
-        self, options: GenerateOptions, facts: TeacherFacts, identity: Identity, summary: Summary, cache: Cache
+        self, options: GenerateOptions, facts: TeacherFacts, identity: Identity, summary: Summary, number: int
     ) -> None:
         self.options, self.facts, self.identity, self.summary = options, facts, identity, summary
         self.markers = markers_of(options, facts)
-        self.number = 1 + max((s.number for s in cache.shards), default=-1)
+        self.number = number  # of the next shard
         self.requests: dict[str, tuple[Request, Unit]] = {}
         self.open: list[Unit] = []
-        self.rendered: tuple[Prompt, list[int]] | None = None
+        self.rendered: tuple[Prompt, list[int] | str] | None = None
         self.backlog: deque[Future[Any]] = deque()
         # One thread finishes traces and writes shards, in order, while the engine steps.
         self.finisher = ThreadPoolExecutor(1, thread_name_prefix="shards")
@@ -200,10 +224,12 @@ class _Run:
             )
             began = time.monotonic()
             try:
-                engine = Engine(self.options.spec)
+                engine = Engine(replace(self.options.spec, dtype=self.facts.dtype), self._engine_seed(missing[0]))
             except EngineError as e:
                 raise self._explain(e) from e
             stack.callback(engine.close)
+            # Not before the engine stands: a setting that it refuses leaves no cache behind that holds on to it.
+            manifest.create_or_match(self.options.out, self.identity)
             self.summary.load_seconds = time.monotonic() - began
             stop.patient = True
             self.progress = stack.enter_context(Progress(terminal, len(missing)))
@@ -224,12 +250,18 @@ class _Run:
         requests = iter(missing)
         exhausted = False
         while not stop.signal:
-            while not exhausted and len(self.requests) < window:
+            while not exhausted and len(self.requests) < window and not stop.signal:
                 exhausted = not self._submit_next(engine, requests)
             if not self.requests:
                 return
             for completion in engine.step():
                 self._finish(completion)
+            self.progress.tick()
+
+    def _engine_seed(self, first: Request) -> int:
+        """The engine's sampler starts anew with each engine: one seed for two of them would repeat its answers."""
+        key = f"{self.options.spec.seed} {first.trace_id}"
+        return int.from_bytes(hashlib.blake2b(key.encode(), digest_size=4).digest(), "little") >> 1
 
     def _submit_next(self, engine: Engine, requests: Iterator[Request]) -> bool:
         """Hands the engine one request more; False when there is none."""
@@ -240,27 +272,34 @@ class _Run:
                 self._publish_if_complete(self.open[-1])
             return False
         token_ids = self._prompt_ids(request.prompt)
-        if len(token_ids) >= engine.max_model_len or not token_ids:
-            if request.sample_index == 0:
-                self.summary.skipped.append(request.prompt.id)
-                self.progress.say(
-                    f"skipped {request.prompt.id}: {len(token_ids)} tokens, "
-                    f"the teacher takes {engine.max_model_len - 1}"
-                )
+        if isinstance(token_ids, str) or not 0 < len(token_ids) < engine.max_model_len:
+            why = f"{len(token_ids)} tokens, the teacher takes 1 to {engine.max_model_len - 1}"
+            self._skip(request, token_ids if isinstance(token_ids, str) else why)
             return True
         if not self.open or self.open[-1].closed:
             self.open.append(Unit())
         unit = self.open[-1]
         unit.size += 1
-        unit.closed = unit.size >= self.options.unit_size * self.options.samples
+        unit.closed = unit.size >= self.options.unit_size
         self.requests[request.trace_id] = (request, unit)
         engine.submit(request.trace_id, token_ids)
         return True
 
-    def _prompt_ids(self, prompt: Prompt) -> list[int]:
+    def _prompt_ids(self, prompt: Prompt) -> list[int] | str:
+        """Token ids, or why there are none."""
         if self.rendered is None or self.rendered[0] is not prompt:  # samples of one prompt follow each other
-            self.rendered = prompt, teacher.render(self.facts, prompt, self.options.spec.template_args)
+            try:
+                self.rendered = prompt, teacher.render(self.facts, prompt, self.options.spec.template_args)
+            except InputError as e:
+                self.rendered = prompt, str(e)
         return self.rendered[1]
+
+    def _skip(self, request: Request, why: str) -> None:
+        if request.prompt.id not in self.summary.skipped:
+            self.progress.say(f"skipped {request.prompt.id}: {why}")
+        self.summary.skipped[request.prompt.id] = why
+        self.summary.skipped_traces.append(request.trace_id)
+        self.progress.drop()
 
     def _finish(self, completion: Completion) -> None:
         request, unit = self.requests.pop(completion.key)
@@ -297,11 +336,20 @@ class _Run:
         for future in (*self.backlog, *writes):
             future.result()
 
-    def _encode(self, request: Request, completion: Completion) -> EncodedTrace:
-        return EncodedTrace.of(_trace(request, completion, self.facts, self.markers, self.options, self.identity))
+    def _encode(self, request: Request, completion: Completion) -> EncodedTrace | None:
+        try:
+            return EncodedTrace.of(_trace(request, completion, self.facts, self.markers, self.options, self.identity))
+        except (
+            LogitcacheError,
+            ValueError,
+        ) as e:  # rows that are no distribution: its neighbours are kept all the same
+            self.summary.failed[request.prompt.id] = first_line(e)
+            return None
 
     def _write(self, number: int, unit: Unit) -> None:
-        traces = [future.result() for future in unit.finished]
+        traces = [trace for future in unit.finished if (trace := future.result())]
+        if not traces:
+            return
         provenance: dict[str, Any] = {
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "logitcache": logitcache.__version__,

@@ -47,7 +47,7 @@ class Identity:
     def trace_id(self, prompt_id: str, prompt_digest: str, sample_index: int) -> str:
         """Content address of a trace, known before it is generated: 32 hexadecimal digits."""
         key = "\x00".join((self.digest, prompt_id, prompt_digest, str(sample_index)))
-        return hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
 
 
 # How the field is set on the command line: the way out of a refusal.
@@ -61,7 +61,7 @@ _OPTIONS = {
     "sampling": "--temperature, --max-tokens, --seed or --sampling",
     "reasoning_markers": "--reasoning-markers",
     "answer_regex": "--answer-regex",
-    "engine_args": "--engine-arg",
+    "engine_args": "--engine-arg or --template-arg",
 }
 
 
@@ -83,27 +83,36 @@ def read(cache: Path) -> Identity:
     return Identity(**fields["identity"])
 
 
-def create_or_match(cache: Path, identity: Identity) -> None:
-    """Makes ``cache`` a cache of ``identity``, or holds it against the one that stands there.
+def match(cache: Path, identity: Identity) -> Identity | None:
+    """The identity that the cache was made with, held against this one; None for a directory that is yet to become one.
 
     Raises: IdentityError naming the first field that differs, NotACacheError for a directory of other things.
     """
-    path = cache / FILE_NAME
-    if not path.exists():
-        if cache.exists() and (not cache.is_dir() or any(cache.iterdir())):
-            raise NotACacheError(f"{cache} exists and is not a cache; give --out an empty or a new directory")
-        cache.mkdir(parents=True, exist_ok=True)
-        created = datetime.now(UTC).isoformat(timespec="seconds")
-        publish_json(
-            path,
-            {
-                "format": FORMAT_VERSION,
-                "created": created,
-                "logitcache": logitcache.__version__,
-                "identity": asdict(identity),
-            },
-        )
-    refuse_difference(cache, read(cache), identity)
+    if (cache / FILE_NAME).exists():
+        found = read(cache)
+        refuse_difference(cache, found, identity)
+        return found
+    if cache.exists() and not (cache.is_dir() and all(_is_ours(p) for p in cache.iterdir())):
+        raise NotACacheError(f"{cache} exists and is not a cache; give --out an empty or a new directory")
+    return None
+
+
+def _is_ours(path: Path) -> bool:
+    """What a run that ended before it had a manifest leaves."""
+    return path.name in (".lock", "logs") or path.suffix == ".part"
+
+
+def create_or_match(cache: Path, identity: Identity) -> Identity:
+    """Makes ``cache`` a cache of ``identity``, or holds it against the one that stands there, and returns that.
+
+    Raises: as ``match``.
+    """
+    if found := match(cache, identity):
+        return found
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    fields = {"format": FORMAT_VERSION, "created": created, "logitcache": logitcache.__version__}
+    publish_json(cache / FILE_NAME, fields | {"identity": asdict(identity)})
+    return read(cache)
 
 
 def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
@@ -113,7 +122,8 @@ def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
         if there == here:
             continue
         if isinstance(there, dict) and isinstance(here, dict):
-            key = next(k for k in [*there, *here] if there.get(k) != here.get(k))
+            missing = object()  # null is a value
+            key = next(k for k in [*there, *here] if there.get(k, missing) != here.get(k, missing))
             name, there, here = f"{name}.{key}", there.get(key), here.get(key)
         option = _OPTIONS.get(name.partition(".")[0])
         undo = f"set {option} as it was" if option else "go back to what it was made with"
@@ -123,12 +133,12 @@ def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
 
 
 def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of a transformers tokenizer: its tokens with their ids, and the ids of a probe text. Two tokenizers of one
-    hash give one sequence of ids for one text."""
+    """Hash of a transformers tokenizer: its tokens with their ids, so that ids of one mean the same to the other, and the
+    ids of a probe text, so that one that splits text differently shows."""
     vocabulary = sorted(tokenizer.get_vocab().items())
     probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     canonical = json.dumps([vocabulary, probe], ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 
 def text_hash(text: str | None) -> str | None:

@@ -77,7 +77,7 @@ def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if source.startswith("gym:"):
         return _gym_rows(source)
     path = Path(source)
-    if not path.exists():
+    if not path.is_file():
         raise PromptsError(f"{source}: no such file; give a .jsonl or .parquet file, or gym:NAME?size=100&seed=1")
     if path.suffix in (".jsonl", ".json", ".ndjson"):
         return _jsonl_rows(path)
@@ -105,15 +105,14 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as e:
-        raise PromptsError(f"{path}: not a Parquet file ({e})") from None
     number = 0
-    for batch in file.iter_batches():
-        for row in batch.to_pylist():
-            yield f"{path} row {number}", row
-            number += 1
+    try:
+        for batch in pq.ParquetFile(path).iter_batches():
+            for row in batch.to_pylist():
+                yield f"{path} row {number}", row
+                number += 1
+    except (pa.ArrowInvalid, OSError) as e:
+        raise PromptsError(f"{path}: not a whole Parquet file, from row {number} on ({e}); make it again") from None
 
 
 def _gym_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -127,7 +126,7 @@ def _gym_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     except ValueError:
         raise PromptsError(f"{source}: cannot read the options; write gym:NAME?size=100&seed=1") from None
     try:
-        dataset = reasoning_gym.create_dataset(name, **options)
+        dataset = reasoning_gym.create_dataset(name, **{"seed": 0} | options)
     except (ValueError, TypeError, AssertionError) as e:
         raise PromptsError(f"{source}: reasoning-gym refuses it: {_nearest_task(name, str(e))}") from None
     # An entry is a function of (task, its options, seed, position), so its place makes a stable id.
@@ -158,16 +157,24 @@ def _prompt(where: str, row: dict[str, Any]) -> tuple[Prompt, bool]:
     if (text is None) == (messages is None):
         found = "both `prompt` and" if text is not None else "neither `prompt` nor"
         raise PromptsError(f"{where}: {found} `messages`; give one of the two")
-    content = text if text is not None else messages
+    content: str | Messages = text if text is not None else messages
     if text is not None and not isinstance(text, str):
         raise PromptsError(f"{where}: `prompt` is a {type(text).__name__}, expected text")
     if messages is not None and not _are_messages(messages):
         raise PromptsError(f"{where}: `messages` must be a list of objects with `role` and `content`, at least one")
+    if isinstance(content, list):  # Parquet fills fields that a message lacks with null
+        content = [{k: v for k, v in message.items() if v is not None} for message in content]
     if not content:
         raise PromptsError(f"{where}: an empty prompt; remove the row")
     given, answer = row.pop("id", None), row.pop("answer", None)
-    identifier = str(given) if given is not None else _digest(content)
-    return Prompt(identifier, content, None if answer is None else _text(answer), row), given is not None
+    try:
+        identifier = str(given) if given is not None else _digest(content)
+        metadata = json.loads(json.dumps(row, default=str))  # dates, decimals and the like become text
+        prompt = Prompt(identifier, content, None if answer is None else _text(answer), metadata)
+        json.dumps([identifier, content, prompt.answer, metadata], ensure_ascii=False).encode()
+    except (TypeError, UnicodeEncodeError) as e:
+        raise PromptsError(f"{where}: holds what is no text ({e}); remove it") from None
+    return prompt, given is not None
 
 
 def _are_messages(value: Any) -> bool:
@@ -184,4 +191,4 @@ def _text(answer: Any) -> str:
 
 def _digest(content: Any) -> str:
     canonical = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(canonical.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()

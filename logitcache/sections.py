@@ -84,6 +84,8 @@ class Markers:
     answer_regex: str | None = None
 
     def __post_init__(self) -> None:
+        if (self.opening is None) != (self.closing is None):
+            raise InputError(f"reasoning markers come in pairs: {self.opening!r} and {self.closing!r}")
         if self.answer_regex is not None:
             try:
                 re.compile(self.answer_regex)
@@ -155,13 +157,12 @@ def find(pieces: Sequence[str | None], prompt_length: int, markers: Markers) -> 
     """
     tokens, length = TokenText(pieces), len(pieces)
     text, split = tokens.text, tokens.starts[prompt_length] if prompt_length < length else len(tokens.text)
-    if markers.closing is None:
-        answer = _answer_start(tokens, split, prompt_length, markers)
-        return Sections(prompt_length, prompt_length, answer, answer, length)
+    if markers.opening is None or markers.closing is None:
+        return _without_markers(tokens, split, prompt_length, markers.answer_regex)
 
-    opening, closing = re.escape(markers.opening or ""), re.escape(markers.closing)
+    opening, closing = re.escape(markers.opening), re.escape(markers.closing)
     if head := re.search(rf"{opening}\s*{closing}\s*\Z", text[:split]):
-        start = tokens.token_after(head.start() + len(markers.opening or ""))
+        start = tokens.token_after(head.start() + len(markers.opening))
         end = max(start, tokens.token_at(text.index(markers.closing, head.start())))
         return Sections(tokens.token_at(head.start()), start, end, prompt_length, length)
 
@@ -176,12 +177,13 @@ def find(pieces: Sequence[str | None], prompt_length: int, markers: Markers) -> 
         return Sections(prompt_end, reasoning, end, max(end, tokens.token_after(close + len(markers.closing))), length)
     if head:
         return Sections(prompt_end, reasoning, length, length, length)
-    return Sections(prompt_length, prompt_length, prompt_length, prompt_length, length)
+    return _without_markers(tokens, split, prompt_length, markers.answer_regex)
 
 
-def _answer_start(tokens: TokenText, split: int, prompt_length: int, markers: Markers) -> int:
-    """Without delimiters: where the pattern first matches, else all is reasoning; without a pattern all is answer."""
-    if markers.answer_regex is None:
-        return prompt_length
-    match = re.compile(markers.answer_regex).search(tokens.text, split)
-    return max(prompt_length, tokens.token_at(match.start())) if match else len(tokens.starts)
+def _without_markers(tokens: TokenText, split: int, prompt_length: int, pattern: str | None) -> Sections:
+    """The answer begins where the pattern first matches, else all is reasoning; without a pattern all is answer."""
+    answer, length = prompt_length, len(tokens.starts)
+    if pattern is not None:
+        match = re.compile(pattern).search(tokens.text, split)
+        answer = max(prompt_length, tokens.token_at(match.start())) if match else length
+    return Sections(prompt_length, prompt_length, answer, answer, length)

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,8 +29,6 @@ CAPACITY_ARGS = frozenset(
         "enforce_eager",
         "gpu_memory_utilization",
         "kv_cache_memory_bytes",
-        "load_format",
-        "max_model_len",
         "max_num_batched_tokens",
         "max_num_seqs",
         "max_parallel_loading_workers",
@@ -151,10 +150,9 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
         ) from None
     text = config.get_text_config()
     names = config.architectures or []
-    if config.is_encoder_decoder or not (
-        any("CausalLM" in n or "ConditionalGeneration" in n for n in names)
-        or (not names and config.model_type in CAUSAL)
-    ):
+    causal = {*chain.from_iterable([n] if isinstance(n, str) else n for n in CAUSAL.values())}
+    known = any(n in causal or "CausalLM" in n or "ConditionalGeneration" in n for n in names)
+    if config.is_encoder_decoder or not (known or (not names and config.model_type in CAUSAL)):
         raise TeacherError(
             f"--teacher {spec.model}: {', '.join(names) or config.model_type} is not a causal language model; "
             "it has no next-token logits"
@@ -172,13 +170,19 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
     return TeacherFacts(
         name=local.resolve().name if local.is_dir() else spec.model,
         revision=weights_fingerprint(local) if local.is_dir() else getattr(config, "_commit_hash", None) or "unknown",
-        dtype=spec.dtype if spec.dtype != "auto" else str(text.dtype or config.dtype or "auto").removeprefix("torch."),
+        dtype=_dtype(text.dtype or config.dtype) if spec.dtype == "auto" else spec.dtype,
         vocab_size=text.vocab_size,
         tokenizer=tokenizer,
         tokenizer_hash=tokenizer_hash(tokenizer),
         chat_template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
         eos_ids=frozenset(int(i) for i in eos_ids),
     )
+
+
+def _dtype(saved: Any) -> str:
+    """What ``auto`` means, the same on every machine: the weights' own dtype, bfloat16 where they are float32."""
+    name = str(saved or "float32").removeprefix("torch.")
+    return "bfloat16" if name == "float32" else name
 
 
 def render(facts: TeacherFacts, prompt: Prompt, template_args: dict[str, Any]) -> list[int]:
@@ -208,5 +212,13 @@ def pieces(facts: TeacherFacts, token_ids: list[int]) -> list[str | None]:
         return [str(facts.tokenizer.decode([i])) for i in token_ids]
     from tokenizers.decoders import DecodeStream
 
-    stream = DecodeStream(skip_special_tokens=False)
-    return [stream.step(backend, i) for i in token_ids]
+    stream, found = DecodeStream(skip_special_tokens=False), []
+    for token in token_ids:
+        try:
+            found.append(stream.step(backend, token))
+        except (OverflowError, TypeError):  # an id outside the tokenizer, from a padded head
+            found.append(None)
+        except Exception:  # bytes that are no UTF-8 can leave the stream with a prefix it does not take back
+            stream = DecodeStream(skip_special_tokens=False)
+            found.append(stream.step(backend, token))
+    return found

@@ -36,13 +36,15 @@ class FakeEngine:
     max_model_len = 40
     max_num_seqs = 4
     started = 0
+    seeds: tuple | list = ()
     steps_before_failure: int | None = None
     failure: BaseException | None = None
     most_in_flight = 0
     fewest_waiting_at_work: int
 
-    def __init__(self, spec: TeacherSpec) -> None:
+    def __init__(self, spec: TeacherSpec, seed: int) -> None:
         type(self).started += 1
+        type(self).seeds = [*type(self).seeds, seed]
         self.spec, self.waiting, self.running = spec, [], {}
         self.steps, self.made, self.queue_at_step = 0, [], []
         type(self).last = self

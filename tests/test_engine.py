@@ -152,6 +152,7 @@ def test_a_killed_engine_ends_the_command_with_its_cause_and_sigterm_ends_it_cle
     assert process.returncode == 1, (stdout, stderr)
     last = stderr.strip().splitlines()[-1]
     assert last.startswith("logitcache: ")
+    assert "vLLM died: its process was killed" in last
     assert "everything published is safe" in last
     assert "Traceback" not in stderr
     wait_for_end(children)

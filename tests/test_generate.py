@@ -146,9 +146,13 @@ def test_prompts_longer_than_the_teacher_takes_are_skipped_and_listed(engine, tm
     rows = [{"id": "short", "prompt": "a b"}, {"id": "long", "prompt": "a " * 50}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     summary = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", samples=2))
-    assert summary.skipped == ["long"]
-    assert "1 prompts are longer than the teacher takes and were skipped: long" in summary.text(tmp_path / "c")
+    assert summary.skipped == {"long": "50 tokens, the teacher takes 1 to 39"}
+    assert "1 prompts skipped:\n  long: 50 tokens, the teacher takes 1 to 39\n" in summary.text(tmp_path / "c")
     assert summary.made == 2
+    again = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", samples=2))
+    assert engine.started == 1, "what cannot be asked starts no engine a second time"
+    assert "nothing to do, all 2 traces are there" in again.text(tmp_path / "c")
+    assert list(again.skipped) == ["long"]
 
 
 def test_a_changed_setting_is_refused_before_the_engine_starts(engine, prompts, tmp_path) -> None:
@@ -158,6 +162,55 @@ def test_a_changed_setting_is_refused_before_the_engine_starts(engine, prompts, 
     with pytest.raises(IdentityError, match=re.escape("sampling.temperature = 1.0, this run has 0.5")):
         generate(options(prompts(3), tmp_path / "c", temperature=0.5))
     assert engine.started == 1
+
+
+def test_rows_that_are_no_distribution_cost_no_other_trace(engine, prompts, tmp_path) -> None:
+    class Broken(engine):
+        def _completion(self, key, prompt_ids, answer, rng):
+            completion = super()._completion(key, prompt_ids, answer, rng)
+            if len(self.made) == 2:
+                completion.logprobs_RK[1] = np.nan
+            return completion
+
+    import logitcache.generate as module
+
+    original, module.Engine = module.Engine, Broken
+    try:
+        summary = generate(options(prompts(5), tmp_path / "c"))
+    finally:
+        module.Engine = original
+    assert len(summary.failed) == 1
+    assert summary.made == len(Cache.open(tmp_path / "c")) == 4
+    assert "1 answers lost:" in summary.text(tmp_path / "c")
+    assert generate(options(prompts(5), tmp_path / "c")).made == 1, "it is asked again"
+
+
+def test_each_engine_starts_its_sampler_elsewhere(engine, prompts, tmp_path) -> None:
+    """Else more samples, or the rest after a stop, would repeat the answers of the first."""
+    generate(options(prompts(4), tmp_path / "c"))
+    generate(options(prompts(4), tmp_path / "c", samples=2))
+    generate(options(prompts(4), tmp_path / "d"))
+    first, second, other = engine.seeds
+    assert first != second
+    assert first == other, "the same call on an empty cache is the same call"
+
+
+def test_settings_equal_in_value_name_the_same_traces(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(3), tmp_path / "c", temperature=1))
+    assert generate(options(prompts(3), tmp_path / "c", temperature=1.0)).made == 0
+
+
+def test_an_engine_that_cannot_start_leaves_no_identity_behind(engine, prompts, tmp_path, monkeypatch) -> None:
+    import logitcache.generate as module
+
+    def refuse(spec, seed):
+        raise InputError("vLLM refuses these settings")
+
+    monkeypatch.setattr(module, "Engine", refuse)
+    with pytest.raises(InputError, match="refuses"):
+        generate(options(prompts(3), tmp_path / "c", top_k=4))
+    monkeypatch.setattr(module, "Engine", engine)
+    assert generate(options(prompts(3), tmp_path / "c", top_k=8)).made == 3
 
 
 def test_messages_without_a_chat_template_are_refused_before_anything_is_made(engine, tmp_path) -> None:
@@ -188,7 +241,16 @@ def test_given_markers_replace_the_found_ones(engine, prompts, tmp_path) -> None
 
 
 @pytest.mark.parametrize(
-    "changes", [{"samples": 0}, {"top_p": 1.5}, {"unit_size": 0}, {"min_k": 9}, {"top_k": 0}, {"temperature": -1.0}]
+    "changes",
+    [
+        {"samples": 0},
+        {"samples": 2, "temperature": 0.0},
+        {"top_p": 1.5},
+        {"unit_size": 0},
+        {"min_k": 9},
+        {"top_k": 0},
+        {"temperature": -1.0},
+    ],
 )
 def test_impossible_options_are_refused(tmp_path, changes) -> None:
     with pytest.raises(InputError):

@@ -66,6 +66,20 @@ def test_a_directory_of_other_things_is_left_alone(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_what_a_run_without_a_manifest_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    for name in (".lock", "manifest.json.part"):
+        (tmp_path / name).touch()
+    assert manifest.match(tmp_path, IDENTITY) is None
+    assert manifest.create_or_match(tmp_path, IDENTITY) == IDENTITY
+
+
+def test_a_setting_of_null_differs_from_none_at_all(tmp_path: Path) -> None:
+    manifest.create_or_match(tmp_path / "c", dataclasses.replace(IDENTITY, engine_args={"quantization": None}))
+    with pytest.raises(IdentityError, match="engine_args.quantization = None, this run has None"):
+        manifest.create_or_match(tmp_path / "c", IDENTITY)
+
+
 def test_a_newer_format_is_refused_by_its_version(tmp_path: Path) -> None:
     publish_json(tmp_path / manifest.FILE_NAME, {"format": 99, "surprise": 1})
     with pytest.raises(FormatVersionError, match=r"format version 99.*reads 1; upgrade"):

@@ -1,3 +1,4 @@
+import datetime
 import json
 
 import pyarrow as pa
@@ -30,6 +31,19 @@ def test_parquet_reads_like_jsonl(tmp_path) -> None:
     assert prompt.answer is None
 
 
+def test_dates_and_decimals_become_text_and_nulls_of_messages_disappear(tmp_path) -> None:
+    rows = [
+        {"messages": [{"role": "user", "content": "hi", "name": None}], "day": datetime.date(2026, 1, 2)},
+        {"messages": [{"role": "user", "content": "ho", "name": "x"}], "day": None},
+    ]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    first, second = load(str(tmp_path / "p.parquet"))
+    assert first.content == [{"role": "user", "content": "hi"}]
+    assert first.metadata == {"day": "2026-01-02"}
+    assert second.content == rows[1]["messages"]
+    assert first.digest() == load(jsonl(tmp_path / "p.jsonl", {"messages": first.content})).prompts[0].digest()
+
+
 def test_repeated_content_without_ids_is_read_once_and_counted(tmp_path) -> None:
     loaded = load(jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}))
     assert (len(loaded), loaded.repeated) == (2, 1)
@@ -49,6 +63,8 @@ def test_the_limit_stops_before_what_it_leaves_out(tmp_path) -> None:
         ([{"prompt": 3}], r"p\.jsonl:1: `prompt` is a int, expected text"),
         ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: `messages` must be"),
         ([{"prompt": ""}], r"p\.jsonl:1: an empty prompt"),
+        (['{"prompt": "half a \\ud83d"}'], r"p\.jsonl:1: holds what is no text"),
+        (['{"prompt": "a", "id": "\\ud83d"}'], r"p\.jsonl:1: holds what is no text"),
         ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], r"p\.jsonl:2: id '1' is taken already by .*p\.jsonl:1"),
         ([], r"p\.jsonl: no prompts"),
     ],
@@ -72,12 +88,18 @@ def test_a_bad_source_is_named(source, message) -> None:
         load(source)
 
 
+def test_gym_prompts_without_a_seed_are_those_of_seed_0() -> None:
+    assert [p.id for p in load("gym:gsm_symbolic?size=1")] == ["gsm_symbolic:0:0"]
+
+
 def test_a_file_of_another_kind_is_named(tmp_path) -> None:
+    with pytest.raises(PromptsError, match="no such file"):
+        load(str(tmp_path))
     (tmp_path / "p.csv").write_text("prompt\nhi")
     with pytest.raises(PromptsError, match=r"neither \.jsonl nor \.parquet"):
         load(str(tmp_path / "p.csv"))
     (tmp_path / "p.parquet").write_text("prompt\nhi")
-    with pytest.raises(PromptsError, match="not a Parquet file"):
+    with pytest.raises(PromptsError, match="not a whole Parquet file, from row 0 on"):
         load(str(tmp_path / "p.parquet"))
 
 

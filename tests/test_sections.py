@@ -73,6 +73,17 @@ def test_a_pattern_begins_the_answer_where_there_are_no_markers() -> None:
     assert find(pieces, 1, Markers()) == Sections(1, 1, 1, 1, 5), "no pattern: all answer"
 
 
+def test_a_completion_without_the_models_markers_falls_back_on_the_pattern() -> None:
+    both = Markers("<think>", "</think>", "####")
+    assert spans(find(["Q", "sum ", "#### 4"], 1, both), ["Q", "sum ", "#### 4"]) == ["Q", "", "sum ", "", "#### 4"]
+    assert find(["Q", "<think>", "#### a", "</think>", "4"], 1, both) == Sections(1, 2, 3, 4, 5)
+
+
+def test_markers_come_in_pairs() -> None:
+    with pytest.raises(InputError, match="come in pairs"):
+        Markers(None, "</think>")
+
+
 def test_token_positions_skip_tokens_without_text() -> None:
     text = TokenText(["ab", "", "c"])
     assert [text.token_at(i) for i in range(3)] == [0, 0, 1]
