@@ -150,8 +150,8 @@ def train(
     Example: logitcache train math-cache --student Qwen/Qwen3-0.6B --out math-student --epochs 2
     """
     from logitcache.report import describe_run
-    from logitcache.student.trainer import TrainOptions
-    from logitcache.student.trainer import train as run
+    from logitcache.student.run import TrainOptions
+    from logitcache.student.run import train as run
 
     options = TrainOptions(
         cache, student, out, view, tuple(name.strip() for name in sections.split(",")), held_out, dtype,

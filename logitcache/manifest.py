@@ -117,19 +117,27 @@ def create_or_match(cache: Path, identity: Identity) -> Identity:
 
 def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
     """Raises: IdentityError naming the field, both values and the way out."""
-    for name, there in asdict(found).items():
-        here = json.loads(json.dumps(getattr(wanted, name), default=str))
-        if there == here:
-            continue
-        if isinstance(there, dict) and isinstance(here, dict):
-            missing = object()  # null is a value
-            key = next(k for k in [*there, *here] if there.get(k, missing) != here.get(k, missing))
-            name, there, here = f"{name}.{key}", there.get(key), here.get(key)
+    if difference := first_difference(asdict(found), json.loads(json.dumps(asdict(wanted), default=str))):
+        name, there, here = difference
         option = _OPTIONS.get(name.partition(".")[0])
         undo = f"set {option} as it was" if option else "go back to what it was made with"
         raise IdentityError(
             f"{cache} was made with {name} = {there!r}, this run has {here!r}; {undo}, or give --out a new directory"
         )
+
+
+def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """Name, value found and value wanted of the first field of ``wanted`` that differs; of a field of objects, its key."""
+    missing = object()  # null is a value
+    for name, here in wanted.items():
+        there = found.get(name)
+        if there == here:
+            continue
+        if isinstance(there, dict) and isinstance(here, dict):
+            key = next(k for k in [*there, *here] if there.get(k, missing) != here.get(k, missing))
+            return f"{name}.{key}", there.get(key), here.get(key)
+        return name, there, here
+    return None
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -13,7 +13,8 @@ from logitcache.errors import NotACacheError, StudentError, TrainingError
 from logitcache.student import trainer as module
 from logitcache.student.data import TraceDataset
 from logitcache.student.evaluate import evaluate
-from logitcache.student.trainer import DistillConfig, DistillTrainer, TrainOptions, configure, latest_checkpoint, train
+from logitcache.student.run import TrainOptions, configure, train
+from logitcache.student.trainer import DistillConfig, DistillTrainer, latest_checkpoint
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
 
@@ -259,7 +260,7 @@ def test_the_five_lines_of_the_library_train_a_student(home, tmp_path):
 TRAIN = """
 import sys, json
 from pathlib import Path
-from logitcache.student.trainer import TrainOptions, train
+from logitcache.student.run import TrainOptions, train
 options = json.loads(sys.argv[1])
 run = train(TrainOptions(Path(options.pop("cache")), out=Path(options.pop("out")), **options))
 assert "vllm" not in sys.modules, "the student's side imported vllm"
