@@ -23,7 +23,7 @@ LOGITCACHE = str(Path(sys.executable).with_name("logitcache"))
 
 GENERATE = [
     "generate", "gym:gsm_symbolic?size=112&seed=1", "--teacher", str(TEACHER), "--out", str(CACHE),
-    "--top-k", "64", "--max-tokens", "256", "--prompt-logits", "--unit-size", "16",
+    "--top-k", "64", "--max-tokens", "256", "--prompt-logits", "--unit-size", "32",
     "--answer-regex", r"(?i)therefore|answer is|in total|\bso\b",
     "--engine-arg", "max_model_len=2048", "--engine-arg", "max_num_seqs=64", "--engine-arg", "enforce_eager=true",
 ]  # fmt: skip
@@ -50,7 +50,8 @@ def stage(name: str, work: Callable[[], Any]) -> None:
     seconds = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     began = time.monotonic()
     work()
-    TIMES.write_text(json.dumps({name: time.monotonic() - began} | seconds))
+    seconds.setdefault(name, time.monotonic() - began)
+    TIMES.write_text(json.dumps(seconds))
 
 
 def logitcache(*arguments: str) -> None:

@@ -135,6 +135,10 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
     Raises: TeacherError for a model that is missing, not causal, or has fewer tokens than ``top_k``.
     """
     engine_version()
+    if spec.model[:1] in "./~" and not Path(spec.model).is_dir():
+        raise TeacherError(
+            f"--teacher {spec.model}: no such folder; give a model folder or a hub id such as Qwen/Qwen3-8B"
+        )
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 

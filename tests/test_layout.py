@@ -71,7 +71,7 @@ def test_the_wheel_installs_one_top_level_name(tmp_path: Path) -> None:
     assert {
         "logitcache/cli.py",
         "logitcache/kernels/reference.py",
-        "logitcache/student/trainer.py",
+        "logitcache/student/run.py",
         "logitcache/FORMAT.md",
     } <= set(names)
     entry = next(n for n in names if n.endswith("entry_points.txt"))

@@ -152,7 +152,7 @@ def test_no_rows_give_a_connected_zero(device):
     hidden_NH, weight_VH, bias_V, targets = problem(0, device=device)
     loss = linear_sparse_divergence(hidden_NH, weight_VH, targets, bias_V=bias_V)
     loss.backward()
-    assert float(loss) == 0.0
+    assert loss.item() == 0.0
     assert [float(t.grad.abs().sum()) for t in (hidden_NH, weight_VH, bias_V)] == [0.0, 0.0, 0.0]
     assert linear_sparse_metrics(hidden_NH, weight_VH, targets)["argmax"].shape == (0,)
 

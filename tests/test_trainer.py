@@ -9,12 +9,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from logitcache.cache import Cache
 from logitcache.errors import NotACacheError, StudentError, TrainingError
-from logitcache.student import trainer as module
-from logitcache.student.data import TraceDataset
+from logitcache.student.data import TraceDataset, split
 from logitcache.student.evaluate import evaluate
+from logitcache.student.model import load_student
 from logitcache.student.run import TrainOptions, configure, train
-from logitcache.student.trainer import DistillConfig, DistillTrainer, latest_checkpoint
+from logitcache.student.trainer import DistillConfig, DistillTrainer, drop_after, latest_checkpoint
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
 
@@ -65,8 +66,8 @@ def test_a_student_learns_and_is_saved_with_its_tokenizer(options, home):
     student = AutoModelForCausalLM.from_pretrained(opts.out)
     assert student.config.use_cache
     assert len(AutoTokenizer.from_pretrained(opts.out)) == tiny.VOCAB
-    cache = module.Cache.open(home / "cache")
-    held = TraceDataset(cache, module.split(cache.prompt_ids, 0.2)[1])
+    cache = Cache.open(home / "cache")
+    held = TraceDataset(cache, split(cache.prompt_ids, 0.2)[1])
     assert evaluate(student, held)["kl"] == pytest.approx(run["eval_after"]["kl"], rel=1e-6)
 
 
@@ -219,12 +220,12 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epo')
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    module._drop_after(tmp_path, latest_checkpoint(tmp_path))
+    drop_after(tmp_path, latest_checkpoint(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
 
 
 def test_a_loss_that_is_no_number_stops_the_run_with_the_traces(options, home):
-    cache = module.Cache.open(home / "cache")
+    cache = Cache.open(home / "cache")
     config = DistillConfig(output_dir=str(options().out), use_cpu=True, tokens_per_batch=130, eval_strategy="no")
     student = tiny.model()
     run = DistillTrainer(student, config, TraceDataset(cache))
@@ -242,9 +243,9 @@ def test_bfloat16_trains_float32_weights(options):
 
 
 def test_the_five_lines_of_the_library_train_a_student(home, tmp_path):
-    cache = module.Cache.open(home / "cache")
-    student, tokenizer = module.load_student(home / "model", cache.identity)
-    taught, held = (TraceDataset(cache, side) for side in module.split(cache.prompt_ids, 0.2))
+    cache = Cache.open(home / "cache")
+    student, tokenizer = load_student(home / "model", cache.identity)
+    taught, held = (TraceDataset(cache, side) for side in split(cache.prompt_ids, 0.2))
     config = DistillConfig(
         str(tmp_path / "out"), num_train_epochs=2, use_cpu=True, tokens_per_batch=130, learning_rate=1e-2
     )
