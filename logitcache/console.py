@@ -88,6 +88,7 @@ class Progress:
                 BarColumn(),
                 TextColumn("{task.fields[speed]}"),
                 TimeRemainingColumn(),
+                TextColumn("left"),
             ]
             self._bar = Bar(*columns, console=Console(file=self.out), redirect_stdout=False, redirect_stderr=False)
             self._task = self._bar.add_task("", total=self.total, speed="")

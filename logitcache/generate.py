@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +17,7 @@ from logitcache import manifest, prompts, sections, shard, teacher, topk
 from logitcache.cache import Cache
 from logitcache.console import Progress, Stop, chatter_to
 from logitcache.engine import Completion, Engine, cause_in
-from logitcache.errors import EngineError, InputError, LogitcacheError, first_line
+from logitcache.errors import EngineError, InputError, LogitcacheError, ShardCorruptError, first_line
 from logitcache.files import exclusive, publish_json, read_json
 from logitcache.manifest import Identity
 from logitcache.prompts import Prompt
@@ -190,8 +190,8 @@ def _skipped_before(out: Path) -> dict[str, str]:
     """Trace ids that an earlier call could not ask the teacher for, with the reason; the ids bind it to the identity."""
     found: dict[str, str] = {}
     for path in (out / "logs").glob("generate-*.json"):
-        summary = read_json(path)
-        found |= dict.fromkeys(summary["skipped_traces"], "as an earlier call found")
+        with suppress(ShardCorruptError):  # then they are tried again
+            found |= dict.fromkeys(read_json(path)["skipped_traces"], "as an earlier call found")
     return found
 
 

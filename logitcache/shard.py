@@ -166,7 +166,10 @@ def read(directory: Path, index: ShardIndex) -> Shard:
     if hashlib.sha256(data).hexdigest() != index.sha256:
         raise ShardCorruptError(f"{path}: its bytes do not match the checksum in its index; {way_out}")
     reader = pa.ipc.open_file(pa.BufferReader(data))
-    if reader.schema != SCHEMA:
-        raise ShardCorruptError(f"{path}: columns {reader.schema.names} are not those of a shard; {way_out}")
+    if reader.schema != SCHEMA or reader.num_record_batches != 1:
+        raise ShardCorruptError(
+            f"{path}: {reader.num_record_batches} batches of columns {reader.schema.names}, expected one of those of a "
+            f"shard; {way_out}"
+        )
     table = (reader.schema.metadata or {}).get(TABLE_KEY)
     return Shard(reader.get_batch(0), FrequencyTable.from_bytes(table) if table else None)
