@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -174,6 +175,31 @@ def info(
 
     facts = Cache.open(cache).info()
     typer.echo(json.dumps(facts, indent=1) if as_json else describe(facts))
+
+
+@app.command()
+def verify(
+    cache: Annotated[Path, typer.Argument(help="A cache.")],
+    repair: Annotated[bool, typer.Option(help="Move broken shards aside, so that generate makes them again.")] = False,
+    workers: Annotated[int | None, typer.Option(help="Processes. [default: one a core]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Reads all of a cache and names whatever is wrong: checksums, columns, spans, ids, probabilities. Exit code 2 if any."""
+    from logitcache.verify import repair as set_aside
+    from logitcache.verify import verify as find
+
+    problems = find(cache, workers)
+    moved = set_aside(cache, problems) if repair and problems else []
+    if as_json:
+        typer.echo(json.dumps({"problems": [asdict(p) for p in problems], "moved": [str(m) for m in moved]}, indent=1))
+    else:
+        for line in [*problems, *(f"moved {path}" for path in moved)]:
+            typer.echo(str(line))
+        typer.echo(
+            f"{cache}: {len(problems)} problems" if problems else f"{cache}: every byte and every trace is right"
+        )
+    if problems:
+        raise typer.Exit(2)
 
 
 def _signal_code(name: str | None) -> int:

@@ -337,12 +337,10 @@ class _Run:
             future.result()
 
     def _encode(self, request: Request, completion: Completion) -> EncodedTrace | None:
+        """A trace ready to be written; None, and a line in the summary, where its rows are no distribution."""
         try:
             return EncodedTrace.of(_trace(request, completion, self.facts, self.markers, self.options, self.identity))
-        except (
-            LogitcacheError,
-            ValueError,
-        ) as e:  # rows that are no distribution: its neighbours are kept all the same
+        except (LogitcacheError, ValueError) as e:
             self.summary.failed[request.prompt.id] = first_line(e)
             return None
 

@@ -1,0 +1,126 @@
+"""Everything that can be wrong with a cache on disk, found and named."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+
+from logitcache import manifest, shard
+from logitcache.errors import LogitcacheError
+from logitcache.files import exclusive
+from logitcache.manifest import Identity
+from logitcache.schema import Trace
+
+SET_ASIDE = "set-aside"
+_MASS_SLACK = 1e-4  # of a row's kept mass and tail together
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong: where, and what."""
+
+    shard: str
+    trace_id: str | None
+    what: str
+
+    def __str__(self) -> str:
+        return ": ".join(filter(None, (self.shard, self.trace_id and f"trace {self.trace_id}", self.what)))
+
+
+def verify(cache: Path, workers: int | None = None) -> list[Problem]:
+    """Holds every shard against its index, and every trace against its identity and itself.
+
+    Checksums, columns, counts, spans, ids below the vocabulary, rows that sum to 1 with their tail, trace ids that stand
+    only once. Reads all of the cache, shards side by side.
+
+    Args:
+        workers: processes; None takes the machine's cores.
+    Raises: NotACacheError, FormatVersionError, and ShardCorruptError for a damaged manifest.
+    """
+    identity = manifest.read(cache)
+    indexes = sorted((cache / shard.DIRECTORY).glob("unit-*.json"))
+    check = partial(_verify_shard, identity=identity)
+    workers = min(workers or os.cpu_count() or 1, len(indexes) or 1)
+    if workers == 1:
+        results = list(map(check, indexes))
+    else:
+        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+            results = list(pool.map(check, indexes))
+    problems = list(chain.from_iterable(found for found, _ in results))
+    owners = Counter(trace_id for _, trace_ids in results for trace_id in trace_ids)
+    for path, (_, trace_ids) in zip(indexes, results, strict=True):
+        problems += [Problem(path.stem, t, "stands in the cache more than once") for t in trace_ids if owners[t] > 1]
+    return problems
+
+
+def repair(cache: Path, problems: list[Problem]) -> list[Path]:
+    """Moves the shards that have problems to CACHE/set-aside, so that `logitcache generate` makes their traces again.
+
+    Returns: the files moved.
+    """
+    moved = []
+    with exclusive(cache / ".lock", str(cache)):
+        (cache / SET_ASIDE).mkdir(exist_ok=True)
+        for name in sorted({problem.shard for problem in problems}):
+            # The index first: without it the shard is none, whatever happens next.
+            for suffix in (".json", ".arrow"):
+                path = cache / shard.DIRECTORY / f"{name}{suffix}"
+                if path.exists():
+                    moved.append(path.rename(cache / SET_ASIDE / path.name))
+    return moved
+
+
+def _verify_shard(path: Path, identity: Identity) -> tuple[list[Problem], list[str]]:
+    """What is wrong with a shard, and the trace ids in it."""
+    try:
+        index = shard.read_index(path)
+        opened = shard.read(path.parent, index)
+    except LogitcacheError as e:
+        return [Problem(path.stem, None, str(e))], []
+    except Exception as e:  # Arrow's own, on bytes that match their checksum and were never right
+        return [Problem(path.stem, None, f"cannot be read: {e}")], []
+    columns = {name: opened.batch.column(name).to_pylist() for name in ("trace_id", "prompt_id")}
+    problems = [
+        Problem(index.name, None, f"its index says {name}s other than those in the shard")
+        for name, said in (("trace_id", index.trace_ids), ("prompt_id", index.prompt_ids))
+        if said != columns[name]
+    ]
+    if len(index.token_lengths) != index.rows or index.rows != opened.batch.num_rows:
+        problems.append(Problem(index.name, None, f"{opened.batch.num_rows} traces, its index says {index.rows}"))
+        return problems, columns["trace_id"]
+    for row, trace_id in enumerate(columns["trace_id"]):
+        try:
+            faults = list(_faults(opened.trace(row), index.token_lengths[row], identity))
+        except (LogitcacheError, ValueError) as e:
+            faults = [str(e)]
+        problems += [Problem(index.name, trace_id, what) for what in faults]
+    return problems, columns["trace_id"]
+
+
+def _faults(trace: Trace, length: int, identity: Identity) -> Iterator[str]:
+    """What is wrong with a trace."""
+    rows, tokens = trace.rows, trace.token_ids
+    if len(tokens) != length:
+        yield f"column token_ids: {len(tokens)} tokens, the index says {length}"
+    if trace.row_start + len(rows) != len(tokens):
+        yield f"column topk: {len(rows)} rows from token {trace.row_start} on do not end with {len(tokens)} tokens"
+    for name in ("token_logprob", "token_rank"):
+        if len(getattr(trace, name)) != len(rows):
+            yield f"column {name}: {len(getattr(trace, name))} values for {len(rows)} rows"
+    for name, ids in (("token_ids", tokens), ("topk", rows.ids)):
+        if len(ids) and not 0 <= ids.min() <= ids.max() < identity.vocab_size:
+            yield f"column {name}: ids from {ids.min()} to {ids.max()}, the vocabulary has {identity.vocab_size}"
+    if len(rows):
+        if rows.counts.max() > identity.top_k:
+            yield f"column topk: a row of {rows.counts.max()} ids, the cache keeps {identity.top_k}"
+        mass = np.add.reduceat(np.exp(rows.logprobs.astype(np.float64)), rows.offsets[:-1]) + np.exp(rows.log_tail)
+        worst = int(np.abs(mass - 1).argmax())
+        if not abs(mass[worst] - 1) <= _MASS_SLACK:
+            yield f"column topk: row {worst} and its tail sum to {mass[worst]:.6f}"
