@@ -13,6 +13,7 @@ import psutil
 import pytest
 
 from logitcache.cache import Cache
+from logitcache.verify import verify
 
 pytestmark = [pytest.mark.engine, pytest.mark.timeout(600)]
 
@@ -71,6 +72,7 @@ def resumed(embedded_teacher, tmp_path_factory) -> Path:
     assert "12 of 12 there" in again.stdout
     assert "INFO" not in again.stdout + again.stderr, "the engine's chatter goes to the log"
     assert "vLLM" in "".join(p.read_text() for p in (out / "logs").glob("*.log"))
+    assert verify(out, workers=1) == []
     return out
 
 
@@ -168,3 +170,4 @@ def test_a_killed_engine_ends_the_command_with_its_cause_and_sigterm_ends_it_cle
     (report,) = [json.loads(p.read_bytes()) for p in (out / "logs").glob(f"*-{process.pid}.json")]
     assert len(Cache.open(out)) == kept + report["made"] > kept
     assert not list((out / "shards").glob("*.part"))
+    assert verify(out, workers=1) == []
