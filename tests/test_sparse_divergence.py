@@ -201,6 +201,7 @@ if not INTERPRETED:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
         assert " passed" in done.stdout
 
+    @pytest.mark.slow
     def test_the_interpreted_kernel_is_no_further_from_float64_than_torch():
         interpret("few_cases")
 
