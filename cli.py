@@ -23,7 +23,7 @@ app = typer.Typer(
 )
 
 
-@app.command()
+@app.command(short_help="Have the teacher answer prompts, and cache what it thought.")
 def generate(
     prompts: Annotated[
         str,
@@ -113,7 +113,7 @@ def generate(
         raise typer.Exit(1)
 
 
-@app.command()
+@app.command(short_help="Distil a student from a cache.")
 def train(
     cache: Annotated[Path, typer.Argument(help="What `logitcache generate` wrote.")],
     student: Annotated[str, typer.Option(help="Model folder or hub id, with the teacher's tokenizer.")],
@@ -164,7 +164,7 @@ def train(
         raise typer.Exit(_signal_code(finished["signal"]))
 
 
-@app.command()
+@app.command(short_help="Say what a cache holds.")
 def info(
     cache: Annotated[Path, typer.Argument(help="A cache.")],
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
@@ -177,7 +177,7 @@ def info(
     typer.echo(json.dumps(facts, indent=1) if as_json else describe(facts))
 
 
-@app.command()
+@app.command(short_help="Find whatever is wrong with a cache.")
 def verify(
     cache: Annotated[Path, typer.Argument(help="A cache.")],
     repair: Annotated[bool, typer.Option(help="Move broken shards aside, so that generate makes them again.")] = False,
