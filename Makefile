@@ -17,7 +17,7 @@ test: $(VENV)/.ready
 	$(BIN)/pytest
 
 fast: $(VENV)/.ready
-	$(BIN)/pytest -m "not slow and not engine"
+	$(BIN)/pytest -n 2 -m "not slow and not engine"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

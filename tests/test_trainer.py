@@ -180,7 +180,8 @@ def stop_at(monkeypatch, step: int) -> None:
 
 
 # In the first epoch, at its end, in the second.
-@pytest.mark.parametrize("step", [*(pytest.param(s, marks=pytest.mark.slow) for s in (1, 4)), 6])
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 4, 6])
 def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypatch, step):
     whole, cut = options("whole"), options("cut")
     expected = train(whole)
@@ -199,6 +200,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypa
     assert history(resumed, "loss") == history(expected, "loss")
 
 
+@pytest.mark.slow
 def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(options):
     opts = options(max_steps=6, set={"save_strategy": "steps", "save_steps": "3"})
     expected, record = train(opts), opts.out / "run.json"
@@ -242,6 +244,7 @@ def test_bfloat16_trains_float32_weights(options):
     assert {w.dtype for w in weights(opts.out).values()} == {torch.float32}
 
 
+@pytest.mark.slow
 def test_the_five_lines_of_the_library_train_a_student(home, tmp_path):
     cache = Cache.open(home / "cache")
     student, tokenizer = load_student(home / "model", cache.identity)
