@@ -86,7 +86,7 @@ class Cache:
     def info(self) -> dict[str, Any]:
         """Identity, counts and sizes, from the indexes alone."""
         totals = {
-            name: sum(s.totals()[name] for s in self.shards)
+            name: sum(getattr(s, name) for s in self.shards)
             for name in ("bytes", "taught_rows", "entries", "block_bytes", "tail_mass")
         }
         rows = totals["taught_rows"] or 1

@@ -110,7 +110,7 @@ class Request:
 
 @dataclass
 class Unit:
-    """The prompts that become one shard, while they are under way."""
+    """The traces that become one shard, while they are under way."""
 
     size: int = 0  # requests that joined
     closed: bool = False  # no more requests join
@@ -202,7 +202,8 @@ class _Run:
         self, options: GenerateOptions, facts: TeacherFacts, identity: Identity, summary: Summary, number: int
     ) -> None:
         self.options, self.facts, self.identity, self.summary = options, facts, identity, summary
-        self.markers = markers_of(options, facts)
+        opening, closing = identity.reasoning_markers or (None, None)
+        self.markers = Markers(opening, closing, identity.answer_regex)
         self.number = number  # of the next shard
         self.requests: dict[str, tuple[Request, Unit]] = {}
         self.open: list[Unit] = []
@@ -339,7 +340,7 @@ class _Run:
     def _encode(self, request: Request, completion: Completion) -> EncodedTrace | None:
         """A trace ready to be written; None, and a line in the summary, where its rows are no distribution."""
         try:
-            return EncodedTrace.of(_trace(request, completion, self.facts, self.markers, self.options, self.identity))
+            return EncodedTrace.of(_trace(request, completion, self.facts, self.markers, self.identity))
         except (LogitcacheError, ValueError) as e:
             self.summary.failed[request.prompt.id] = first_line(e)
             return None
@@ -369,7 +370,6 @@ def _trace(
     completion: Completion,
     facts: TeacherFacts,
     markers: Markers,
-    options: GenerateOptions,
     identity: Identity,
 ) -> Trace:
     """The trace of a finished completion: sections found, rows sorted and trimmed."""
@@ -377,8 +377,8 @@ def _trace(
     pieces = teacher.pieces(facts, token_ids.tolist())
     ended = len(token_ids) > prompt_length and int(token_ids[-1]) in facts.eos_ids
     rows = topk.from_topk(completion.ids_RK, completion.logprobs_RK, identity.vocab_size)
-    if options.top_p is not None:
-        rows = topk.trim(rows, top_p=options.top_p, min_k=options.min_k)
+    if identity.top_p is not None:
+        rows = topk.trim(rows, top_p=identity.top_p, min_k=identity.min_k)
     return Trace(
         trace_id=request.trace_id,
         prompt_id=request.prompt.id,

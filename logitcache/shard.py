@@ -44,12 +44,6 @@ class ShardIndex:
     def number(self) -> int:
         return int(self.name.removeprefix("unit-"))
 
-    def totals(self) -> dict[str, int | float]:
-        return {
-            name: getattr(self, name)
-            for name in ("rows", "bytes", "taught_rows", "entries", "block_bytes", "tail_mass")
-        }
-
 
 @dataclass(frozen=True, slots=True)
 class EncodedTrace:
@@ -86,7 +80,7 @@ def write(
 
     Raises: WriteError where the disk refuses; nothing of the shard is left then.
     """
-    table = _share_table([t.record for t in traces], vocab_size)
+    table = _share_table(traces, vocab_size)
     schema = SCHEMA.with_metadata({TABLE_KEY: table.to_bytes()} if table else None)
     arrow = pa.Table.from_pylist([t.record for t in traces], schema=schema).combine_chunks()
     buffer = io.BytesIO()
@@ -115,22 +109,19 @@ def write(
     return index
 
 
-def _share_table(records: list[dict[str, Any]], vocab_size: int) -> FrequencyTable | None:
+def _share_table(traces: list[EncodedTrace], vocab_size: int) -> FrequencyTable | None:
     """Encodes the blocks of a shard again, with the frequencies of the shard's own ids; loses nothing more.
 
     Measured at k = 64: 116 bytes a row without a table, 104 with one of other prompts, 101 with the shard's own.
     """
-    counts_V = np.zeros(vocab_size, np.int64)
-    rows = 0
-    for record in records:  # one at a time: decoded, a shard of long traces takes gigabytes
-        block = codec.decode(record["topk"])
-        counts_V += np.bincount(block.ids, minlength=vocab_size)
-        rows += len(block)
-    if rows < _TABLE_ROWS:
+    if sum(t.taught_rows for t in traces) < _TABLE_ROWS:
         return None
+    counts_V = np.zeros(vocab_size, np.int64)
+    for trace in traces:  # one at a time: decoded, a shard of long traces takes gigabytes
+        counts_V += np.bincount(codec.decode(trace.record["topk"]).ids, minlength=vocab_size)
     table = build_table(counts_V)
-    for record in records:
-        record["topk"] = codec.encode(codec.decode(record["topk"]), table=table)
+    for trace in traces:
+        trace.record["topk"] = codec.encode(codec.decode(trace.record["topk"]), table=table)
     return table
 
 

@@ -174,21 +174,22 @@ def trim(rows: SparseRows, *, top_p: float | None = None, min_k: int = 1, pinned
     pinned = np.fromiter(pinned_ids, np.int64)
     if pinned.size:
         keep_N |= np.isin(rows.ids, pinned)
-    return _keep(rows, keep_N)
+    return keep(rows, keep_N)
 
 
 def fold(rows: SparseRows, k: int) -> SparseRows:
     """Each row's k most probable entries, the rest joins the tail: what a capture at k would have given."""
     if k < 1:
         raise ValueError(f"k is at least 1, not {k}")
-    return _keep(rows, _ranks(rows) < k)
+    return keep(rows, _ranks(rows) < k)
 
 
 def _ranks(rows: SparseRows) -> np.ndarray:
     return np.arange(len(rows.ids)) - np.repeat(rows.offsets[:-1], rows.counts)
 
 
-def _keep(rows: SparseRows, keep_N: np.ndarray) -> SparseRows:
+def keep(rows: SparseRows, keep_N: np.ndarray) -> SparseRows:
+    """The entries marked in keep_N, bool [N]; the mass of the others joins their rows' tails."""
     if keep_N.all():
         return rows
     row_N = np.repeat(np.arange(len(rows)), rows.counts)

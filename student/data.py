@@ -22,7 +22,7 @@ from logitcache.errors import StudentError
 from logitcache.kernels.reference import SparseTargets
 from logitcache.schema import Trace
 from logitcache.student.views import NOT_TAUGHT, Lesson, View, section_of
-from logitcache.topk import SparseRows
+from logitcache.topk import SparseRows, keep
 
 # N taught rows, T input positions of a trace, B traces of a batch, E entries of all its rows.
 
@@ -73,11 +73,12 @@ class TraceDataset(Dataset[Example]):
         lesson = self.view(trace)
         positions = (lesson.row != NOT_TAUGHT).nonzero()[0]
         row_N = lesson.row[positions]
+        rows = _take(trace.rows, row_N)
         return Example(
             trace.trace_id,
             lesson.input_ids,
             positions,
-            _below(_take(trace.rows, row_N), self.vocab),
+            rows if self.vocab is None else keep(rows, rows.ids < self.vocab),
             trace.token_ids[row_N + trace.row_start].astype(np.int64),
             lesson.kd[positions],
             lesson.ce[positions],
@@ -100,20 +101,6 @@ def _take(rows: SparseRows, index_N: np.ndarray) -> SparseRows:
     offsets = np.concatenate([[0], np.cumsum(counts)])
     entry_E = np.arange(offsets[-1]) + np.repeat(rows.offsets[index_N] - offsets[:-1], counts)
     return SparseRows(offsets, rows.ids[entry_E], rows.logprobs[entry_E], rows.log_tail[index_N])
-
-
-def _below(rows: SparseRows, vocab: int | None) -> SparseRows:
-    if vocab is None or len(rows.ids) == 0 or rows.ids.max() < vocab:
-        return rows
-    cut_E = rows.ids >= vocab
-    row_E = np.repeat(np.arange(len(rows)), rows.counts)
-    tail = np.exp(rows.log_tail.astype(np.float64))
-    np.add.at(tail, row_E[cut_E], np.exp(rows.logprobs[cut_E].astype(np.float64)))
-    touched = np.isin(np.arange(len(rows)), row_E[cut_E])
-    log_tail = np.where(touched, np.log(tail, where=tail > 0, out=np.full(len(tail), -np.inf)), rows.log_tail)
-    counts = rows.counts - np.bincount(row_E[cut_E], minlength=len(rows))
-    offsets = np.concatenate([[0], np.cumsum(counts)])
-    return SparseRows(offsets, rows.ids[~cut_E], rows.logprobs[~cut_E], log_tail.astype(np.float32))
 
 
 def split(prompt_ids: Sequence[str], held_out: float) -> tuple[np.ndarray, np.ndarray]:
