@@ -11,7 +11,7 @@ import numpy as np
 from logitcache import planes
 from logitcache.errors import FormatVersionError, ShardCorruptError
 
-# R rows, N entries of all rows together.
+# R rows, N entries of all rows together without the pinned ones, E pinned ids.
 
 VERSION = 1
 STORED, EXACT = 1, 2  # flags: planes uncompressed; values bit for bit
@@ -19,6 +19,21 @@ STORED, EXACT = 1, 2  # flags: planes uncompressed; values bit for bit
 _MAGIC = b"LK"
 _LAYOUT = struct.Struct("<2s10B3I")
 _CRC = struct.Struct("<I")
+_NONE = np.empty(0, np.uint8)
+
+
+class Columns(NamedTuple):
+    """What a block holds, each a list of unsigned integers, in the order of their planes; of width 0: no array."""
+
+    tail_R: np.ndarray
+    last_R: np.ndarray
+    counts_R: np.ndarray
+    pin_E: np.ndarray
+    pin_ER: np.ndarray  # flat
+    id_N: np.ndarray
+    coarse_N: np.ndarray
+    fine_N: np.ndarray
+    residual_N: np.ndarray
 
 
 class Header(NamedTuple):
@@ -30,7 +45,7 @@ class Header(NamedTuple):
     id_width: int
     fine_width: int
     residual_width: int
-    reserved: int
+    E: int  # pinned ids, one entry of each in every row, apart from the N others
     R: int
     N: int
     table_id: int  # 0: ids are stored as they are
@@ -52,19 +67,30 @@ class Header(NamedTuple):
             and 1 <= self.id_width <= 4
             and self.fine_width <= 2
             and self.residual_width <= (4 if self.exact else 0)
-            and self.reserved == 0
             and self.R <= self.N
             and (self.count_width > 0 or self.N % self.R == 0)
         )
 
     @property
-    def raw_size(self) -> int:
-        per_row = self.tail_width + self.count_width + (4 if self.exact else 0)
-        return self.R * per_row + self.N * (self.id_width + 1 + self.fine_width + self.residual_width)
+    def planes(self) -> tuple[tuple[int, int], ...]:
+        """Integers and planes of each column."""
+        R, N, E, value_width = self.R, self.N, self.E, self.tail_width
+        return (
+            (R, value_width),
+            (R, 4 if self.exact else 0),
+            (R, self.count_width),
+            (E, 4),
+            (E * R, value_width),
+            (N, self.id_width),
+            (N, 1),
+            (N, self.fine_width),
+            (N, self.residual_width),
+        )
 
 
-def seal(header: Header, parts: list[bytes], level: int) -> bytes:
+def seal(header: Header, columns: Columns, level: int) -> bytes:
     """A whole block; the planes are stored as they are where compression gains nothing."""
+    parts = [part for c, (_, width) in zip(columns, header.planes, strict=True) for part in planes.split(c, width)]
     payload = planes.compress(parts, level) if header.N else None
     if payload is None:
         header = header._replace(flags=header.flags | STORED)
@@ -97,15 +123,21 @@ def read_header(block: bytes | memoryview) -> Header:
     return header
 
 
-def unseal(block: bytes | memoryview) -> tuple[Header, np.ndarray]:
-    """Header and planes, uint8; counts are checked against the bytes there are before memory is taken.
+def unseal(block: bytes | memoryview) -> tuple[Header, Columns]:
+    """Header and columns; counts are checked against the bytes there are before memory is taken.
 
     Raises: as read_header.
     """
     header = read_header(block)
     payload = memoryview(block)[_LAYOUT.size : -_CRC.size]
+    shapes = header.planes
+    size = sum([count * width for count, width in shapes])
     if not header.flags & STORED:
-        return header, np.frombuffer(planes.decompress(payload, header.raw_size), np.uint8)
-    if len(payload) != header.raw_size:
-        raise ShardCorruptError(f"a top-k block holds {len(payload)} bytes, its counts say {header.raw_size}")
-    return header, np.frombuffer(payload, np.uint8)
+        payload = planes.decompress(payload, size)
+    elif len(payload) != size:
+        raise ShardCorruptError(f"a top-k block holds {len(payload)} bytes, its counts say {size}")
+    raw, start, columns = np.frombuffer(payload, np.uint8), 0, []
+    for count, width in shapes:
+        columns.append(planes.join(raw, start, count, width) if count and width else _NONE)
+        start += count * width
+    return header, Columns._make(columns)

@@ -105,4 +105,5 @@ class Cache:
             "block_bytes_per_token": totals["block_bytes"] / rows,
             "mean_support": totals["entries"] / rows,
             "mean_tail_mass": totals["tail_mass"] / rows,
+            "verdicts": {name: sum(s.verdicts[name] for s in self.shards) for name in ("correct", "incorrect")},
         }

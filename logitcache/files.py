@@ -50,7 +50,7 @@ def _sync_directory(path: Path) -> None:
 
 
 def publish_json(path: Path, fields: dict[str, Any]) -> None:
-    """Publishes ``fields`` as JSON, with a checksum of themselves under ``check``."""
+    """Publishes ``fields`` as JSON, one a line; the last line, ``check``, is the SHA-256 of all the lines before it."""
     publish(path, _render(fields))
 
 
@@ -60,23 +60,33 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises: ShardCorruptError if a byte differs.
     """
     data = path.read_bytes()
-    with contextlib.suppress(ValueError, KeyError, TypeError):
+    body = data[: data.rfind(b' "check"')]
+    if data == body + _check(body):
         fields = json.loads(data)
         del fields["check"]
-        if _render(fields) == data:
-            return fields
+        return fields
     raise ShardCorruptError(f"{path}: not the bytes that were written, by its checksum; restore it from a copy")
 
 
 def _render(fields: dict[str, Any]) -> bytes:
-    canonical = json.dumps(fields, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
-    check = hashlib.sha256(canonical.encode()).hexdigest()
-    return json.dumps(fields | {"check": check}, ensure_ascii=False, indent=1).encode()
+    lines = (
+        f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, separators=(',', ':'))},\n" for k, v in fields.items()
+    )
+    body = ("{\n" + "".join(lines)).encode()
+    return body + _check(body)
+
+
+def _check(body: bytes) -> bytes:
+    return f' "check": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
 @contextlib.contextmanager
-def exclusive(path: Path, what: str) -> Iterator[None]:
+def exclusive(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
     """Holds an advisory lock on ``path`` for as long as this process lives; makes the directory it lies in.
+
+    Args:
+        what: is written by another process, a message says.
+        wait: for the process that holds it.
 
     Raises: CacheBusyError if another process holds it, WriteError where no file can be locked there.
     """
@@ -87,7 +97,7 @@ def exclusive(path: Path, what: str) -> Iterator[None]:
         raise WriteError(f"{path.parent}: {e.strerror}; give --out a directory that can be written to") from e
     with path.open("a+") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
             file.seek(0)
             raise CacheBusyError(

@@ -18,13 +18,14 @@ from logitcache.cache import Cache
 from logitcache.console import Progress, Stop, chatter_to
 from logitcache.engine import Completion, Engine, cause_in
 from logitcache.errors import EngineError, InputError, LogitcacheError, ShardCorruptError, first_line
-from logitcache.files import exclusive, publish_json, read_json
+from logitcache.files import publish_json, read_json
 from logitcache.manifest import Identity
 from logitcache.prompts import Prompt
 from logitcache.schema import Trace
 from logitcache.sections import Markers
 from logitcache.shard import EncodedTrace
 from logitcache.teacher import TeacherFacts, TeacherSpec
+from logitcache.workers import Worker
 
 # Finished traces that may wait for the finisher, which encodes ten times faster than one GPU generates: a raw trace of
 # 32k tokens at k = 64 takes 17 MB.
@@ -45,6 +46,7 @@ class GenerateOptions:
     markers: Markers | None = None  # None: found in the tokenizer or the chat template
     answer_regex: str | None = None  # for completions without markers
     unit_size: int = 64  # traces that become one shard
+    worker: Worker = Worker()
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.unit_size < 1 or self.min_k < 1 or (self.limit is not None and self.limit < 1):
@@ -162,7 +164,7 @@ def generate(options: GenerateOptions) -> Summary:
     teacher.render(facts, source.prompts[0], options.spec.template_args)  # what it refuses, it refuses now
     wanted = identify(options, facts)
     manifest.match(options.out, wanted)
-    with exclusive(options.out / ".lock", str(options.out)):
+    with options.worker.alone(options.out):
         # The identity on disk names the traces: 1 and 1.0 are one temperature and two digests.
         identity = manifest.match(options.out, wanted) or wanted
         shards = Cache.open(options.out).shards if (options.out / manifest.FILE_NAME).exists() else []
@@ -340,7 +342,7 @@ class _Run:
     def _encode(self, request: Request, completion: Completion) -> EncodedTrace | None:
         """A trace ready to be written; None, and a line in the summary, where its rows are no distribution."""
         try:
-            return EncodedTrace.of(_trace(request, completion, self.facts, self.markers, self.identity))
+            return EncodedTrace.of(_trace(request, completion, self.facts, self.markers, self.identity), self.identity)
         except (LogitcacheError, ValueError) as e:
             self.summary.failed[request.prompt.id] = first_line(e)
             return None
@@ -355,7 +357,7 @@ class _Run:
             "source": self.options.source,
             "log": self.log.name,
         }
-        shard.write(self.options.out / shard.DIRECTORY, number, traces, self.identity.vocab_size, provenance)
+        shard.write(self.options.out / shard.DIRECTORY, number, traces, self.identity, provenance)
         self.summary.made += len(traces)
 
     def _explain(self, error: EngineError) -> EngineError:

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, fields
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +10,7 @@ from typing import Any
 
 import logitcache
 from logitcache.errors import FormatVersionError, IdentityError, NotACacheError
-from logitcache.files import publish_json, read_json
+from logitcache.files import exclusive, publish_json, read_json
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -37,17 +37,32 @@ class Identity:
     dtype: str
     engine: str  # name and version
     engine_args: dict[str, Any]  # those that may change a distribution
+    pin_tokens: list[int] = field(default_factory=list)  # ids that every row keeps, besides its top_k others
+    exact: bool = False  # log-probabilities bit for bit
+    derived: list[str] = field(default_factory=list)  # what was done to the traces since the teacher wrote them
 
     @cached_property
     def digest(self) -> str:
-        """Hash of all fields."""
-        canonical = json.dumps(asdict(self), sort_keys=True, separators=(",", ":"), default=str)
+        """Hash of all fields that say something: one that is added later, and empty, leaves it as it was."""
+        fields = {name: value for name, value in _plain(asdict(self)).items() if value}
+        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
     def trace_id(self, prompt_id: str, prompt_digest: str, sample_index: int) -> str:
         """Content address of a trace, known before it is generated: 32 hexadecimal digits."""
         key = "\x00".join((self.digest, prompt_id, prompt_digest, str(sample_index)))
         return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
+
+
+def _plain(value: Any) -> Any:
+    """As JSON reads it back, and 1.0 as 1: they set one temperature, and make one hash."""
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value if isinstance(value, str | int | float | None) else str(value)
 
 
 # How the field is set on the command line: the way out of a refusal.
@@ -62,6 +77,8 @@ _OPTIONS = {
     "reasoning_markers": "--reasoning-markers",
     "answer_regex": "--answer-regex",
     "engine_args": "--engine-arg or --template-arg",
+    "pin_tokens": "--pin-tokens",
+    "exact": "--exact",
 }
 
 
@@ -74,13 +91,15 @@ def read(cache: Path) -> Identity:
     if not path.is_file():
         what = "no such directory" if not cache.exists() else f"no {FILE_NAME} in it"
         raise NotACacheError(f"{cache} is not a cache: {what}; make one with `logitcache generate ... --out {cache}`")
-    fields = read_json(path)
-    if fields.get("format") != FORMAT_VERSION:
+    found = read_json(path)
+    if found.get("format") != FORMAT_VERSION:
         raise FormatVersionError(
-            f"{path}: format version {fields.get('format')}, this logitcache {logitcache.__version__} reads "
+            f"{path}: format version {found.get('format')}, this logitcache {logitcache.__version__} reads "
             f"{FORMAT_VERSION}; upgrade with `pip install -U logitcache`"
         )
-    return Identity(**fields["identity"])
+    if unknown := set(found["identity"]) - {f.name for f in fields(Identity)}:
+        raise FormatVersionError(f"{path}: written by a newer logitcache, by its {', '.join(sorted(unknown))}; upgrade")
+    return Identity(**found["identity"])
 
 
 def match(cache: Path, identity: Identity) -> Identity | None:
@@ -99,7 +118,7 @@ def match(cache: Path, identity: Identity) -> Identity | None:
 
 def _is_ours(path: Path) -> bool:
     """What a run that ended before it had a manifest leaves."""
-    return path.name in (".lock", "logs") or path.suffix == ".part"
+    return path.name.startswith(".lock") or path.name == "logs" or path.suffix == ".part"
 
 
 def create_or_match(cache: Path, identity: Identity) -> Identity:
@@ -109,18 +128,30 @@ def create_or_match(cache: Path, identity: Identity) -> Identity:
     """
     if found := match(cache, identity):
         return found
-    created = datetime.now(UTC).isoformat(timespec="seconds")
-    fields = {"format": FORMAT_VERSION, "created": created, "logitcache": logitcache.__version__}
-    publish_json(cache / FILE_NAME, fields | {"identity": asdict(identity)})
+    with exclusive(cache / ".lock", str(cache), wait=True):  # several workers may come to this together
+        if not match(cache, identity):
+            write(cache, identity)
     return read(cache)
+
+
+def write(cache: Path, identity: Identity) -> None:
+    """Publishes the manifest of a cache that has none."""
+    created = datetime.now(UTC).isoformat(timespec="seconds")
+    facts = {"format": FORMAT_VERSION, "created": created, "logitcache": logitcache.__version__}
+    publish_json(cache / FILE_NAME, facts | {"identity": asdict(identity)})
 
 
 def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
     """Raises: IdentityError naming the field, both values and the way out."""
-    if difference := first_difference(asdict(found), json.loads(json.dumps(asdict(wanted), default=str))):
+    if difference := first_difference(asdict(found), _plain(asdict(wanted))):
         name, there, here = difference
         option = _OPTIONS.get(name.partition(".")[0])
         undo = f"set {option} as it was" if option else "go back to what it was made with"
+        if name == "derived":
+            raise IdentityError(
+                f"{cache} holds traces {', '.join(there) or 'as generated'}, this run would add traces "
+                f"{', '.join(here) or 'as generated'}; give --out a new directory"
+            )
         raise IdentityError(
             f"{cache} was made with {name} = {there!r}, this run has {here!r}; {undo}, or give --out a new directory"
         )

@@ -25,16 +25,14 @@ def width_of(values: np.ndarray) -> int:
 
 
 def join(data: np.ndarray, start: int, count: int, width: int) -> np.ndarray:
-    """`count` unsigned integers from the `width` planes at data[start:]: uint8, uint16 or uint32, zeros at width 0."""
-    if width == 0:
-        return np.zeros(count, np.uint8)
-    values = data[start + (width - 1) * count : start + width * count]
-    if width == 1:
-        return values
-    values = values.astype(np.uint16 if width == 2 else np.uint32)
-    for i in reversed(range(width - 1)):
-        values <<= 8
-        values |= data[start + i * count : start + (i + 1) * count]
+    """`count` unsigned integers from the `width` planes at data[start:]: uint8, uint16 or uint32; none at width 0."""
+    values = data[start + max(0, width - 1) * count : start + width * count]
+    if width > 1:
+        dtype = np.uint16 if width == 2 else np.uint32
+        values = values.astype(dtype)
+        for i in reversed(range(width - 1)):
+            values <<= 8
+            values |= data[start + i * count : start + (i + 1) * count].astype(dtype)  # mixed types take twice as long
     return values
 
 
@@ -65,7 +63,6 @@ def decompress(data: memoryview, size: int) -> bytes:
             raise ShardCorruptError(f"a top-k block of {len(data)} bytes holds {found}, its counts say {size}")
         if not hasattr(_local, "decompressor"):
             _local.decompressor = zstandard.ZstdDecompressor()
-        raw = _local.decompressor.decompress(data, allow_extra_data=False)
+        return _local.decompressor.decompress(data, allow_extra_data=False)
     except zstandard.ZstdError as error:
         raise ShardCorruptError(f"a top-k block does not decompress: {error}") from error
-    return raw

@@ -12,7 +12,7 @@ import pyarrow as pa
 from logitcache import codec
 from logitcache.errors import FormatVersionError, ShardCorruptError
 from logitcache.files import publish, publish_json, read_json
-from logitcache.manifest import FORMAT_VERSION
+from logitcache.manifest import FORMAT_VERSION, Identity
 from logitcache.schema import SCHEMA, SECTION_FIELDS, Trace, from_batch, to_record
 from logitcache.sections import NAMES
 from logitcache.table import FrequencyTable, build_table
@@ -38,6 +38,7 @@ class ShardIndex:
     block_bytes: int  # of the top-k blocks
     tail_mass: float  # sum over rows
     section_tokens: dict[str, int]
+    verdicts: dict[str, int]  # traces found correct and incorrect
     provenance: dict[str, Any]
 
     @property
@@ -55,11 +56,12 @@ class EncodedTrace:
     tail_mass: float
 
     @classmethod
-    def of(cls, trace: Trace) -> "EncodedTrace":
+    def of(cls, trace: Trace, identity: Identity) -> "EncodedTrace":
         """Encodes a trace the moment it ends: its rows take about a fifth of what they did."""
         rows = trace.rows
         tail_mass = float(np.exp(rows.log_tail.astype(np.float64)).sum())
-        return cls(to_record(trace, codec.encode(rows)), len(rows), len(rows.ids), tail_mass)
+        block = codec.encode(rows, exact=identity.exact, pinned=identity.pin_tokens)
+        return cls(to_record(trace, block), len(rows), len(rows.ids), tail_mass)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +76,13 @@ class Shard:
 
 
 def write(
-    directory: Path, number: int, traces: list[EncodedTrace], vocab_size: int, provenance: dict[str, Any]
+    directory: Path, number: int, traces: list[EncodedTrace], identity: Identity, provenance: dict[str, Any]
 ) -> ShardIndex:
     """Publishes shard ``number``: the Arrow file first, then its index.
 
     Raises: WriteError where the disk refuses; nothing of the shard is left then.
     """
-    table = _share_table(traces, vocab_size)
+    table = _share_table(traces, identity)
     schema = SCHEMA.with_metadata({TABLE_KEY: table.to_bytes()} if table else None)
     arrow = pa.Table.from_pylist([t.record for t in traces], schema=schema).combine_chunks()
     buffer = io.BytesIO()
@@ -101,27 +103,40 @@ def write(
         block_bytes=sum(len(t.record["topk"]) for t in traces),
         tail_mass=sum(t.tail_mass for t in traces),
         section_tokens=_section_tokens([t.record for t in traces]),
+        verdicts={
+            name: sum(t.record["correct"] is verdict for t in traces)
+            for name, verdict in (("correct", True), ("incorrect", False))
+        },
         provenance=provenance,
     )
-    path = directory / f"{name}.arrow"
-    publish(path, data)
-    publish_json(path.with_suffix(".json"), {"format": FORMAT_VERSION} | asdict(index))
+    publish(directory / f"{name}.arrow", data)
+    publish_index(directory, index)
     return index
 
 
-def _share_table(traces: list[EncodedTrace], vocab_size: int) -> FrequencyTable | None:
+def publish_index(directory: Path, index: ShardIndex) -> None:
+    """Makes a shard of an Arrow file that lies there.
+
+    Raises: WriteError.
+    """
+    publish_json(directory / f"{index.name}.json", {"format": FORMAT_VERSION} | asdict(index))
+
+
+def _share_table(traces: list[EncodedTrace], identity: Identity) -> FrequencyTable | None:
     """Encodes the blocks of a shard again, with the frequencies of the shard's own ids; loses nothing more.
 
     Measured at k = 64: 116 bytes a row without a table, 104 with one of other prompts, 101 with the shard's own.
     """
     if sum(t.taught_rows for t in traces) < _TABLE_ROWS:
         return None
-    counts_V = np.zeros(vocab_size, np.int64)
+    counts_V = np.zeros(identity.vocab_size, np.int64)
     for trace in traces:  # one at a time: decoded, a shard of long traces takes gigabytes
-        counts_V += np.bincount(codec.decode(trace.record["topk"]).ids, minlength=vocab_size)
+        counts_V += np.bincount(codec.decode(trace.record["topk"]).ids, minlength=identity.vocab_size)
+    counts_V[identity.pin_tokens] = 0  # stored apart
     table = build_table(counts_V)
     for trace in traces:
-        trace.record["topk"] = codec.encode(codec.decode(trace.record["topk"]), table=table)
+        rows = codec.decode(trace.record["topk"])
+        trace.record["topk"] = codec.encode(rows, table=table, exact=identity.exact, pinned=identity.pin_tokens)
     return table
 
 

@@ -14,9 +14,9 @@ import numpy as np
 
 from logitcache import manifest, shard
 from logitcache.errors import LogitcacheError
-from logitcache.files import exclusive
 from logitcache.manifest import Identity
 from logitcache.schema import Trace
+from logitcache.workers import Worker
 
 SET_ASIDE = "set-aside"
 _MASS_SLACK = 1e-4  # of a row's kept mass and tail together
@@ -66,7 +66,7 @@ def repair(cache: Path, problems: list[Problem]) -> list[Path]:
     Returns: the files moved.
     """
     moved = []
-    with exclusive(cache / ".lock", str(cache)):
+    with Worker().alone(cache):
         (cache / SET_ASIDE).mkdir(exist_ok=True)
         for name in sorted({problem.shard for problem in problems}):
             # The index first: without it the shard is none, whatever happens next.
@@ -109,7 +109,8 @@ def _faults(trace: Trace, length: int, identity: Identity) -> Iterator[str]:
     rows, tokens = trace.rows, trace.token_ids
     if len(tokens) != length:
         yield f"column token_ids: {len(tokens)} tokens, the index says {length}"
-    if trace.row_start + len(rows) != len(tokens):
+    end = trace.row_start + len(rows)
+    if end > len(tokens) or (end < len(tokens) and not identity.derived):  # a slice may have cut the last rows
         yield f"column topk: {len(rows)} rows from token {trace.row_start} on do not end with {len(tokens)} tokens"
     for name in ("token_logprob", "token_rank"):
         if len(getattr(trace, name)) != len(rows):
@@ -118,8 +119,11 @@ def _faults(trace: Trace, length: int, identity: Identity) -> Iterator[str]:
         if len(ids) and not 0 <= ids.min() <= ids.max() < identity.vocab_size:
             yield f"column {name}: ids from {ids.min()} to {ids.max()}, the vocabulary has {identity.vocab_size}"
     if len(rows):
-        if rows.counts.max() > identity.top_k:
-            yield f"column topk: a row of {rows.counts.max()} ids, the cache keeps {identity.top_k}"
+        if rows.counts.max() > (kept := identity.top_k + len(identity.pin_tokens)):
+            yield f"column topk: a row of {rows.counts.max()} ids, the cache keeps {kept}"
+        for pin in identity.pin_tokens:
+            if (held := np.count_nonzero(rows.ids == pin)) != len(rows):
+                yield f"column topk: id {pin} stands in {held} of {len(rows)} rows, the cache keeps it in each"
         mass = np.add.reduceat(np.exp(rows.logprobs.astype(np.float64)), rows.offsets[:-1]) + np.exp(rows.log_tail)
         worst = int(np.abs(mass - 1).argmax())
         if not abs(mass[worst] - 1) <= _MASS_SLACK:

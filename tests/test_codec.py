@@ -74,6 +74,27 @@ def canonical(rows):
     return rows.ids[order_N], rows.logprobs[order_N].view(np.uint32)
 
 
+PINS = [2, 151_643, 151_645]
+
+
+def pinned(above_last, tail=0.01, R=120, K=48, ragged=False, seed=0):
+    """Rows of K ids and PINS, these `above_last` nats above the row's smallest; where ragged, of 1 to K and PINS."""
+    rng = np.random.default_rng(seed)
+    values_RK = -np.sort(-rng.normal(0, 2.5, (R, K)), axis=1)
+    log_tail_R = np.full(R, np.log(tail), np.float32)
+    pin_values_RE = values_RK[:, -1:] + above_last + rng.normal(0, 1, (R, len(PINS)))
+    logprobs_RK = normalised(np.concatenate([values_RK, pin_values_RE], axis=1), np.full(R, tail)).astype(np.float32)
+    drawn = rng.permuted(np.tile(np.setdiff1d(np.arange(150_000), PINS), (R, 1))[:, : 4 * K], axis=1)[:, :K]
+    ids_RK = np.concatenate([drawn, np.tile(PINS, (R, 1))], axis=1).astype(np.int32)
+    order_RK = np.argsort(-logprobs_RK, axis=1, kind="stable")
+    ids_RK, logprobs_RK = np.take_along_axis(ids_RK, order_RK, 1), np.take_along_axis(logprobs_RK, order_RK, 1)
+    rows = SparseRows(np.arange(R + 1) * (K + len(PINS)), ids_RK.ravel(), logprobs_RK.ravel(), log_tail_R)
+    if not ragged:
+        return rows
+    place_RK = np.cumsum(~np.isin(ids_RK, PINS), axis=1)
+    return topk.keep(rows, (np.isin(ids_RK, PINS) | (place_RK <= 1 + np.arange(R)[:, None] % K)).ravel())
+
+
 def table_for(rows, vocab_size=151_936):
     return build_table(np.bincount(rows.ids, minlength=vocab_size))
 
@@ -150,6 +171,71 @@ def test_ragged_rows_come_back_in_their_lengths_and_order():
         inner_N = np.ones(len(read.ids), bool)
         inner_N[read.offsets[:-1]] = False
         assert (np.diff(read.logprobs, prepend=0)[inner_N] <= 0).all()
+
+
+@pytest.mark.parametrize("above_last", [-60.0, -20.0, 3.0, 17.0])
+@pytest.mark.parametrize("ragged", [False, True])
+def test_pinned_ids_of_any_rank_come_back_in_their_places(above_last, ragged):
+    for tail in (1e-9, 0.01, 0.99):
+        rows = pinned(above_last, tail, ragged=ragged)
+        others = rows.ids[~np.isin(rows.ids, PINS)]
+        for table in (None, build_table(np.bincount(others, minlength=151_936))):
+            read = decode(encode(rows, table=table, pinned=PINS), table=table)
+            kl_R = bucketed_kl(rows, read)
+            assert kl_R.mean() <= 1e-5
+            assert kl_R.max() <= 1e-3
+            same = decode(encode(rows))
+            assert np.abs(read.logprobs - same.logprobs).max() <= 2.0**-5
+            assert np.array_equal(read.log_tail, same.log_tail)
+            again = decode(encode(read, pinned=PINS))
+            assert np.array_equal(read.ids, again.ids)
+            assert np.abs(read.logprobs - again.logprobs).max() < 2e-5
+        exact = decode(encode(rows, exact=True, pinned=PINS[::-1]))
+        assert all(map(np.array_equal, canonical(exact), canonical(rows)))
+        assert np.array_equal(exact.log_tail, rows.log_tail)
+
+
+def test_a_pinned_id_may_hold_nearly_all_mass_or_none():
+    for value in (-3000.0, -400.0, 400.0, 3000.0):
+        rows = pinned(value)
+        read = decode(encode(rows, pinned=PINS))
+        assert np.isfinite(read.logprobs).all()
+        assert bucketed_kl(rows, read).max() < 1e-4
+
+
+def test_pinned_ids_stored_apart_take_less():
+    rows = pinned(-20.0)
+    assert len(encode(rows, pinned=PINS)) < len(encode(rows)) - 1.5 * len(rows)
+
+
+def test_rows_without_their_pinned_ids_are_refused():
+    rows = pinned(-20.0, R=4)
+    table = build_table(np.ones(151_645, np.int64))
+    for ids, message in (
+        ([*PINS, 5], "the pinned id 5 once"),
+        ([-1, 2], "pin at most 255"),
+        (range(300), "at most 255"),
+    ):
+        with pytest.raises(CacheError, match=message):
+            encode(rows, pinned=ids)
+    with pytest.raises(CacheError, match="in 0..151644"):
+        encode(rows, pinned=PINS, table=table)
+    alone = topk.keep(rows, np.isin(rows.ids, PINS))
+    with pytest.raises(CacheError, match="nothing but pinned ids"):
+        encode(alone, pinned=PINS)
+
+
+def test_a_pinned_id_twice_or_among_the_others_is_refused():
+    rows = pinned(-20.0, R=4, K=4)
+    other = int(rows.ids[~np.isin(rows.ids, PINS)][0])
+    data = encode(rows, pinned=PINS)
+    start = len(data) - 4 - sum(c * w for c, w in block_module.read_header(data).planes) + 4 * 2
+    assert block_module.read_header(data).flags == block_module.STORED
+    for ids in ([2, 2, 3], [3, 2, 4], [2, 4, 2**31], sorted([other, 200_000, 200_001])):
+        bad = bytearray(data[:-4])
+        bad[start : start + 12] = np.array(ids, ">u4").view(np.uint8).reshape(3, 4)[:, ::-1].T.tobytes()
+        with pytest.raises(ShardCorruptError, match="pin"):
+            decode(resealed(bytes(bad)))
 
 
 def test_one_long_row_among_many_short_ones():
@@ -307,7 +393,8 @@ def test_a_later_version_is_refused_by_name():
         {"flags": 2},
         {"grid": 255},
         {"fine_bits": 32},
-        {"reserved": 1},
+        {"E": 1},
+        {"E": 255},
         {"version": 0},
     ],
 )
@@ -343,10 +430,13 @@ def test_random_and_mutated_blocks_give_an_error_of_ours_or_rows():
         encode(rows[60:90], table=table),
         encode(synthetic("bf16", R=20)),
         encode(synthetic("flat", R=1, K=4)),  # stored: too small to compress
+        encode(pinned(-20.0, R=20), pinned=PINS),
+        encode(pinned(-20.0, R=20, ragged=True), pinned=PINS, table=table),
+        encode(pinned(-20.0, R=20), pinned=PINS, exact=True),
     ]
     outcomes = {True: 0, False: 0}
-    for i in range(2000):
-        data = bytearray(originals[i % 5])
+    for i in range(3000):
+        data = bytearray(originals[i % 8])
         if i % 10 == 0:
             data = bytearray(rng.bytes(int(rng.integers(0, 400))))
         for _ in range(int(rng.integers(1, 5))):
@@ -356,7 +446,7 @@ def test_random_and_mutated_blocks_give_an_error_of_ours_or_rows():
             data = bytearray(b"LK\x01") + data[3:-4]
             data = bytearray(resealed(bytes(data)))
         try:
-            read = decode(bytes(data), table=table if i % 5 == 2 else None)
+            read = decode(bytes(data), table=table if i % 8 in (2, 6) else None)
         except LogitcacheError:
             outcomes[False] += 1
             continue
@@ -370,7 +460,7 @@ def second_reader(data, table=b""):
     """Rows of a block as lists of (logprob, id), and log tails: FORMAT.md word for word, nothing of ours."""
     assert data[:3] == b"LK\x01"
     assert zlib.crc32(data[:-4]) == int.from_bytes(data[-4:], "little")
-    flags, grid, fine_bits, tail_width, count_width, id_width, fine_width, residual_width, reserved = data[3:12]
+    flags, grid, fine_bits, tail_width, count_width, id_width, fine_width, residual_width, E = data[3:12]
     R, N, table_id = struct.unpack("<3I", data[12:24])
     stored, exact = flags & 1, flags & 2
     raw = data[24:-4] if stored else zstandard.ZstdDecompressor().decompress(data[24:-4])
@@ -396,22 +486,26 @@ def second_reader(data, table=b""):
     tails = integers(R, tail_width)
     lasts = integers(R, 4) if exact else []
     counts = integers(R, count_width) if count_width else [N // R] * R if R else []
+    pins, pin_values = integers(E, 4), integers(E * R, tail_width)
     distances, coarse = integers(N, id_width), integers(N, 1)
     fine, residuals = integers(N, fine_width), integers(N, residual_width)
-    assert (at, reserved) == (len(raw), 0)
+    assert at == len(raw)
     rows, log_tails, start = [], [], 0
     for r, count in enumerate(counts):
         row = range(start, start + count)
         start += count
         ranks = np.cumsum([distances[i] for i in row]).tolist()
-        ids = ranks if id_of_rank is None else [id_of_rank[rank] for rank in ranks]
+        ids = (ranks if id_of_rank is None else [id_of_rank[rank] for rank in ranks]) + pins
         steps = [((coarse[i] << fine_bits) + fine[i]) * 2.0**-grid for i in row]
+        pinned_here = pin_values[r::R]
         if exact:
             bits = [struct.unpack("<I", struct.pack("<f", as_float(lasts[r]) + step))[0] for step in steps]
             signed = [(residuals[i] >> 1) ^ -(residuals[i] & 1) for i in row]
             logprobs = [as_float(ordered((ordered(b) + s) % 2**32)) for b, s in zip(bits, signed, strict=True)]
+            logprobs += map(as_float, pinned_here)
             log_tails.append(as_float(tails[r]))
         else:
+            steps += [(value - 32768) * 2.0**-grid for value in pinned_here]
             z = (tails[r] - 32768) / 128 if tails[r] else -math.inf
             log_tails.append(-np.logaddexp(0, -z))
             log_mass = max(steps) + math.log(sum(math.exp(step - max(steps)) for step in steps))
@@ -422,9 +516,11 @@ def second_reader(data, table=b""):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_a_second_reader_written_from_the_format_text_agrees(exact):
-    for rows in (ragged(R=60)[40:60], synthetic("bf16", R=8), synthetic("peaked", R=8), ragged()[:0]):
+    whole = [ragged(R=60)[40:60], synthetic("bf16", R=8), synthetic("peaked", R=8), ragged()[:0]]
+    cases = [(rows, ()) for rows in whole] + [(pinned(-20.0, R=8), PINS), (pinned(9.0, R=8, ragged=True), PINS)]
+    for rows, pins in cases:
         for table in (None, build_table(np.bincount(rows.ids % 5000, minlength=151_936))):
-            data = encode(rows, exact=exact, table=table)
+            data = encode(rows, exact=exact, table=table, pinned=pins)
             read = decode(data, table=table)
             expected, log_tails = second_reader(data, table.to_bytes() if table else b"")
             assert [len(row) for row in expected] == read.counts.tolist()

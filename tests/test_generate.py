@@ -9,10 +9,10 @@ import pytest
 
 from logitcache.cache import Cache
 from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, TeacherError, WriteError
-from logitcache.files import exclusive
 from logitcache.generate import GenerateOptions, generate
 from logitcache.sections import Markers
 from logitcache.teacher import TeacherSpec
+from logitcache.workers import Worker
 from tests import fake_engine
 
 
@@ -223,7 +223,7 @@ def test_messages_without_a_chat_template_are_refused_before_anything_is_made(en
 
 def test_a_second_writer_is_refused(engine, prompts, tmp_path) -> None:
     generate(options(prompts(3), tmp_path / "c"))
-    with exclusive(tmp_path / "c" / ".lock", "c"), pytest.raises(CacheBusyError, match="written by another process"):
+    with Worker().alone(tmp_path / "c"), pytest.raises(CacheBusyError, match="written by another process"):
         generate(options(prompts(5), tmp_path / "c"))
 
 

@@ -138,7 +138,9 @@ def write_cache(path: Path, made: list[Trace] | None = None, *, shards: int = 2)
     manifest.create_or_match(path, identity())
     for number in range(shards):
         part = made[number * len(made) // shards : (number + 1) * len(made) // shards]
-        shard.write(path / shard.DIRECTORY, number, [shard.EncodedTrace.of(t) for t in part], VOCAB, {})
+        shard.write(
+            path / shard.DIRECTORY, number, [shard.EncodedTrace.of(t, identity()) for t in part], identity(), {}
+        )
     return Cache.open(path)
 
 
