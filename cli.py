@@ -23,69 +23,111 @@ app = typer.Typer(
 )
 
 
+# Options of every command that runs a teacher.
+Teacher = Annotated[str, typer.Option(help="Model folder or hub id.")]
+Out = Annotated[Path, typer.Option(help="The cache: a new directory, or one to go on with.")]
+TopK = Annotated[int, typer.Option(help="Token ids kept a row, with their log-probabilities.")]
+TopP = Annotated[
+    float | None,
+    typer.Option(
+        help="Trim each row to the ids that hold this share of its mass; the rest joins the tail. [default: off]"
+    ),
+]
+MinK = Annotated[int, typer.Option(help="Ids a trimmed row keeps at least.")]
+PinTokens = Annotated[
+    str,
+    typer.Option(
+        help="Ids that every row keeps whatever their rank: auto (end of sequence and section delimiters), none, or "
+        "tokens and ids, comma-separated."
+    ),
+]
+Exact = Annotated[bool, typer.Option("--exact", help="Keep log-probabilities bit for bit, in about 12% more bytes.")]
+Limit = Annotated[int | None, typer.Option(help="Read only so many rows of the source.")]
+Dtype = Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the teacher on the hub.")]
+TensorParallel = Annotated[int, typer.Option(help="GPUs a teacher is split over.")]
+PromptLogits = Annotated[
+    bool,
+    typer.Option(
+        "--prompt-logits/--no-prompt-logits",
+        help="Keep rows of the prompt's tokens too: to supervise the prompt section.",
+    ),
+]
+ReasoningMarkers = Annotated[
+    str | None,
+    typer.Option(
+        help="OPENING,CLOSING of the reasoning, or 'none'. [default: found in the tokenizer or chat template]"
+    ),
+]
+AnswerRegex = Annotated[
+    str | None,
+    typer.Option(help="Where a completion has no markers: its answer begins at this pattern's first match."),
+]
+Verifier = Annotated[
+    str | None,
+    typer.Option(help="Judge each answer against the prompt's `answer`: math, exact or gym. [default: no verdict]"),
+]
+UnitSize = Annotated[int, typer.Option(help="Traces that become one shard. A kill loses unfinished ones.")]
+WorkerOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="I/N",
+        help="Be worker I (from 0) of N that fill one cache, each with its own share of the prompts. "
+        "[default: the place in a Slurm job array, else 0/1]",
+    ),
+]
+EngineArg = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Any other vLLM engine argument, such as max_model_len=32768. Repeatable."),
+]
+TemplateArg = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Passed to the chat template, such as enable_thinking=true. Repeatable."),
+]
+Samples = Annotated[int, typer.Option(help="Completions a prompt.")]
+Temperature = Annotated[float, typer.Option(help="Of the sampling; what is stored is always at temperature 1.")]
+MaxTokens = Annotated[int, typer.Option(help="Longest completion.")]
+Seed = Annotated[int, typer.Option(help="Of the engine's sampler.")]
+Sampling = Annotated[
+    list[str] | None,
+    typer.Option(metavar="KEY=VALUE", help="Any other vLLM sampling parameter, such as top_p=0.95. Repeatable."),
+]
+Prompts = Annotated[
+    str,
+    typer.Argument(
+        help="A .jsonl or .parquet file with `prompt` or `messages` (optional `id`, `answer`; other columns are "
+        "kept), or gym:NAME?size=100&seed=1 for a reasoning-gym task."
+    ),
+]
+
+
 @app.command(short_help="Have the teacher answer prompts, and cache what it thought.")
 def generate(
-    prompts: Annotated[
-        str,
-        typer.Argument(
-            help="A .jsonl or .parquet file with `prompt` or `messages` (optional `id`, `answer`; other columns are "
-            "kept), or gym:NAME?size=100&seed=1 for a reasoning-gym task."
-        ),
-    ],
-    teacher: Annotated[str, typer.Option(help="Model folder or hub id.")],
-    out: Annotated[Path, typer.Option(help="The cache: a new directory, or one to go on with.")],
-    top_k: Annotated[int, typer.Option(help="Token ids kept a row, with their log-probabilities.")] = 64,
-    top_p: Annotated[
-        float | None,
-        typer.Option(
-            help="Trim each row to the ids that hold this share of its mass; the rest joins the tail. [default: off]"
-        ),
-    ] = None,
-    min_k: Annotated[int, typer.Option(help="Ids a trimmed row keeps at least.")] = 1,
-    samples: Annotated[int, typer.Option(help="Completions a prompt.")] = 1,
-    temperature: Annotated[
-        float, typer.Option(help="Of the sampling; what is stored is always at temperature 1.")
-    ] = 1.0,
-    max_tokens: Annotated[int, typer.Option(help="Longest completion.")] = 2048,
-    seed: Annotated[int, typer.Option(help="Of the engine's sampler.")] = 0,
-    prompt_logits: Annotated[
-        bool,
-        typer.Option(
-            "--prompt-logits/--no-prompt-logits",
-            help="Keep rows of the prompt's tokens too: to supervise the prompt section.",
-        ),
-    ] = False,
-    limit: Annotated[int | None, typer.Option(help="Read only so many prompts.")] = None,
-    dtype: Annotated[str, typer.Option(help="auto, bfloat16, float16 or float32.")] = "auto",
-    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit of the teacher on the hub.")] = None,
-    tensor_parallel_size: Annotated[int, typer.Option(help="GPUs a teacher is split over.")] = 1,
-    reasoning_markers: Annotated[
-        str | None,
-        typer.Option(
-            help="OPENING,CLOSING of the reasoning, or 'none'. [default: found in the tokenizer or chat template]"
-        ),
-    ] = None,
-    answer_regex: Annotated[
-        str | None,
-        typer.Option(help="Where a completion has no markers: its answer begins at this pattern's first match."),
-    ] = None,
-    unit_size: Annotated[int, typer.Option(help="Traces that become one shard. A kill loses unfinished ones.")] = 64,
-    sampling: Annotated[
-        list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Any other vLLM sampling parameter, such as top_p=0.95. Repeatable."),
-    ] = None,
-    engine_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="Any other vLLM engine argument, such as max_model_len=32768. Repeatable."
-        ),
-    ] = None,
-    template_arg: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="KEY=VALUE", help="Passed to the chat template, such as enable_thinking=true. Repeatable."
-        ),
-    ] = None,
+    prompts: Prompts,
+    teacher: Teacher,
+    out: Out,
+    top_k: TopK = 64,
+    top_p: TopP = None,
+    min_k: MinK = 1,
+    pin_tokens: PinTokens = "auto",
+    exact: Exact = False,
+    samples: Samples = 1,
+    temperature: Temperature = 1.0,
+    max_tokens: MaxTokens = 2048,
+    seed: Seed = 0,
+    prompt_logits: PromptLogits = False,
+    limit: Limit = None,
+    verifier: Verifier = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    tensor_parallel_size: TensorParallel = 1,
+    reasoning_markers: ReasoningMarkers = None,
+    answer_regex: AnswerRegex = None,
+    unit_size: UnitSize = 64,
+    worker: WorkerOption = None,
+    sampling: Sampling = None,
+    engine_arg: EngineArg = None,
+    template_arg: TemplateArg = None,
 ) -> None:
     """The teacher answers PROMPTS once; its traces and top-k log-probabilities become a cache.
 
@@ -95,22 +137,84 @@ def generate(
     """
     from logitcache.generate import GenerateOptions, TeacherSpec
     from logitcache.generate import generate as run
-    from logitcache.sections import Markers
 
-    markers = Markers.parse(reasoning_markers) if reasoning_markers else None
     spec = TeacherSpec(
         model=teacher, revision=revision, dtype=dtype, top_k=top_k, prompt_logits=prompt_logits,
         temperature=temperature, max_tokens=max_tokens, seed=seed, tensor_parallel_size=tensor_parallel_size,
         sampling=_pairs("--sampling", sampling), engine_args=_pairs("--engine-arg", engine_arg),
         template_args=_pairs("--template-arg", template_arg),
     )  # fmt: skip
-    options = GenerateOptions(prompts, out, spec, samples, limit, top_p, min_k, markers, answer_regex, unit_size)
-    summary = run(options)
-    typer.echo(summary.text(out))
-    if summary.stopped:
-        raise typer.Exit(_signal_code(summary.stopped))
-    if summary.failed:
-        raise typer.Exit(1)
+    options = GenerateOptions(
+        source=prompts, out=out, spec=spec, samples=samples, limit=limit, top_p=top_p, min_k=min_k,
+        pin_tokens=pin_tokens, exact=exact, verifier=verifier, markers=_markers(reasoning_markers),
+        answer_regex=answer_regex, unit_size=unit_size, worker=_worker(worker),
+    )  # fmt: skip
+    _report_fill(run(options), out)
+
+
+@app.command(short_help="Cache what the teacher thinks of text that exists.")
+def score(
+    teacher: Teacher,
+    out: Out,
+    traces: Annotated[
+        str | None,
+        typer.Argument(
+            help="A .jsonl or .parquet file with `prompt` or `messages`, and `completion` (optional `id`, `answer`, "
+            "`finish_reason`; other columns are kept)."
+        ),
+    ] = None,
+    from_cache: Annotated[
+        Path | None, typer.Option(help="Score the tokens of this cache's traces instead of a file's text.")
+    ] = None,
+    crop: Annotated[
+        str | None,
+        typer.Option(
+            metavar="SIDE:SHARE",
+            help="Show the teacher only a part of each trace: left, middle or right, such as right:0.5.",
+        ),
+    ] = None,
+    eos: Annotated[bool, typer.Option(help="End completions of a file with the end-of-sequence token.")] = True,
+    top_k: TopK = 64,
+    top_p: TopP = None,
+    min_k: MinK = 1,
+    pin_tokens: PinTokens = "auto",
+    exact: Exact = False,
+    prompt_logits: PromptLogits = False,
+    limit: Limit = None,
+    verifier: Verifier = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    tensor_parallel_size: TensorParallel = 1,
+    reasoning_markers: ReasoningMarkers = None,
+    answer_regex: AnswerRegex = None,
+    unit_size: UnitSize = 64,
+    worker: WorkerOption = None,
+    engine_arg: EngineArg = None,
+    template_arg: TemplateArg = None,
+) -> None:
+    """The teacher reads TRACES, or those of another cache, and its top-k log-probabilities of every token become a cache.
+
+    For text of other origin, for a second teacher's opinion, and for crops, whose rows differ from those of the whole.
+    Run the same command again to go on after a stop.
+
+    Example: logitcache score --from-cache math-cache --crop right:0.5 --teacher Qwen/Qwen3-8B --out math-right
+    """
+    from logitcache.score import Crop, ScoreOptions, TeacherSpec
+    from logitcache.score import score as run
+
+    if (traces is None) == (from_cache is None):
+        raise InputError("give either TRACES, a file of prompts with completions, or --from-cache CACHE")
+    spec = TeacherSpec(
+        model=teacher, revision=revision, dtype=dtype, top_k=top_k, prompt_logits=prompt_logits,
+        tensor_parallel_size=tensor_parallel_size, engine_args=_pairs("--engine-arg", engine_arg),
+        template_args=_pairs("--template-arg", template_arg),
+    )  # fmt: skip
+    options = ScoreOptions(
+        source=str(from_cache or traces), out=out, spec=spec, crop=Crop.parse(crop) if crop else None, eos=eos,
+        limit=limit, top_p=top_p, min_k=min_k, pin_tokens=pin_tokens, exact=exact, verifier=verifier,
+        markers=_markers(reasoning_markers), answer_regex=answer_regex, unit_size=unit_size, worker=_worker(worker),
+    )  # fmt: skip
+    _report_fill(run(options), out)
 
 
 @app.command(short_help="Distil a student from a cache.")
@@ -205,6 +309,27 @@ def verify(
 def _signal_code(name: str | None) -> int:
     """Exit code of a command that a signal ended, as shells count it."""
     return 128 + signal.Signals[name].value if name else 1
+
+
+def _report_fill(summary: Any, out: Path) -> None:
+    """Says what a command made of a cache; its exit code is the signal's that ended it, or 1 where traces were lost."""
+    typer.echo(summary.text(out))
+    if summary.stopped:
+        raise typer.Exit(_signal_code(summary.stopped))
+    if summary.failed:
+        raise typer.Exit(1)
+
+
+def _markers(text: str | None) -> Any:
+    from logitcache.sections import Markers
+
+    return Markers.parse(text) if text else None
+
+
+def _worker(text: str | None) -> Any:
+    from logitcache.workers import from_environment
+
+    return from_environment(text)
 
 
 def _pairs(option: str, given: list[str] | None) -> dict[str, Any]:

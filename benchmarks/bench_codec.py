@@ -1,23 +1,28 @@
 """Bytes, error and speed of the top-k block beside four other layouts, on rows of a real teacher.
 
     python benchmarks/bench_codec.py --cache CACHE --quick
-    python benchmarks/bench_codec.py --capture CAPTURE.npz --json --plot bytes.png
+    python benchmarks/bench_codec.py --capture CAPTURE.npz --json --plot bytes.png --csv results.csv
 
 A cache holds rows that went through the codec once: what it loses shows only on a capture, or on a cache written with
 `--exact`. A capture is an .npz with ids int32 [T, K] and logprobs float32 [T, K] as the engine gave them, lengths [n]
 of the traces, and vocab_size where it is not 49,152. Every layout reads single traces in random order. Times are the
-processor's, all threads together, so that a busy machine changes little: tokens a second are those of one core.
+processor's, all threads together, so that a busy machine changes little: tokens a second are those of one core. Where
+a cache pins ids, every row keeps them beside its k others, and bytes count them.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import json
+import math
+import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
 
@@ -44,10 +49,14 @@ class Layout:
     open: Callable[[list[bytes]], Reader]
 
 
-def write_blocks(traces: Sequence[SparseRows], level: int, exact: bool = False) -> list[bytes]:
-    ids = np.concatenate([rows.ids for rows in traces])
-    table = build_table(np.bincount(ids))
-    return [table.to_bytes(), *(codec.encode(rows, level=level, exact=exact, table=table) for rows in traces)]
+def write_blocks(
+    traces: Sequence[SparseRows], level: int, exact: bool = False, pinned: Sequence[int] = ()
+) -> list[bytes]:
+    counts_V = np.bincount(np.concatenate([rows.ids for rows in traces]))
+    counts_V[list(pinned)] = 0  # stored apart
+    table = build_table(counts_V)
+    blocks = (codec.encode(rows, level=level, exact=exact, table=table, pinned=pinned) for rows in traces)
+    return [table.to_bytes(), *blocks]
 
 
 def open_blocks(stored: list[bytes]) -> Reader:
@@ -160,15 +169,21 @@ def open_packed(stored: list[bytes]) -> Reader:
     return read
 
 
-LAYOUTS = (
-    Layout("logitcache", partial(write_blocks, level=codec.DEFAULT_LEVEL), open_blocks),
-    Layout("logitcache highest", partial(write_blocks, level=codec.HIGHEST_LEVEL), open_blocks),
-    Layout("logitcache exact", partial(write_blocks, level=codec.DEFAULT_LEVEL, exact=True), open_blocks),
-    Layout("parquet-zstd int32+float32", write_parquet, open_parquet),
-    Layout("arrow-zstd int32+float16", write_arrow, open_arrow),
-    Layout("raw uint32+float16", write_raw, open_raw),
-    Layout("zstd 17-bit+float16", write_packed, open_packed),
-)
+def layouts(pinned: Sequence[int] = (), vocab_size: int = 0) -> list[Layout]:
+    """All of them; 17 bits only where they hold every id."""
+
+    def blocks(level: int, exact: bool = False) -> Callable[[Sequence[SparseRows]], list[bytes]]:
+        return partial(write_blocks, level=level, exact=exact, pinned=pinned)
+
+    return [
+        Layout("logitcache", blocks(codec.DEFAULT_LEVEL), open_blocks),
+        Layout("logitcache highest", blocks(codec.HIGHEST_LEVEL), open_blocks),
+        Layout("logitcache exact", blocks(codec.DEFAULT_LEVEL, exact=True), open_blocks),
+        Layout("parquet-zstd int32+float32", write_parquet, open_parquet),
+        Layout("arrow-zstd int32+float16", write_arrow, open_arrow),
+        Layout("raw uint32+float16", write_raw, open_raw),
+        *([Layout("zstd 17-bit+float16", write_packed, open_packed)] if vocab_size <= 1 << 17 else []),
+    ]
 
 
 def measure(layout: Layout, traces: Sequence[SparseRows], seconds: float) -> dict[str, float | int | str]:
@@ -207,85 +222,167 @@ def best_of(run: Callable[[], None], seconds: float) -> float:
     return min(times)
 
 
-def cases(traces: Sequence[SparseRows], ks: Sequence[int], top_ps: Sequence[float | None], seconds: float) -> Iterator:
+@dataclass(frozen=True)
+class Source:
+    """Rows to measure on.
+
+    captured: as the teacher gave them; rows of a cache that is not exact went through the codec once.
+    """
+
+    traces: list[SparseRows]
+    vocab_size: int
+    pinned: list[int]
+    captured: bool
+
+
+def cases(source: Source, ks: Sequence[int], top_ps: Sequence[float | None], seconds: float) -> Iterator[dict]:
     for k in ks:
         for top_p in top_ps:
-            rows = [topk.trim(topk.fold(trace, k), top_p=top_p) for trace in traces]
-            for layout in LAYOUTS:
+            folded = [topk.fold(trace, k, source.pinned) for trace in source.traces]
+            rows = [topk.trim(trace, top_p=top_p, pinned_ids=source.pinned) for trace in folded]
+            for layout in layouts(source.pinned, source.vocab_size):
                 yield {"layout": layout.name, "k": k, "top_p": top_p, **measure(layout, rows, seconds)}
 
 
-def read_capture(path: Path) -> list[SparseRows]:
+def first(traces: Iterable[SparseRows], tokens: float) -> list[SparseRows]:
+    """Traces with rows, the last one cut, until they hold that many tokens."""
+    kept: list[SparseRows] = []
+    for rows in traces:
+        if tokens <= 0:
+            break
+        if len(rows):
+            kept.append(rows[: int(min(len(rows), tokens))])
+            tokens -= len(rows)
+    return kept
+
+
+def read_capture(path: Path, tokens: float) -> Source:
     with np.load(path) as capture:
         vocab_size = int(capture["vocab_size"]) if "vocab_size" in capture else 49_152
         rows = topk.from_topk(capture["ids"], capture["logprobs"], vocab_size)
         ends = np.cumsum(capture["lengths"]).tolist()
-    return [rows[start:end] for start, end in zip([0, *ends], ends, strict=False) if end > start]
+    traces = (rows[start:end] for start, end in zip([0, *ends], ends, strict=False))
+    return Source(first(traces, tokens), vocab_size, [], captured=True)
 
 
-def read_cache(path: Path, tokens: int | None) -> list[SparseRows]:
+def read_cache(path: Path, tokens: float) -> Source:
     from logitcache.cache import Cache
 
     cache = Cache.open(path)
-    traces, held = [], 0
-    for i in range(len(cache)):
-        rows = cache[i].rows
-        if len(rows) == 0:
-            continue
-        traces.append(rows)
-        held += len(rows)
-        if tokens is not None and held >= tokens:
-            break
-    return traces
+    identity = cache.identity
+    traces = first((trace.rows for trace in cache), tokens)
+    return Source(traces, identity.vocab_size, identity.pin_tokens, captured=identity.exact)
 
 
-def plot(results: Sequence[dict], path: Path) -> None:
+def machine() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{name.replace(' ', '-').lower()}-{os.cpu_count()}-cores"
+
+
+def append(results: Sequence[dict], source: Source, path: Path) -> None:
+    """Rows of a CSV, a case each, after those that it holds."""
+    stamp = {
+        "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
+        "machine": machine(),
+        "numpy": np.__version__,
+        "zstd": ".".join(map(str, zstandard.ZSTD_VERSION)),
+        "pyarrow": pa.__version__,
+        "tokens": sum(map(len, source.traces)),
+        "traces": len(source.traces),
+        "vocab_size": source.vocab_size,
+        "pinned": len(source.pinned),
+        "captured": source.captured,
+    }
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*stamp, *results[0]])
+        if new:
+            writer.writeheader()
+        writer.writerows(stamp | result for result in results)
+
+
+def plot(results: Sequence[dict], source: Source, path: Path) -> None:
     """Bytes against error, a line a layout through its k; what is kept bit for bit stands at the left edge."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(8, 5.5), layout="constrained")
-    for layout in LAYOUTS:
-        found = [r for r in results if r["layout"] == layout.name and r["top_p"] is None]
-        if not found:
-            continue
-        errors = [max(r["kl_mean"], 1e-12) for r in found]
-        axes.plot(errors, [r["bytes_per_token"] for r in found], "o-", label=layout.name)
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    whole = [r for r in results if r["top_p"] is None]
+    lossless = 10 ** np.floor(np.log10(min((r["kl_mean"] for r in whole if r["kl_mean"] > 1e-14), default=1e-9)) - 1)
+    for (name, ours), marker in zip(
+        {r["layout"]: r["layout"].startswith("logitcache") for r in whole}.items(), "osD^v<>", strict=False
+    ):
+        found = [r for r in whole if r["layout"] == name]
+        errors = [max(r["kl_mean"], lossless) for r in found]
+        bytes_per_token = [r["bytes_per_token"] for r in found]
+        axes.plot(errors, bytes_per_token, marker + ("-" if ours else "--"), label=name, markersize=5)
         for error, r in zip(errors, found, strict=True):
-            axes.annotate(str(r["k"]), (error, r["bytes_per_token"]), xytext=(4, 4), textcoords="offset points", size=7)
-    axes.set(xscale="log", yscale="log", xlabel="bucketed KL of what is stored, mean (nats)", ylabel="bytes a token")
-    axes.legend()
+            left = ours or error == lossless
+            axes.annotate(
+                f"k={r['k']}",
+                (error, r["bytes_per_token"]),
+                xytext=(-6 if left else 6, -2),
+                textcoords="offset points",
+                size=7,
+                ha="right" if left else "left",
+            )
+    axes.axvline(lossless, color="grey", linewidth=0.8, linestyle=":")
+    axes.annotate(
+        "bit for bit",
+        (lossless, 1),
+        xycoords=("data", "axes fraction"),
+        xytext=(0, 3),
+        textcoords="offset points",
+        size=8,
+        ha="center",
+    )
+    axes.set(
+        xscale="log",
+        yscale="log",
+        xlim=(lossless / 5, None),
+        xlabel="error of what is stored: bucketed KL against the captured rows, mean (nats)",
+        ylabel="bytes a token, the whole top-k block",
+    )
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.set_title(
+        f"{sum(map(len, source.traces)):,} tokens, V={source.vocab_size:,}"
+        + ("" if source.captured else "; rows went through the codec once, so its own error does not show"),
+        fontsize="medium",
+        pad=16,
+    )
+    axes.legend(fontsize="small")
     figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--cache", type=Path, help="a cache directory")
-    source.add_argument("--capture", type=Path, help="an .npz of raw rows")
+    origin = parser.add_mutually_exclusive_group(required=True)
+    origin.add_argument("--cache", type=Path, help="a cache directory")
+    origin.add_argument("--capture", type=Path, help="an .npz of raw rows")
     parser.add_argument("--k", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="as far as the rows go")
     parser.add_argument("--quick", action="store_true", help="k = 64 only, at most 20,000 tokens: under a minute")
     parser.add_argument("--json", action="store_true", help="one object a case")
+    parser.add_argument("--csv", type=Path, help="append the cases here, with machine and versions")
     parser.add_argument("--plot", type=Path, help="write a picture of bytes against error here")
     args = parser.parse_args()
 
-    limit = 20_000 if args.quick else None
-    traces = read_capture(args.capture) if args.capture else read_cache(args.cache, limit)
-    if not traces:
+    limit = 20_000 if args.quick else math.inf
+    source = read_capture(args.capture, limit) if args.capture else read_cache(args.cache, limit)
+    if not source.traces:
         sys.exit("no rows to measure")
-    widest = max(int(rows.counts.max()) for rows in traces)
+    if not source.captured:
+        print("rows of a cache that is not exact: KL is against rows that went through the codec once", file=sys.stderr)
+    widest = max(int(rows.counts.max()) for rows in source.traces) - len(source.pinned)
     ks = [min(64, widest)] if args.quick else sorted({min(k, widest) for k in args.k})
-    if limit is not None:
-        ends = np.cumsum([len(rows) for rows in traces])
-        traces = traces[: int(np.searchsorted(ends, limit)) + 1]
     versions = f"numpy {np.__version__}, zstd {'.'.join(map(str, zstandard.ZSTD_VERSION))}, pyarrow {pa.__version__}"
-    tokens = sum(map(len, traces))
-    print(f"{platform.machine()}, {versions}; {tokens:,} tokens in {len(traces)} traces", file=sys.stderr)
+    tokens = sum(map(len, source.traces))
+    print(f"{machine()}, {versions}; {tokens:,} tokens in {len(source.traces)} traces", file=sys.stderr)
 
     results = []
-    for result in cases(traces, ks, [None] if args.quick else [None, 0.99], 1.0 if args.quick else 2.0):
+    for result in cases(source, ks, [None] if args.quick else [None, 0.99], 1.0 if args.quick else 2.0):
         results.append(result)
         if args.json:
             print(json.dumps(result), flush=True)
@@ -297,8 +394,10 @@ def main() -> None:
             f"encode {result['encode_tokens_per_s']:>9,}  decode {result['decode_tokens_per_s']:>10,} tokens/s",
             flush=True,
         )
+    if args.csv:
+        append(results, source, args.csv)
     if args.plot:
-        plot(results, args.plot)
+        plot(results, source, args.plot)
 
 
 if __name__ == "__main__":

@@ -56,41 +56,43 @@ class Header(NamedTuple):
 
     @property
     def sane(self) -> bool:
-        if self.R == 0:
+        flags, grid, fine_bits, tail_width, count_width, id_width, fine_width, residual_width, _, R, N, _ = self
+        if R == 0:
             return self[:-1] == (STORED, *[0] * 10)
         return (
-            self.flags <= (STORED | EXACT)
-            and self.grid <= 16
-            and self.fine_bits <= 8
-            and self.tail_width == (4 if self.exact else 2)
-            and self.count_width <= 4
-            and 1 <= self.id_width <= 4
-            and self.fine_width <= 2
-            and self.residual_width <= (4 if self.exact else 0)
-            and self.R <= self.N
-            and (self.count_width > 0 or self.N % self.R == 0)
+            flags <= (STORED | EXACT)
+            and grid <= 16
+            and fine_bits <= 8
+            and tail_width == (4 if flags & EXACT else 2)
+            and count_width <= 4
+            and 1 <= id_width <= 4
+            and fine_width <= 2
+            and residual_width <= (4 if flags & EXACT else 0)
+            and R <= N
+            and (count_width > 0 or N % R == 0)
         )
 
     @property
     def planes(self) -> tuple[tuple[int, int], ...]:
         """Integers and planes of each column."""
-        R, N, E, value_width = self.R, self.N, self.E, self.tail_width
+        flags, _, _, value_width, count_width, id_width, fine_width, residual_width, E, R, N, _ = self
         return (
             (R, value_width),
-            (R, 4 if self.exact else 0),
-            (R, self.count_width),
+            (R, 4 if flags & EXACT else 0),
+            (R, count_width),
             (E, 4),
             (E * R, value_width),
-            (N, self.id_width),
+            (N, id_width),
             (N, 1),
-            (N, self.fine_width),
-            (N, self.residual_width),
+            (N, fine_width),
+            (N, residual_width),
         )
 
 
 def seal(header: Header, columns: Columns, level: int) -> bytes:
     """A whole block; the planes are stored as they are where compression gains nothing."""
-    parts = [part for c, (_, width) in zip(columns, header.planes, strict=True) for part in planes.split(c, width)]
+    shapes = zip(columns, header.planes, strict=True)
+    parts = [part for column, (count, width) in shapes if count for part in planes.split(column, width)]
     payload = planes.compress(parts, level) if header.N else None
     if payload is None:
         header = header._replace(flags=header.flags | STORED)
@@ -138,6 +140,9 @@ def unseal(block: bytes | memoryview) -> tuple[Header, Columns]:
         raise ShardCorruptError(f"a top-k block holds {len(payload)} bytes, its counts say {size}")
     raw, start, columns = np.frombuffer(payload, np.uint8), 0, []
     for count, width in shapes:
-        columns.append(planes.join(raw, start, count, width) if count and width else _NONE)
-        start += count * width
+        if count and width:
+            columns.append(planes.join(raw, start, count, width))
+            start += count * width
+        else:
+            columns.append(_NONE)
     return header, Columns._make(columns)

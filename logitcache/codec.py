@@ -61,7 +61,7 @@ def encode(
         return seal(Header._make([*[0] * 11, table_id]), Columns(*[np.zeros(0, np.uint8)] * 9), level)
     _check(rows)
     tail_R = rows.log_tail.view(np.uint32) if exact else _tail_codes(rows)
-    top_R, pin_E = rows.logprobs[rows.offsets[:-1]], np.unique(np.asarray(pinned, np.int64))
+    top_R, pin_E = rows.logprobs[rows.offsets[:-1]], np.array(sorted(set(pinned)), np.int64)
     rows, pin_ER = _set_apart(rows, pin_E, table)
     N = len(rows.ids)
     counts, starts, ends = rows.counts, rows.offsets[:-1], rows.offsets[1:] - 1
@@ -228,14 +228,14 @@ def _steps(
     """The grid, each value as steps of 2^-grid above its row's last, uint32 [N], and the pinned, int32 [E, R]."""
     starts = np.cumsum(counts) - counts
     last_R = last_R.astype(np.float64)
-    above_N, pin_above_ER = logprob_N - np.repeat(last_R, counts), pin_ER - last_R
+    above_N, pin_above_ER = logprob_N.astype(np.float64) - np.repeat(last_R, counts), pin_ER - last_R
     prob_N, pin_prob_ER = np.exp(logprob_N), np.exp(pin_ER)
     most = _MAX_STEPS - _PIN_ZERO if len(pin_ER) else _MAX_STEPS
     grid, step_N, pin_step_ER = 0, above_N, pin_above_ER
     for grid in _GRIDS:
         step_N, pin_step_ER = np.rint(above_N * 2**grid), np.rint(pin_above_ER * 2**grid)
         reach_R = np.rint((top_R - last_R) * 2**grid)
-        if (reach_R > most).any():  # 256 nats below the top nothing is left to lose: cut there
+        if reach_R.max() > most:  # 256 nats below the top nothing is left to lose: cut there
             cut_R = np.maximum(reach_R - most, 0)
             step_N, pin_step_ER = np.maximum(step_N - np.repeat(cut_R, counts), 0), pin_step_ER - cut_R
         pin_step_ER = np.maximum(pin_step_ER, -_PIN_ZERO)
@@ -326,7 +326,8 @@ def _rounding_kl(
     """KL that the errors of the log-probabilities cost each row once it is renormalised, to second order; nats [R]."""
 
     def total(value_N: np.ndarray, pin_value_ER: np.ndarray) -> np.ndarray:
-        return np.add.reduceat(value_N, starts) + pin_value_ER.sum(axis=0)
+        total_R = np.add.reduceat(value_N, starts)
+        return total_R + pin_value_ER.sum(axis=0) if len(pin_value_ER) else total_R
 
     mass_R = np.maximum(total(prob_N, pin_prob_ER), 1e-30)
     mean_R = total(prob_N * error_N, pin_prob_ER * pin_error_ER)

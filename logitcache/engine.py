@@ -10,7 +10,9 @@ import threading
 import time
 import warnings
 from array import array
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
@@ -29,58 +31,73 @@ class Completion:
     key: str
     token_ids: np.ndarray  # int32 [L], prompt and completion
     prompt_length: int
-    ids_RK: np.ndarray  # int32 [R, K]
+    ids_RK: np.ndarray  # int32 [R, K]; K is top_k, and two more for each pinned id
     logprobs_RK: np.ndarray  # float32 [R, K], before temperature, penalties and filters
+    pinned_RP: np.ndarray  # float32 [R, P], the pinned ids' log-probabilities, in their order
     token_logprob: np.ndarray  # float32 [R], realised token
     token_rank: np.ndarray  # int32 [R]
     finish_reason: str
+
+    def split_at(self, prompt_length: int, first: int) -> "Completion":
+        """The same tokens as a prompt of that length and its completion, with the rows of tokens ``first`` and on."""
+        skip = first - (len(self.token_ids) - len(self.token_rank))
+        rows = {name: getattr(self, name)[skip:] for name in _ROWS}
+        return replace(self, prompt_length=prompt_length, **rows)
+
+
+_ROWS = ("ids_RK", "logprobs_RK", "pinned_RP", "token_logprob", "token_rank")
 
 
 class Engine:
     """A vLLM engine that hands out top-k rows: requests go in under a key, completions come out of ``step``."""
 
-    def __init__(self, spec: TeacherSpec, seed: int) -> None:
+    def __init__(self, spec: TeacherSpec, seed: int, pinned: Sequence[int] = (), scored: bool = False) -> None:
         """Loads the model: minutes for a large one.
 
         Args:
             seed: where the engine's one sampler starts.
+            pinned: ids whose log-probabilities come with every row.
+            scored: give the rows of what is submitted, and no answer to it.
         Raises: InputError for an option that vLLM does not have or refuses, EngineError where it cannot start.
         """
         os.environ[_PARENT] = str(os.getpid())
-        # A forked process would not load plugins again, `end_with_parent` among them.
+        os.environ[_PINNED] = ",".join(map(str, pinned))
+        # A forked process would not load plugins again, `prepare_process` among them.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         import vllm
         from vllm.platforms import current_platform
         from vllm.sampling_params import RequestOutputKind
 
         _use_typed_rows()
+        self._pinned, self._scored = list(pinned), scored
+        width = spec.top_k + 2 * len(pinned)
+        prompt_rows = spec.prompt_logits or scored
         _refuse_unknown("--engine-arg", spec.engine_args, set(vllm.EngineArgs.__dataclass_fields__))
         _refuse_unknown("--sampling", spec.sampling, set(vllm.SamplingParams.__struct_fields__))
         args = {
             "disable_log_stats": True,
-            "enable_prefix_caching": not spec.prompt_logits,
+            "enable_prefix_caching": not prompt_rows,
             **spec.engine_args,
             "model": spec.model,
             "revision": spec.revision,
             "dtype": spec.dtype,
             "seed": seed,
             "tensor_parallel_size": spec.tensor_parallel_size,
-            "max_logprobs": spec.top_k,
+            "max_logprobs": width,
             "logprobs_mode": "raw_logprobs",
         }
-        if spec.prompt_logits:
+        if prompt_rows:
             # vLLM makes [tokens, vocabulary] in float32 outside its memory profile when it scores a prompt.
             args.setdefault("max_num_batched_tokens", 2048)
         if current_platform.is_cpu():
             args.setdefault("kv_cache_memory_bytes", min(2 << 30, _available_memory() // 4))
         try:
             engine_args = vllm.EngineArgs(**args)
+            sampling: dict[str, Any] = {**spec.sampling, "temperature": spec.temperature, "max_tokens": spec.max_tokens}
             self._params = vllm.SamplingParams(
-                **spec.sampling,
-                temperature=spec.temperature,
-                max_tokens=spec.max_tokens,
-                logprobs=spec.top_k,
-                prompt_logprobs=spec.top_k if spec.prompt_logits else None,
+                **({"temperature": 0.0, "max_tokens": 1} if scored else sampling),
+                logprobs=None if scored else width,
+                prompt_logprobs=width if prompt_rows else None,
                 flat_logprobs=True,
                 detokenize=bool(spec.sampling.get("stop")),
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -122,7 +139,7 @@ class Engine:
         # An engine that is told to end hands out what it has as if it were whole.
         if broken := [o for o in finished if o.outputs[0].finish_reason not in ("stop", "length", "repetition")]:
             raise EngineError(f"vLLM gave up its requests: {broken[0].outputs[0].finish_reason}")
-        return [_completion(output) for output in finished]
+        return [_completion(output, self._pinned, self._scored) for output in finished]
 
     def close(self) -> None:
         """Ends the engine's processes."""
@@ -144,17 +161,20 @@ class Engine:
         client.outputs_queue.put(RuntimeError("the engine is dead"))
 
 
-def _completion(output: Any) -> Completion:
+def _completion(output: Any, pinned: list[int], scored: bool) -> Completion:
     sample = output.outputs[0]
     parts = [p for p in (output.prompt_logprobs, sample.logprobs) if p is not None and len(p.token_ids)]
-    columns = [np.concatenate(c) for c in zip(*(_rows(part) for part in parts), strict=True)]
-    ids, logprobs, rank = columns
+    ids, logprobs, rank = (np.concatenate(c) for c in zip(*(_rows(part) for part in parts), strict=True))
+    top = slice(1, ids.shape[1] - len(pinned))
+    if (ids[:, top.stop :] != pinned).any():
+        raise EngineError(f"{engine_version()} did not give the rows of the pinned ids; run with --pin-tokens none")
     return Completion(
         key=output.request_id,
-        token_ids=np.array([*output.prompt_token_ids, *sample.token_ids], np.int32),
+        token_ids=np.array([*output.prompt_token_ids, *([] if scored else sample.token_ids)], np.int32),
         prompt_length=len(output.prompt_token_ids),
-        ids_RK=ids[:, 1:],
-        logprobs_RK=logprobs[:, 1:],
+        ids_RK=ids[:, top],
+        logprobs_RK=logprobs[:, top],
+        pinned_RP=logprobs[:, top.stop :],
         token_logprob=np.ascontiguousarray(logprobs[:, 0]),
         token_rank=rank,
         finish_reason=sample.finish_reason or "unknown",
@@ -229,23 +249,79 @@ def _use_typed_rows() -> None:
 
 
 _PARENT = "LOGITCACHE_ENGINE_PARENT"
+_PINNED = "LOGITCACHE_PINNED"
 
 
-def end_with_parent() -> None:
-    """A vLLM plugin: an engine that `Engine` started is killed with it, where vLLM 0.32 lets it live on as an orphan.
-
-    Its workers end with it by vLLM's own means. Does nothing in any other process.
-    """
+def prepare_process() -> None:
+    """A vLLM plugin, run in each of its processes; does nothing where no `Engine` of ours started them."""
     parent = os.environ.get(_PARENT)
-    if parent is None or not sys.platform.startswith("linux") or os.getpid() == int(parent):
+    if parent is None:
         return
-    if os.getppid() == int(parent):
+    if pinned := [int(i) for i in os.environ.get(_PINNED, "").split(",") if i]:
+        _pin(pinned)
+    if os.getpid() != int(parent) and sys.platform.startswith("linux"):
+        _end_with(int(parent))
+
+
+def _end_with(parent: int) -> None:
+    """An engine that `Engine` started is killed with it, where vLLM 0.32 lets it live on as an orphan.
+
+    Its workers end with it by vLLM's own means.
+    """
+    if os.getppid() == parent:
         import ctypes
 
         PR_SET_PDEATHSIG = 1
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != int(parent):  # it died before the call
+        if os.getppid() != parent:  # it died before the call
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _pin(pinned: list[int]) -> None:
+    """The narrowest hook: where the sampler gathers a row's most likely ids, the last of them give way to pinned ones.
+
+    Both of vLLM's model runners have such a place; a row without its pinned ids is refused when it arrives.
+    """
+    import torch
+
+    P = len(pinned)
+
+    @cache
+    def ids_on(device: torch.device) -> torch.Tensor:
+        return torch.tensor(pinned, device=device)
+
+    def overwrite(made: Any, logprobs_NP: torch.Tensor, ids_P: torch.Tensor) -> Any:
+        made.logprob_token_ids[:, -P:] = ids_P
+        made.logprobs[:, -P:] = logprobs_NP
+        return made
+
+    with suppress(ImportError, AttributeError):
+        from vllm.v1.sample.sampler import Sampler
+
+        gather = Sampler.gather_logprobs
+
+        def gather_pinned(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+            made = gather(logprobs, num_logprobs, token_ids)
+            if num_logprobs <= P:
+                return made
+            ids_P = ids_on(logprobs.device)
+            return overwrite(made, logprobs.index_select(-1, ids_P), ids_P)
+
+        Sampler.gather_logprobs = staticmethod(gather_pinned)
+
+    with suppress(ImportError, AttributeError):
+        module: Any = importlib.import_module("vllm.v1.worker.gpu.sample.logprob")
+        score = module.compute_topk_scores
+
+        def score_pinned(logits: torch.Tensor, num_logprobs: int, *args: Any, **kwargs: Any) -> Any:
+            made = score(logits, num_logprobs, *args, **kwargs)
+            if num_logprobs <= P:
+                return made
+            ids_P = ids_on(logits.device)
+            return overwrite(made, module.compute_token_logprobs(logits, ids_P.expand(len(logits), P)), ids_P)
+
+        for name in ("logprob", "sampler", "prompt_logprob"):
+            importlib.import_module(f"vllm.v1.worker.gpu.sample.{name}").compute_topk_scores = score_pinned
 
 
 def cause_in(log: Path) -> str | None:

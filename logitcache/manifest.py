@@ -11,6 +11,7 @@ from typing import Any
 import logitcache
 from logitcache.errors import FormatVersionError, IdentityError, NotACacheError
 from logitcache.files import exclusive, publish_json, read_json
+from logitcache.sections import Markers
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
@@ -47,6 +48,12 @@ class Identity:
         fields = {name: value for name, value in _plain(asdict(self)).items() if value}
         canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
         return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
+
+    @property
+    def markers(self) -> Markers:
+        """How reasoning and answer are told apart."""
+        opening, closing = self.reasoning_markers or (None, None)
+        return Markers(opening, closing, self.answer_regex)
 
     def trace_id(self, prompt_id: str, prompt_digest: str, sample_index: int) -> str:
         """Content address of a trace, known before it is generated: 32 hexadecimal digits."""

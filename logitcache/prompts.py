@@ -51,12 +51,12 @@ def load(source: str, limit: int | None = None) -> PromptSet:
         limit: read at most so many prompts.
     Raises: PromptsError naming file and row.
     """
-    rows = _rows(source)
+    found = rows(source)
     prompts: list[Prompt] = []
     seen: dict[str, str] = {}
     repeated = 0
-    for where, row in rows:
-        prompt, own_id = _prompt(where, row)
+    for where, row in found:
+        prompt, own_id = parse(where, row)
         if prompt.id not in seen:
             seen[prompt.id] = where
             prompts.append(prompt)
@@ -73,7 +73,8 @@ def load(source: str, limit: int | None = None) -> PromptSet:
     return PromptSet(prompts, repeated)
 
 
-def _rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each row of a source with where it stands, for messages."""
     if source.startswith("gym:"):
         return _gym_rows(source)
     path = Path(source)
@@ -152,7 +153,11 @@ def _nearest_task(name: str, reason: str) -> str:
     return f"no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def _prompt(where: str, row: dict[str, Any]) -> tuple[Prompt, bool]:
+def parse(where: str, row: dict[str, Any]) -> tuple[Prompt, bool]:
+    """The prompt of a row, and whether it had an id of its own.
+
+    Raises: PromptsError.
+    """
     text, messages = row.pop("prompt", None), row.pop("messages", None)
     if (text is None) == (messages is None):
         found = "both `prompt` and" if text is not None else "neither `prompt` nor"

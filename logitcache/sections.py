@@ -180,6 +180,17 @@ def find(pieces: Sequence[str | None], prompt_length: int, markers: Markers) -> 
     return _without_markers(tokens, split, prompt_length, markers.answer_regex)
 
 
+def answer_text(text: str, spans: Sections, markers: Markers) -> str:
+    """The answer of a completion's text; empty where the completion ended before it."""
+    if spans.answer.start == spans.answer.stop:
+        return ""
+    if markers.closing is not None and (close := text.find(markers.closing)) >= 0:
+        return text[close + len(markers.closing) :]
+    if markers.answer_regex is not None and (match := re.search(markers.answer_regex, text)):
+        return text[match.start() :]
+    return text
+
+
 def _without_markers(tokens: TokenText, split: int, prompt_length: int, pattern: str | None) -> Sections:
     """The answer begins where the pattern first matches, else all is reasoning; without a pattern all is answer."""
     answer, length = prompt_length, len(tokens.starts)

@@ -4,6 +4,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from logitcache.errors import InputError, TeacherError, first_line
 from logitcache.manifest import text_hash, tokenizer_hash, weights_fingerprint
 from logitcache.prompts import Prompt
+from logitcache.sections import Markers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -181,6 +183,39 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
         chat_template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
         eos_ids=frozenset(int(i) for i in eos_ids),
     )
+
+
+def pinned_ids(text: str, facts: TeacherFacts, markers: Markers, top_k: int) -> list[int]:
+    """The ids that every row is to keep, ascending.
+
+    Args:
+        text: "none", or comma-separated: "auto" (what ends a sequence, and the section delimiters that are one token),
+            tokens, ids.
+    Raises: InputError for a token that the vocabulary does not have.
+    """
+    if text == "none":
+        return []
+    vocabulary = facts.tokenizer.get_vocab()
+    pinned: set[int] = set()
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        if item == "auto":
+            found = {*facts.eos_ids, *(vocabulary[m] for m in (markers.opening, markers.closing) if m in vocabulary)}
+            pinned |= {i for i in found if i < facts.vocab_size}
+            continue
+        token = int(item) if item.isdecimal() and item not in vocabulary else vocabulary.get(item, -1)
+        if not 0 <= token < facts.vocab_size:
+            near = get_close_matches(item, vocabulary, n=1)
+            raise InputError(
+                f"--pin-tokens {item!r}: not one token of the teacher's {facts.vocab_size}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        pinned.add(token)
+    fits = len(pinned) < 256 and top_k + 2 * len(pinned) <= facts.vocab_size
+    if text == "auto" and not fits:  # every id is kept anyway, or nearly
+        return []
+    if not fits:
+        raise InputError(f"--pin-tokens {text!r}: {len(pinned)} ids besides the top {top_k} are too many; give fewer")
+    return sorted(pinned)
 
 
 def _dtype(saved: Any) -> str:

@@ -5,7 +5,7 @@ A row is a distribution over k + 1 buckets: its k kept ids and the tail, everyth
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,8 @@ from logitcache.errors import CacheError
 
 # R rows, K ids of a dense row, V vocabulary; N entries of all rows together.
 
+_UNRESOLVED = 1e-6  # mass below this is lost in the rounding of a float32 log-softmax
+_LEAST = -512.0  # nats: of a pinned id whose probability is zero
 MASS_SLACK = 1e-4  # how far a row's mass may exceed 1 before it is no distribution at temperature 1
 
 
@@ -153,12 +155,51 @@ def _log_power_sum(exponent_R: np.ndarray, log_span: float) -> np.ndarray:
     return np.log(np.where(small, log_span, np.expm1(safe_R * log_span) / safe_R))
 
 
-def trim(rows: SparseRows, *, top_p: float | None = None, min_k: int = 1, pinned_ids: Iterable[int] = ()) -> SparseRows:
+def pin(rows: SparseRows, k: int, pinned_ids: Sequence[int], pinned_logprobs_RP: np.ndarray) -> SparseRows:
+    """Each row's k most likely ids besides the pinned ones, and the pinned ones whatever their rank.
+
+    Args:
+        rows: the most likely ids of each row, k + P of them where k of others are to be left.
+        pinned_logprobs_RP: float32 [R, P], nats at temperature 1, of the P pinned ids in their order.
+    """
+    R, P = len(rows), len(pinned_ids)
+    pinned_RP = np.maximum(pinned_logprobs_RP, _LEAST)  # a codec wants finite values
+    row_N = np.repeat(np.arange(R), rows.counts)
+    rank_N = _other_ranks(rows, pinned_ids)
+    others = keep(rows, (rank_N >= 0) & (rank_N < k))
+    # The tail gains the mass of others that were cut and loses that of pinned ids which lay outside the rows.
+    cut_N = rank_N >= k
+    mass_R = np.exp(rows.log_tail.astype(np.float64))
+    mass_R += np.bincount(row_N[cut_N], np.exp(rows.logprobs[cut_N].astype(np.float64)), minlength=R)
+    for p, pinned_id in enumerate(pinned_ids):
+        outside_R = np.ones(R, bool)
+        outside_R[row_N[rows.ids == pinned_id]] = False
+        left_R = mass_R - np.where(outside_R, np.exp(pinned_RP[:, p].astype(np.float64)), 0)
+        mass_R = np.where(left_R > _UNRESOLVED, left_R, np.minimum(mass_R, _UNRESOLVED))
+    with np.errstate(divide="ignore"):
+        log_tail_R = np.minimum(np.log(mass_R), 0).astype(np.float32)
+    ids = np.concatenate([others.ids, np.tile(np.asarray(pinned_ids, np.int32), R)])
+    logprobs = np.concatenate([others.logprobs, pinned_RP.ravel()])
+    if (others.counts == others.counts[:1]).all():
+        K = int(others.counts[0]) if R else 0
+        ids_RK = np.hstack([ids[: R * K].reshape(R, K), ids[R * K :].reshape(R, P)])
+        logprobs_RK = np.hstack([logprobs[: R * K].reshape(R, K), logprobs[R * K :].reshape(R, P)])
+        order_RK = np.argsort(-logprobs_RK, axis=1, kind="stable")
+        ids = np.take_along_axis(ids_RK, order_RK, axis=1).ravel()
+        logprobs = np.take_along_axis(logprobs_RK, order_RK, axis=1).ravel()
+    else:
+        row_N = np.concatenate([np.repeat(np.arange(R), others.counts), np.repeat(np.arange(R), P)])
+        order_N = np.lexsort((-logprobs, row_N))
+        ids, logprobs = ids[order_N], logprobs[order_N]
+    return SparseRows(others.offsets + np.arange(R + 1) * P, ids, logprobs, log_tail_R)
+
+
+def trim(rows: SparseRows, *, top_p: float | None = None, min_k: int = 1, pinned_ids: Sequence[int] = ()) -> SparseRows:
     """Each row cut to the smallest prefix whose mass reaches `top_p`; what is cut joins the tail.
 
     Args:
         top_p: mass in (0, 1]; None cuts nothing. A row that never reaches it stays whole.
-        min_k: entries a row keeps at least, as far as it has them.
+        min_k: entries a row keeps at least besides pinned ones, as far as it has them.
         pinned_ids: ids that stay wherever a row holds them.
     """
     if top_p is not None and not 0 < top_p <= 1:
@@ -170,22 +211,24 @@ def trim(rows: SparseRows, *, top_p: float | None = None, min_k: int = 1, pinned
     probs_N = np.exp(rows.logprobs.astype(np.float64))
     before_N = np.cumsum(probs_N) - probs_N
     before_N -= np.repeat(before_N[rows.offsets[:-1]], rows.counts)  # mass ahead of each entry in its row
-    keep_N = (before_N < top_p) | (_ranks(rows) < min_k)
-    pinned = np.fromiter(pinned_ids, np.int64)
-    if pinned.size:
-        keep_N |= np.isin(rows.ids, pinned)
-    return keep(rows, keep_N)
+    return keep(rows, (before_N < top_p) | (_other_ranks(rows, pinned_ids) < min_k))
 
 
-def fold(rows: SparseRows, k: int) -> SparseRows:
-    """Each row's k most probable entries, the rest joins the tail: what a capture at k would have given."""
+def fold(rows: SparseRows, k: int, pinned_ids: Sequence[int] = ()) -> SparseRows:
+    """Each row's k most probable entries besides the pinned ones, which stay; the rest joins the tail: what a capture
+    at k would have given."""
     if k < 1:
         raise ValueError(f"k is at least 1, not {k}")
-    return keep(rows, _ranks(rows) < k)
+    return keep(rows, _other_ranks(rows, pinned_ids) < k)
 
 
-def _ranks(rows: SparseRows) -> np.ndarray:
-    return np.arange(len(rows.ids)) - np.repeat(rows.offsets[:-1], rows.counts)
+def _other_ranks(rows: SparseRows, pinned_ids: Sequence[int]) -> np.ndarray:
+    """Place of each entry among those of its row that are not pinned, from 0; -1 for pinned ones; int64 [N]."""
+    if not len(pinned_ids):
+        return np.arange(len(rows.ids)) - np.repeat(rows.offsets[:-1], rows.counts)
+    other_N = ~np.isin(rows.ids, pinned_ids)
+    before_N = np.cumsum(other_N) - other_N
+    return np.where(other_N, before_N - np.repeat(before_N[rows.offsets[:-1]], rows.counts), -1)
 
 
 def keep(rows: SparseRows, keep_N: np.ndarray) -> SparseRows:

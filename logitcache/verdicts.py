@@ -8,6 +8,7 @@ start programs or open connections. That keeps accidents away; it is no sandbox 
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from logitcache.errors import InputError, first_line
 KINDS = ("math", "exact", "gym")
 _NEEDS = {"math": ("math_verify", "math-verify"), "gym": ("reasoning_gym", "reasoning-gym")}
 
-_SECONDS, _MEMORY = 5.0, 4 << 30  # for one verdict
+_SECONDS, _MEMORY = 3.0, 4 << 30  # for one verdict
 _LONGEST, _TAIL = 20_000, 2_000  # characters: a final answer, and what is searched where nothing marks one
 _RIGHT = 0.99  # of reasoning-gym's score: whatever it gives less for is near the answer, or holds it
 
@@ -57,8 +58,10 @@ def verdict(kind: str, answer_text: str, gold: str | None, metadata: dict[str, A
         white space, Unicode form, a closing full stop, and the wrapping of Markdown, LaTeX or "The answer is".
     math: right where ``exact`` says so; else math-verify compares the final answer, or where it is prose the last formula
         or number of it, with the gold answer, plain or LaTeX. A gold answer of words is left to ``exact``.
-    gym: reasoning-gym's ``score_answer`` gives the <answer>, or where there is none the whole text or the final answer,
-        0.99 or more. Its entry is rebuilt from ``metadata["gym"]``, with the task's default options.
+    gym: reasoning-gym's ``score_answer`` gives 0.99 or more to what stands in <answer> or \\boxed, or else to the final
+        answer, or where the gold answer has several lines to the text. Some of its scorers take the first number they
+        meet: where the gold answer is a number, a text with several is wrong. Its entry is rebuilt from
+        ``metadata["gym"]``, with the task's default options.
 
     Args:
         kind: one of ``KINDS``.
@@ -108,11 +111,9 @@ def _marks(text: str) -> list[str]:
 
 
 def _boxed(text: str) -> str:
-    return (
-        ""
-        if "boxed" not in text
-        else _last_closed(text, r"\\f?boxed\s*\{|\{|\}|\\.", lambda token: token[0] == "\\" and len(token) > 2)
-    )
+    if "boxed" not in text:  # most texts, at no cost
+        return ""
+    return _last_closed(text, r"\\f?boxed\s*\{|\{|\}|\\.", lambda token: token[0] == "\\" and len(token) > 2)
 
 
 def _tagged(text: str) -> str:
@@ -251,7 +252,7 @@ class _Judge:
             return right
 
     def _ask(self, question: str) -> tuple[bool | None, str | None]:
-        if self._process is None or self._owner != os.getpid():
+        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
             self._process, self._owner = self._start(), os.getpid()
         process, self._process = self._process, None  # until its reply is in hand: an interrupt must leave none behind
         assert process.stdin is not None
@@ -264,17 +265,15 @@ class _Judge:
                 return tuple(json.loads(reply))
         with suppress(OSError), process:  # closes its pipes
             process.kill()
-        timed_out = process.returncode == -14  # SIGALRM
-        return (
-            None,
-            f"no end within {_SECONDS:g} s" if timed_out else f"the scorer ended with code {process.returncode}",
-        )
+        if process.returncode == -signal.SIGALRM:
+            return None, f"no end within {_SECONDS:g} s"
+        return None, f"the scorer ended with code {process.returncode}"
 
     def _start(self) -> subprocess.Popen[str]:
         import atexit
 
         process = subprocess.Popen(
-            [sys.executable, "-B", "-P", "-c", f"from logitcache.verdicts import _serve; _serve({self.kind!r})"],
+            [sys.executable, "-B", "-P", "-c", f"from logitcache.verdicts import _serve; _serve{self.kind, _SECONDS}"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -287,18 +286,17 @@ class _Judge:
         return process
 
 
-def _serve(kind: str) -> None:
+def _serve(kind: str, seconds: float) -> None:
     """The judge's life: a question a line in, a verdict and a reason a line out, until its parent is gone."""
     import resource
-    import signal
 
-    scorer = _math_scorer() if kind == "math" else _gym_scorer()
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a scorer prints is no verdict
+    scorer = _math_scorer() if kind == "math" else _gym_scorer()
     resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
     sys.addaudithook(_refuse)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, _SECONDS)  # ends this process, whatever it is in
+        signal.setitimer(signal.ITIMER_REAL, seconds)  # ends this process, whatever it is in
         try:
             reply = (scorer(**json.loads(line)), None)
         except BaseException as e:
@@ -309,7 +307,7 @@ def _serve(kind: str) -> None:
 
 def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
     """Audit hook: a scorer reads its own files, and does nothing else to the machine."""
-    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
     harmless = event in ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
     if writes or (
         event.startswith(("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "signal.")) and not harmless

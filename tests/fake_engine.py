@@ -17,7 +17,7 @@ class Tokenizer:
     chat_template = None
 
     def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [hash_word(w) for w in text.split()]}
+        return {"input_ids": [WORDS.index(w + " ") if w + " " in WORDS else hash_word(w) for w in text.split()]}
 
     def decode(self, ids):
         return "".join(WORDS[i] for i in ids)
@@ -42,14 +42,19 @@ class FakeEngine:
     most_in_flight = 0
     fewest_waiting_at_work: int
 
-    def __init__(self, spec: TeacherSpec, seed: int) -> None:
+    def __init__(self, spec: TeacherSpec, seed: int, pinned=(), scored: bool = False) -> None:
         type(self).started += 1
         type(self).seeds = [*type(self).seeds, seed]
         self.spec, self.waiting, self.running = spec, [], {}
+        self.pinned, self.scored = list(pinned), scored
         self.steps, self.made, self.queue_at_step = 0, [], []
         type(self).last = self
 
     def submit(self, key: str, prompt_ids: list[int]) -> None:
+        if self.scored:
+            rng = np.random.default_rng(sum(prompt_ids))
+            self.waiting.append((key, prompt_ids[:1], prompt_ids[1:], rng))
+            return
         rng = np.random.default_rng(sum(prompt_ids) + len(self.made))
         words = rng.integers(0, VOCAB - 3, rng.integers(2, 12)).tolist()
         self.waiting.append((key, prompt_ids, [VOCAB - 3, *words, VOCAB - 2, *words[:2], VOCAB - 1], rng))
@@ -73,16 +78,17 @@ class FakeEngine:
         return out
 
     def _completion(self, key, prompt_ids, answer, rng) -> Completion:
-        R, K = len(answer), self.spec.top_k
+        R, K = len(answer), self.spec.top_k + len(self.pinned)
         logits = rng.normal(0, 3, (R, VOCAB))
         logp = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
         order = np.argsort(-logp, axis=1, kind="stable")
         return Completion(
             key=key,
             token_ids=np.array([*prompt_ids, *answer], np.int32),
-            prompt_length=len(prompt_ids),
+            prompt_length=len(prompt_ids) + self.scored * R,
             ids_RK=order[:, :K].astype(np.int32),
             logprobs_RK=np.take_along_axis(logp, order[:, :K], 1),
+            pinned_RP=logp[:, self.pinned],
             token_logprob=logp[np.arange(R), answer],
             token_rank=(np.argmax(order == np.array(answer)[:, None], axis=1) + 1).astype(np.int32),
             finish_reason="stop",
@@ -98,10 +104,10 @@ def facts(spec: TeacherSpec) -> TeacherFacts:
 
 def install(monkeypatch) -> type[FakeEngine]:
     """A fresh engine class in place of vLLM."""
-    from logitcache import generate
+    from logitcache import fill
 
     engine = type("Engine", (FakeEngine,), {})
-    monkeypatch.setattr(generate, "Engine", engine)
+    monkeypatch.setattr(fill, "Engine", engine)
     monkeypatch.setattr(teacher, "inspect", facts)
     monkeypatch.setattr(teacher, "engine_version", lambda: "fake 1")
     return engine

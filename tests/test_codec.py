@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import zstandard
 
-from benchmarks.bench_codec import LAYOUTS, write_packed
+from benchmarks.bench_codec import layouts, write_packed
 from logitcache import block as block_module
 from logitcache import topk
 from logitcache.codec import HIGHEST_LEVEL, decode, encode
@@ -530,7 +530,7 @@ def test_a_second_reader_written_from_the_format_text_agrees(exact):
             assert np.allclose(log_tails, read.log_tail, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", layouts(), ids=lambda layout: layout.name)
 def test_every_layout_of_the_benchmark_reads_what_it_wrote(layout):
     rows = synthetic("bf16", vocab_size=100_000, R=60)
     traces = [rows[:20], topk.trim(rows[20:50], top_p=0.5), rows[50:]]

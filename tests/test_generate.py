@@ -107,7 +107,7 @@ def test_a_signal_publishes_what_finished_and_can_be_resumed(engine, prompts, tm
                 os.kill(os.getpid(), number)
             return super().step()
 
-    import logitcache.generate as module
+    import logitcache.fill as module
 
     source, original = prompts(20), module.Engine
     module.Engine = Signalling
@@ -172,7 +172,7 @@ def test_rows_that_are_no_distribution_cost_no_other_trace(engine, prompts, tmp_
                 completion.logprobs_RK[1] = np.nan
             return completion
 
-    import logitcache.generate as module
+    import logitcache.fill as module
 
     original, module.Engine = module.Engine, Broken
     try:
@@ -201,9 +201,9 @@ def test_settings_equal_in_value_name_the_same_traces(engine, prompts, tmp_path)
 
 
 def test_an_engine_that_cannot_start_leaves_no_identity_behind(engine, prompts, tmp_path, monkeypatch) -> None:
-    import logitcache.generate as module
+    import logitcache.fill as module
 
-    def refuse(spec, seed):
+    def refuse(spec, seed, pinned, scored):
         raise InputError("vLLM refuses these settings")
 
     monkeypatch.setattr(module, "Engine", refuse)

@@ -1,0 +1,136 @@
+"""Several processes, one cache; the last test has real engines and real kills."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+
+from logitcache.cache import Cache
+from logitcache.errors import CacheBusyError, InputError
+from logitcache.generate import GenerateOptions, generate
+from logitcache.teacher import TeacherSpec
+from logitcache.verify import verify
+from logitcache.workers import Worker, from_environment
+from tests import fake_engine
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    fake_engine.install(monkeypatch)
+    lines = [f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(30)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+
+    def start(worker: Worker, **changes):
+        spec = TeacherSpec("fake", top_k=8)
+        return generate(
+            GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "c", spec, unit_size=4, worker=worker, **changes)
+        )
+
+    return start
+
+
+def test_every_prompt_belongs_to_one_worker_and_all_get_about_as_many() -> None:
+    owners = [[w for w in range(5) if Worker(w, 5).owns(f"p{i}")] for i in range(5000)]
+    assert all(len(o) == 1 for o in owners)
+    counts = Counter(o[0] for o in owners)
+    assert min(counts.values()) > 900
+
+
+def test_unit_numbers_of_workers_never_meet() -> None:
+    for count in (1, 3, 8):
+        for after in (-1, 0, 6, 7):
+            numbers = [Worker(i, count).number_after(after) for i in range(count)]
+            assert len(set(numbers)) == count
+            assert all(after < n <= after + count for n in numbers)
+            assert all(Worker(n % count, count).number_after(n) == n + count for n in numbers)
+
+
+def test_workers_fill_one_cache_in_any_order(run, tmp_path) -> None:
+    made = [run(Worker(i, 3)) for i in (2, 0, 1)]
+    assert sum(s.made for s in made) == 30
+    assert all(s.made == s.wanted == 30 - s.others for s in made)
+    assert f"{made[0].made} of this worker's {made[0].made} there" in made[0].text(tmp_path)
+    cache = Cache.open(tmp_path / "c")
+    assert sorted(cache.prompt_ids) == sorted(f"p{i}" for i in range(30))
+    assert verify(tmp_path / "c", workers=1) == []
+    assert run(Worker(1, 3)).made == run(Worker()).made == 0, "another count of workers knows what is there"
+
+
+def test_the_same_worker_twice_and_another_count_are_refused_while_one_runs(run, tmp_path) -> None:
+    with Worker(1, 3).alone(tmp_path / "c"):
+        with pytest.raises(CacheBusyError, match="worker 1 of 3, is written by another process"):
+            run(Worker(1, 3))
+        with pytest.raises(CacheBusyError, match=r"worker 1 of 3 runs, worker 0 of 2 would make its prompts too"):
+            run(Worker(0, 2))
+        with pytest.raises(CacheBusyError, match=r"worker 1 of 3 runs"):
+            run(Worker())
+        assert run(Worker(0, 3)).made > 0
+    assert run(Worker()).made > 0
+
+
+@pytest.mark.parametrize("text", ["3/3", "-1/2", "1", "a/b", "0/0"])
+def test_a_worker_that_is_none_is_refused(text) -> None:
+    with pytest.raises(InputError, match="--worker"):
+        Worker.parse(text)
+
+
+def test_a_slurm_array_names_the_worker(monkeypatch) -> None:
+    array = {"SLURM_ARRAY_TASK_ID": "6", "SLURM_ARRAY_TASK_COUNT": "4", "SLURM_ARRAY_TASK_MIN": "2"}
+    assert Worker.of_slurm(array | {"SLURM_ARRAY_TASK_STEP": "2"}) == Worker(2, 4)
+    assert Worker.of_slurm({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"}) == Worker(1, 4)
+    assert Worker.of_slurm({}) is None
+    with pytest.raises(InputError, match="SLURM_ARRAY_TASK_ID=9 is no place among 4 tasks"):
+        Worker.of_slurm(array | {"SLURM_ARRAY_TASK_ID": "9"})
+    for name, value in array.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert from_environment(None) == Worker(1, 4)
+    assert from_environment("0/1") == Worker()
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(1200)
+def test_three_workers_killed_twenty_times_make_each_trace_once(embedded_teacher, tmp_path) -> None:
+    """Real processes with real engines, ended by SIGKILL at random moments: while they load, generate and write."""
+    out, rng, count = tmp_path / "c", random.Random(0), 3
+    command = [
+        str(Path(sys.executable).with_name("logitcache")), "generate", "gym:gsm_symbolic?size=120&seed=5",
+        "--teacher", str(embedded_teacher), "--out", str(out),
+        *["--max-tokens", "16", "--unit-size", "2", "--top-k", "16", "--engine-arg", "max_num_seqs=2", "--engine-arg", "max_model_len=512"],
+        *["--engine-arg", "enforce_eager=true", "--engine-arg", "kv_cache_memory_bytes=50000000"],
+    ]  # fmt: skip
+    running: dict[int, subprocess.Popen] = {}
+    engines: list[psutil.Process] = []
+    kills = resumed = 0
+    while True:
+        for index in range(count):
+            if index not in running:
+                log = (tmp_path / f"{index}.log").open("ab")
+                environment = os.environ | {"OMP_NUM_THREADS": "1"}
+                running[index] = subprocess.Popen(
+                    [*command, "--worker", f"{index}/{count}"], stdout=log, stderr=log, env=environment
+                )
+        if kills < 20:
+            time.sleep(rng.uniform(0.5, 14))
+            index = rng.randrange(count)
+            engines += psutil.Process(running[index].pid).children(recursive=True)
+            running.pop(index).send_signal(signal.SIGKILL)
+            kills += 1
+            resumed = len(Cache.open(out)) if (out / "manifest.json").exists() else 0
+            continue
+        break
+    assert 0 < resumed < 120, "the kills came in the middle"
+    codes = {index: process.wait(timeout=600) for index, process in running.items()}
+    assert codes == dict.fromkeys(range(count), 0), [(tmp_path / f"{i}.log").read_text()[-2000:] for i in range(count)]
+    cache = Cache.open(out)
+    assert Counter(cache.prompt_ids) == Counter(f"gsm_symbolic:5:{i}" for i in range(120))
+    assert verify(out, workers=1) == []
+    _, alive = psutil.wait_procs(engines, timeout=60)
+    assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], "no engine outlives its command"
