@@ -135,21 +135,54 @@ def generate(
 
     Example: logitcache generate math.jsonl --teacher Qwen/Qwen3-8B --out math-cache --max-tokens 16384
     """
-    from logitcache.generate import GenerateOptions, TeacherSpec
     from logitcache.generate import generate as run
 
-    spec = TeacherSpec(
-        model=teacher, revision=revision, dtype=dtype, top_k=top_k, prompt_logits=prompt_logits,
-        temperature=temperature, max_tokens=max_tokens, seed=seed, tensor_parallel_size=tensor_parallel_size,
-        sampling=_pairs("--sampling", sampling), engine_args=_pairs("--engine-arg", engine_arg),
-        template_args=_pairs("--template-arg", template_arg),
-    )  # fmt: skip
-    options = GenerateOptions(
-        source=prompts, out=out, spec=spec, samples=samples, limit=limit, top_p=top_p, min_k=min_k,
-        pin_tokens=pin_tokens, exact=exact, verifier=verifier, markers=_markers(reasoning_markers),
-        answer_regex=answer_regex, unit_size=unit_size, worker=_worker(worker),
-    )  # fmt: skip
-    _report_fill(run(options), out)
+    _report_fill(run(_generate_options(**locals())), out)
+
+
+@app.command(short_help="Say what generating will take, from a handful of traces.")
+def plan(
+    prompts: Prompts,
+    teacher: Teacher,
+    traces: Annotated[int, typer.Option(help="Prompts to try, drawn from all of them.")] = 16,
+    out: Annotated[
+        Path | None, typer.Option(help="Keep the traces in this cache: generate goes on with it. [default: dropped]")
+    ] = None,
+    workers: Annotated[int, typer.Option(help="That will share the job.")] = 1,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+    top_k: TopK = 64,
+    top_p: TopP = None,
+    min_k: MinK = 1,
+    pin_tokens: PinTokens = "auto",
+    exact: Exact = False,
+    samples: Samples = 1,
+    temperature: Temperature = 1.0,
+    max_tokens: MaxTokens = 2048,
+    seed: Seed = 0,
+    prompt_logits: PromptLogits = False,
+    limit: Limit = None,
+    verifier: Verifier = None,
+    dtype: Dtype = "auto",
+    revision: Revision = None,
+    tensor_parallel_size: TensorParallel = 1,
+    reasoning_markers: ReasoningMarkers = None,
+    answer_regex: AnswerRegex = None,
+    unit_size: UnitSize = 64,
+    sampling: Sampling = None,
+    engine_arg: EngineArg = None,
+    template_arg: TemplateArg = None,
+) -> None:
+    """The teacher answers a few of PROMPTS; bytes, disk, tokens/s and hours of the whole job follow from them.
+
+    Takes the options of generate. With --out the traces made here are the first of the job's.
+
+    Example: logitcache plan math.jsonl --teacher Qwen/Qwen3-8B --max-tokens 16384 --samples 4 --workers 8
+    """
+    from logitcache.plan import plan as run
+
+    options = {k: v for k, v in locals().items() if k not in ("traces", "workers", "as_json", "run")}
+    job = run(_generate_options(**options | {"worker": "0/1"}), traces, workers)
+    typer.echo(json.dumps(asdict(job), indent=1) if as_json else job.text())
 
 
 @app.command(short_help="Cache what the teacher thinks of text that exists.")
@@ -318,6 +351,49 @@ def _report_fill(summary: Any, out: Path) -> None:
         raise typer.Exit(_signal_code(summary.stopped))
     if summary.failed:
         raise typer.Exit(1)
+
+
+def _generate_options(
+    *,
+    prompts: str,
+    teacher: str,
+    out: Path | None,
+    reasoning_markers: str | None,
+    worker: str | None,
+    sampling: list[str] | None,
+    engine_arg: list[str] | None,
+    template_arg: list[str] | None,
+    **options: Any,
+) -> Any:
+    """What generate and plan were asked for. Keywords of the two dataclasses are the options' own names."""
+    from logitcache.generate import GenerateOptions, TeacherSpec
+
+    of_spec = (
+        "top_k",
+        "prompt_logits",
+        "temperature",
+        "max_tokens",
+        "seed",
+        "dtype",
+        "revision",
+        "tensor_parallel_size",
+    )
+    spec = TeacherSpec(
+        model=teacher,
+        sampling=_pairs("--sampling", sampling),
+        engine_args=_pairs("--engine-arg", engine_arg),
+        template_args=_pairs("--template-arg", template_arg),
+        **{name: options.pop(name) for name in of_spec},
+    )
+    options.pop("run", None)
+    return GenerateOptions(
+        source=prompts,
+        out=out or Path(),
+        spec=spec,
+        markers=_markers(reasoning_markers),
+        worker=_worker(worker),
+        **options,
+    )
 
 
 def _markers(text: str | None) -> Any:

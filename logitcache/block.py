@@ -23,17 +23,21 @@ _NONE = np.empty(0, np.uint8)
 
 
 class Columns(NamedTuple):
-    """What a block holds, each a list of unsigned integers, in the order of their planes; of width 0: no array."""
+    """What a block holds, each a list of unsigned integers, in the order of their planes; empty at width 0."""
 
     tail_R: np.ndarray
     last_R: np.ndarray
     counts_R: np.ndarray
-    pin_E: np.ndarray
+    pins_4E: np.ndarray  # the pinned ids as uint32, byte by byte
     pin_ER: np.ndarray  # flat
     id_N: np.ndarray
     coarse_N: np.ndarray
     fine_N: np.ndarray
     residual_N: np.ndarray
+
+    @property
+    def pin_E(self) -> np.ndarray:
+        return self.pins_4E.view(np.uint32)
 
 
 class Header(NamedTuple):
@@ -80,7 +84,7 @@ class Header(NamedTuple):
             (R, value_width),
             (R, 4 if flags & EXACT else 0),
             (R, count_width),
-            (E, 4),
+            (4 * E, 1),
             (E * R, value_width),
             (N, id_width),
             (N, 1),

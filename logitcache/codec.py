@@ -91,7 +91,17 @@ def encode(
     )
     header = Header(EXACT if exact else 0, grid, grid - _COARSE_GRID, *widths, len(pin_E), R, N, table_id)
     pin_ER = pin_ER.view(np.uint32) if exact else pin_step_ER + _PIN_ZERO
-    columns = Columns(tail_R, last_R.view(np.uint32), counts, pin_E, pin_ER, delta_N, coarse_N, fine_N, residual_N)
+    columns = Columns(
+        tail_R,
+        last_R.view(np.uint32),
+        counts,
+        pin_E.astype(np.uint32).view(np.uint8),
+        pin_ER,
+        delta_N,
+        coarse_N,
+        fine_N,
+        residual_N,
+    )
     return seal(header, columns, level)
 
 
@@ -173,7 +183,8 @@ def _rounded(
     step_N <<= id_bits
     pair_N = np.subtract(id_N, step_N, out=step_N)
     if pin_step_ER is not None:
-        pair_N, offsets, K = _insert(columns.pin_E[:, None] - (pin_step_ER << id_bits), pair_N, offsets, K)
+        pin_pair_ER = columns.pin_E[:, None] - (pin_step_ER << id_bits)
+        pair_N, offsets, K = _insert(pin_pair_ER.astype(pair_N.dtype), pair_N, offsets, K)
     pair_N = _sort_rows(pair_N, offsets, K)
     id_N = (pair_N & ((1 << id_bits) - 1)).astype(np.int32, copy=False)
     pair_N >>= id_bits
@@ -275,9 +286,10 @@ def _ids(delta_N: np.ndarray, offsets: np.ndarray, K: int, table: FrequencyTable
 
 
 def _check_pins(pin_E: np.ndarray, id_N: np.ndarray, table: FrequencyTable | None) -> None:
-    if (np.diff(pin_E) < 1).any() or pin_E[-1] > (_MAX_ID if table is None else len(table.class_V) - 1):
+    pins = pin_E.tolist()
+    if pins != sorted(set(pins)) or pins[-1] > (_MAX_ID if table is None else len(table.class_V) - 1):
         raise ShardCorruptError("a top-k block pins an id twice, or one outside the vocabulary")
-    if any((id_N == pin).any() for pin in pin_E):
+    if any(np.count_nonzero(id_N == pin) for pin in pins):
         raise ShardCorruptError("a top-k block holds a pinned id among the others")
 
 

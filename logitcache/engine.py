@@ -321,7 +321,7 @@ def _pin(pinned: list[int]) -> None:
             return overwrite(made, module.compute_token_logprobs(logits, ids_P.expand(len(logits), P)), ids_P)
 
         for name in ("logprob", "sampler", "prompt_logprob"):
-            importlib.import_module(f"vllm.v1.worker.gpu.sample.{name}").compute_topk_scores = score_pinned
+            setattr(importlib.import_module(f"vllm.v1.worker.gpu.sample.{name}"), score.__name__, score_pinned)
 
 
 def cause_in(log: Path) -> str | None:

@@ -1,5 +1,6 @@
 """Prompts -> the teacher's answers, with its rows: what is in the cache is not made again."""
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,7 @@ class CacheOptions:
             raise InputError(f"--top-p {self.top_p}: the share of mass a row keeps lies in (0, 1]")
         if self.min_k > self.spec.top_k:
             raise InputError(f"--min-k {self.min_k} is above --top-k {self.spec.top_k}")
+        Markers(answer_regex=self.answer_regex)  # refuses a broken pattern
         if self.verifier is not None:
             verdicts.check(self.verifier)
 
@@ -55,11 +57,12 @@ class GenerateOptions(CacheOptions):
     """One call of ``logitcache generate``."""
 
     samples: int = 1
+    draw: int | None = None  # only so many of the prompts, from all over the source
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.samples < 1:
-            raise InputError("--samples must be at least 1")
+        if self.samples < 1 or (self.draw is not None and self.draw < 1):
+            raise InputError("--samples and --traces must be at least 1")
         if self.samples > 1 and self.spec.temperature == 0:
             raise InputError(
                 f"--samples {self.samples} at --temperature 0 are {self.samples} times the same; set one of the two"
@@ -77,9 +80,15 @@ def generate(options: GenerateOptions) -> Summary:
     facts = teacher.inspect(spec)
     teacher.render(facts, source.prompts[0], spec.template_args)  # what it refuses, it refuses now
     sampling = {"temperature": spec.temperature, "max_tokens": spec.max_tokens, "seed": spec.seed, **spec.sampling}
-    summary = fill(_Answers(options, facts, source.prompts), options.target, identify(options, facts, sampling))
+    drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
+    summary = fill(_Answers(options, facts, drawn), options.target, identify(options, facts, sampling))
     summary.repeated = source.repeated
     return summary
+
+
+def _lot(prompt: Prompt) -> bytes:
+    """A prompt's place in a random order that is the same every time."""
+    return hashlib.blake2b(prompt.id.encode(), person=b"draw").digest()
 
 
 def identify(

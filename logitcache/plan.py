@@ -1,7 +1,10 @@
 """What a whole job will take, from a cache of a handful of its traces: tokens, disk, hours."""
 
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from math import ceil, log2
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -10,6 +13,9 @@ import pyarrow.compute as pc
 from logitcache import shard
 from logitcache.cache import Cache
 from logitcache.errors import InputError
+from logitcache.files import read_json
+from logitcache.generate import GenerateOptions, generate
+from logitcache.prompts import load
 
 _DRAWS = 2000  # of the bootstrap
 _CUT_SHARE = 0.05  # of traces that ended by length: worth a word above it
@@ -67,6 +73,33 @@ class Plan:
         )
 
 
+def plan(options: GenerateOptions, prompts: int, workers: int = 1) -> Plan:
+    """Has the teacher answer some of the prompts, drawn from all of them, and extrapolates.
+
+    Args:
+        options: of the whole job. Its ``out`` keeps the traces made here; ``Path()`` drops them.
+        prompts: to try.
+    Raises: as `generate`.
+    """
+    source = load(options.source, options.limit).prompts
+    with ExitStack() as stack:
+        out = options.out
+        if out == Path():
+            out = Path(stack.enter_context(TemporaryDirectory(prefix="logitcache-plan-"))) / "cache"
+        generate(replace(options, out=out, draw=prompts))
+        calls = [read_json(path) for path in (out / "logs").glob("generate-*.json")]
+        seconds = sum(call["seconds"] for call in calls)
+        return extrapolate(
+            Cache.open(out),
+            prompts=len(source),
+            samples=options.samples,
+            tokens_per_s=sum(call["tokens"] for call in calls) / max(seconds, 1e-9),
+            workers=workers,
+            max_tokens=options.spec.max_tokens,
+            unit_size=options.unit_size,
+        )
+
+
 def extrapolate(
     cache: Cache,
     *,
@@ -95,7 +128,7 @@ def extrapolate(
     if min(prompts, samples, workers, max_tokens, unit_size) < 1 or not tokens_per_s > 0:
         raise InputError("a plan needs prompts, samples, workers, tokens/s, --max-tokens and --unit-size above 0")
     if not len(cache):
-        raise InputError(f"{cache.path}: no traces to plan from; run `logitcache generate` with --limit 16 first")
+        raise InputError(f"{cache.path}: no traces to plan from; make some with `logitcache plan`")
     facts = _facts(cache)
     traces = prompts * samples
     tokens, size = (_per_trace(facts[name], facts["prompt"]) for name in ("tokens", "bytes"))
@@ -179,7 +212,7 @@ def _warnings(
     if n < 2 or width > 1:
         wanted = ceil(n * (width / 0.5) ** 2) if n > 1 else 16
         found.append(
-            f"a sample of {n:,} prompt{'s'[: n > 1]} says little of {traces:,} traces; one of {wanted:,} would say more (--limit)"
+            f"a sample of {n:,} prompt{'s'[: n > 1]} says little of {traces:,} traces; --traces {wanted} would say more"
         )
     shard_bytes = size.mean * min(unit_size, traces)
     if shard_bytes > _LARGE or (shard_bytes < _SMALL and traces > unit_size):

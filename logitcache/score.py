@@ -132,9 +132,11 @@ class _Texts(_Scorer):
         prompt = teacher.render(self.facts, text.prompt, self.spec.template_args)
         tokenizer: Any = self.facts.tokenizer
         completion: list[int] = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
-        eos = self.facts.tokenizer.eos_token_id
+        eos: Any = tokenizer.eos_token_id
         ends = self.options.eos and text.finish_reason == "stop" and eos is not None and completion[-1:] != [eos]
-        return prompt, [*completion, eos] if ends else completion
+        if ends:
+            completion.append(eos)
+        return prompt, completion
 
 
 class _Traces(_Scorer):

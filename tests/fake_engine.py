@@ -17,13 +17,18 @@ class Tokenizer:
     chat_template = None
 
     def __call__(self, text, add_special_tokens=True):
-        return {"input_ids": [WORDS.index(w + " ") if w + " " in WORDS else hash_word(w) for w in text.split()]}
+        return {"input_ids": [token_id(w) for w in text.split()]}
 
     def decode(self, ids):
         return "".join(WORDS[i] for i in ids)
 
     def get_vocab(self):
         return {w: i for i, w in enumerate(WORDS)}
+
+
+def token_id(word: str) -> int:
+    known = [w for w in (word, word + " ") if w in WORDS]
+    return WORDS.index(known[0]) if known else hash_word(word)
 
 
 def hash_word(word: str) -> int:

@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import zstandard
 
-from benchmarks.bench_codec import layouts, write_packed
+from benchmarks import bench_codec
 from logitcache import block as block_module
-from logitcache import topk
+from logitcache import manifest, topk
 from logitcache.codec import HIGHEST_LEVEL, decode, encode
 from logitcache.errors import CacheError, FormatVersionError, LogitcacheError, ShardCorruptError
+from logitcache.schema import Trace
+from logitcache.sections import Sections
 from logitcache.table import FrequencyTable, build_table
 from logitcache.topk import SparseRows, bucketed_kl
+from logitcache.writer import new_cache
 
 # R rows, K kept ids, V vocabulary.
 GOLDEN = Path(__file__).parent / "golden"
@@ -84,7 +87,7 @@ def pinned(above_last, tail=0.01, R=120, K=48, ragged=False, seed=0):
     log_tail_R = np.full(R, np.log(tail), np.float32)
     pin_values_RE = values_RK[:, -1:] + above_last + rng.normal(0, 1, (R, len(PINS)))
     logprobs_RK = normalised(np.concatenate([values_RK, pin_values_RE], axis=1), np.full(R, tail)).astype(np.float32)
-    drawn = rng.permuted(np.tile(np.setdiff1d(np.arange(150_000), PINS), (R, 1))[:, : 4 * K], axis=1)[:, :K]
+    drawn = rng.permuted(np.tile(np.setdiff1d(np.arange(0, 150_000, 97), PINS), (R, 1))[:, : 4 * K], axis=1)[:, :K]
     ids_RK = np.concatenate([drawn, np.tile(PINS, (R, 1))], axis=1).astype(np.int32)
     order_RK = np.argsort(-logprobs_RK, axis=1, kind="stable")
     ids_RK, logprobs_RK = np.take_along_axis(ids_RK, order_RK, 1), np.take_along_axis(logprobs_RK, order_RK, 1)
@@ -231,9 +234,9 @@ def test_a_pinned_id_twice_or_among_the_others_is_refused():
     data = encode(rows, pinned=PINS)
     start = len(data) - 4 - sum(c * w for c, w in block_module.read_header(data).planes) + 4 * 2
     assert block_module.read_header(data).flags == block_module.STORED
-    for ids in ([2, 2, 3], [3, 2, 4], [2, 4, 2**31], sorted([other, 200_000, 200_001])):
+    for ids in ([1, 1, 3], [3, 1, 4], [1, 3, 2**31], sorted([other, 200_000, 200_001])):
         bad = bytearray(data[:-4])
-        bad[start : start + 12] = np.array(ids, ">u4").view(np.uint8).reshape(3, 4)[:, ::-1].T.tobytes()
+        bad[start : start + 12] = struct.pack("<3I", *ids)
         with pytest.raises(ShardCorruptError, match="pin"):
             decode(resealed(bytes(bad)))
 
@@ -486,7 +489,9 @@ def second_reader(data, table=b""):
     tails = integers(R, tail_width)
     lasts = integers(R, 4) if exact else []
     counts = integers(R, count_width) if count_width else [N // R] * R if R else []
-    pins, pin_values = integers(E, 4), integers(E * R, tail_width)
+    pins = list(struct.unpack(f"<{E}I", raw[at : at + 4 * E]))
+    at += 4 * E
+    pin_values = integers(E * R, tail_width)
     distances, coarse = integers(N, id_width), integers(N, 1)
     fine, residuals = integers(N, fine_width), integers(N, residual_width)
     assert at == len(raw)
@@ -530,7 +535,7 @@ def test_a_second_reader_written_from_the_format_text_agrees(exact):
             assert np.allclose(log_tails, read.log_tail, rtol=0, atol=tolerance)
 
 
-@pytest.mark.parametrize("layout", layouts(), ids=lambda layout: layout.name)
+@pytest.mark.parametrize("layout", bench_codec.layouts(), ids=lambda layout: layout.name)
 def test_every_layout_of_the_benchmark_reads_what_it_wrote(layout):
     rows = synthetic("bf16", vocab_size=100_000, R=60)
     traces = [rows[:20], topk.trim(rows[20:50], top_p=0.5), rows[50:]]
@@ -539,11 +544,65 @@ def test_every_layout_of_the_benchmark_reads_what_it_wrote(layout):
         assert bucketed_kl(traces[i], read(i)).max() < 1e-4
 
 
+@pytest.mark.parametrize("exact", [False, True])
+def test_the_benchmark_measures_a_cache_that_pins_ids(tmp_path, exact):
+    whole = manifest.Identity(
+        teacher="t",
+        teacher_revision="0",
+        tokenizer_hash="0",
+        chat_template_hash=None,
+        vocab_size=151_936,
+        top_k=48,
+        top_p=None,
+        min_k=1,
+        prompt_logits=False,
+        sampling={},
+        reasoning_markers=None,
+        answer_regex=None,
+        dtype="float32",
+        engine="none",
+        engine_args={},
+        pin_tokens=PINS,
+        exact=exact,
+    )
+    with new_cache(tmp_path / "cache", whole, "test") as writer:
+        for i in range(3):
+            writer.add(trace_of(pinned(-20.0, R=30, seed=i), i))
+    source = bench_codec.read_cache(tmp_path / "cache", 70)
+    assert [len(rows) for rows in source.traces] == [30, 30, 10]
+    assert (source.pinned, source.captured) == (PINS, exact)
+    results = list(bench_codec.cases(source, [4, 48], [None, 0.9], seconds=0))
+    assert len(results) == 4 * len(bench_codec.layouts(PINS, 151_936))
+    assert all(r["kl_mean"] <= 1e-5 for r in results if r["layout"].startswith("logitcache"))
+    assert all(r["kl_max"] == 0 for r in results if r["layout"] == "logitcache exact")
+    path = tmp_path / "results.csv"
+    for _ in range(2):
+        bench_codec.append(results, source, path)
+    assert len(path.read_text().splitlines()) == 1 + 2 * len(results)
+
+
+def trace_of(rows, i):
+    R = len(rows)
+    return Trace(
+        trace_id=f"{i:032x}",
+        prompt_id=str(i),
+        sample_index=0,
+        token_ids=np.zeros(R + 1, np.int32),
+        sections=Sections(1, 1, 1, 1, R + 1),
+        row_start=1,
+        rows=rows,
+        token_logprob=np.zeros(R, np.float32),
+        token_rank=np.ones(R, np.int32),
+        text="",
+        finish_reason="stop",
+    )
+
+
 def test_ids_of_18_bits_are_refused_by_the_17_bit_layout():
     rows = synthetic("bf16", R=1)
     large = SparseRows(rows.offsets, rows.ids % 1000 + 131_072, rows.logprobs, rows.log_tail)
     with pytest.raises(ValueError, match="17 bits"):
-        write_packed([large])
+        bench_codec.write_packed([large])
 
 
 @pytest.mark.parametrize("name", ["v1-dense", "v1-ragged", "v1-exact", "v1-table", "v1-empty"])

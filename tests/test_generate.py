@@ -12,6 +12,7 @@ from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputE
 from logitcache.generate import GenerateOptions, generate
 from logitcache.sections import Markers
 from logitcache.teacher import TeacherSpec
+from logitcache.verify import verify
 from logitcache.workers import Worker
 from tests import fake_engine
 
@@ -233,6 +234,61 @@ def test_rows_are_trimmed_to_the_mass_asked_for(engine, prompts, tmp_path) -> No
         counts = np.diff(trace.row_offsets)
         assert counts.min() >= 2
         assert counts.max() < 30
+
+
+def test_every_row_keeps_the_end_of_sequence_and_the_delimiters(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(4), tmp_path / "c", top_p=0.5))
+    cache = Cache.open(tmp_path / "c")
+    delimiters_and_eos = [fake_engine.VOCAB - 3, fake_engine.VOCAB - 2, fake_engine.VOCAB - 1]
+    assert cache.identity.pin_tokens == delimiters_and_eos
+    for trace in cache:
+        assert all((trace.ids == i).sum() == len(trace.rows) for i in delimiters_and_eos)
+        assert np.diff(trace.row_offsets).max() < 8 + 3
+    assert verify(tmp_path / "c", workers=1) == []
+
+
+def test_pinned_tokens_are_named_by_id_or_text(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(2), tmp_path / "c", pin_tokens="4, <think>"))
+    assert Cache.open(tmp_path / "c").identity.pin_tokens == [4, fake_engine.VOCAB - 3]
+    with pytest.raises(InputError, match=r"--pin-tokens '<thonk>': not one token .* did you mean '<think>'\?"):
+        generate(options(prompts(2), tmp_path / "d", pin_tokens="<thonk>"))
+    generate(options(prompts(2), tmp_path / "e", pin_tokens="none"))
+    assert Cache.open(tmp_path / "e").identity.pin_tokens == []
+    with pytest.raises(IdentityError, match="--pin-tokens as it was"):
+        generate(options(prompts(2), tmp_path / "c"))
+
+
+def test_exact_rows_come_back_bit_for_bit(engine, prompts, tmp_path) -> None:
+    captured = {}
+
+    class Spy(engine):
+        def step(self):
+            made = super().step()
+            captured.update({c.key: c for c in made})
+            return made
+
+    import logitcache.fill as module
+
+    module.Engine, original = Spy, module.Engine
+    try:
+        generate(options(prompts(3), tmp_path / "c", exact=True, pin_tokens="none"))
+    finally:
+        module.Engine = original
+    for trace in Cache.open(tmp_path / "c"):
+        completion = captured[trace.trace_id]
+        np.testing.assert_array_equal(trace.logprobs, completion.logprobs_RK.ravel())
+
+
+def test_answers_are_judged_where_a_verifier_is_given(engine, tmp_path) -> None:
+    rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"id": "no gold", "prompt": "question"}])))
+    generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", verifier="exact"))
+    verdicts = {t.prompt_id: t.correct for t in Cache.open(tmp_path / "c")}
+    assert verdicts.pop("no gold") is None
+    assert set(verdicts.values()) <= {True, False}
+    assert sum(Cache.open(tmp_path / "c").info()["verdicts"].values()) == 3
+    with pytest.raises(InputError, match="exact"):
+        options("x.jsonl", tmp_path, verifier="exactly")
 
 
 def test_given_markers_replace_the_found_ones(engine, prompts, tmp_path) -> None:

@@ -157,6 +157,7 @@ def contents(path: Path) -> dict[str, bytes]:
 
 
 def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
+    (cache.path / ".lock").unlink()
     before = contents(cache.path)
     assert push(cache.path, "me/traces", token=TOKEN) == f"{hub.url}/datasets/me/traces"
     assert hub.private == {"me/traces": True}

@@ -196,3 +196,44 @@ def test_bucketed_kl_sees_mass_that_went_missing():
     assert np.isposinf(topk.bucketed_kl(p, lost)[0])
     assert topk.bucketed_kl(lost, p)[0] == pytest.approx(0.2, abs=1e-6)
     assert topk.bucketed_kl(lost, lost)[0] == 0
+
+
+def test_pinned_ids_stay_whatever_their_rank_and_the_tail_is_what_is_left() -> None:
+    rng, V, k, pinned = np.random.default_rng(3), 500, 8, [7, 250]
+    logits_RV = rng.normal(0, 3, (60, V))
+    logits_RV[:20, 7] = 30  # all but certain
+    logits_RV[20:40, 250] = -40  # all but impossible
+    logp_RV = logits_RV - np.logaddexp.reduce(logits_RV, axis=1, keepdims=True)
+    order_RV = np.argsort(-logp_RV, axis=1, kind="stable")
+    top_RK = order_RV[:, : k + len(pinned)]
+    values_RK = np.take_along_axis(logp_RV, top_RK, axis=1).astype(np.float32)
+    rows = topk.pin(topk.from_topk(top_RK, values_RK, V), k, pinned, logp_RV[:, pinned].astype(np.float32))
+    for r in range(len(rows)):
+        span = slice(*rows.offsets[r : r + 2])
+        others = [i for i in order_RV[r].tolist() if i not in pinned][:k]
+        assert set(rows.ids[span].tolist()) == {*others, *pinned}
+        np.testing.assert_allclose(rows.logprobs[span], logp_RV[r, rows.ids[span]], rtol=0, atol=1e-5)
+        assert (np.diff(rows.logprobs[span]) <= 0).all()
+        rest = np.exp(np.delete(logp_RV[r], [*others, *pinned])).sum()
+        assert np.exp(rows.log_tail[r]) == pytest.approx(rest, rel=1e-4, abs=2e-6)
+    assert (topk.fold(rows, 3, pinned).counts == 3 + 2).all()
+    trimmed = topk.trim(rows, top_p=0.5, min_k=2, pinned_ids=pinned)
+    assert trimmed.counts.min() == 2 + 2
+    assert all((trimmed.ids == p).sum() == len(rows) for p in pinned)
+
+
+def test_a_fold_of_pinned_rows_is_a_capture_at_fewer_ids() -> None:
+    rng, V, pinned = np.random.default_rng(4), 300, [5, 9]
+    logits_RV = rng.normal(0, 4, (40, V))
+    logp_RV = (logits_RV - np.logaddexp.reduce(logits_RV, axis=1, keepdims=True)).astype(np.float32)
+    order_RV = np.argsort(-logp_RV, axis=1, kind="stable")
+
+    def capture(k: int) -> SparseRows:
+        ids_RK = order_RV[:, : k + 2]
+        rows = topk.from_topk(ids_RK, np.take_along_axis(logp_RV, ids_RK, axis=1), V)
+        return topk.pin(rows, k, pinned, logp_RV[:, pinned])
+
+    folded, fewer = topk.fold(capture(32), 8, pinned), capture(8)
+    np.testing.assert_array_equal(folded.ids, fewer.ids)
+    np.testing.assert_array_equal(folded.logprobs, fewer.logprobs)
+    np.testing.assert_allclose(np.exp(folded.log_tail), np.exp(fewer.log_tail), rtol=0, atol=3e-6)

@@ -1,6 +1,5 @@
 """Several processes, one cache; the last test has real engines and real kills."""
 
-import os
 import random
 import signal
 import subprocess
@@ -98,39 +97,47 @@ def test_a_slurm_array_names_the_worker(monkeypatch) -> None:
 @pytest.mark.engine
 @pytest.mark.timeout(1200)
 def test_three_workers_killed_twenty_times_make_each_trace_once(embedded_teacher, tmp_path) -> None:
-    """Real processes with real engines, ended by SIGKILL at random moments: while they load, generate and write."""
-    out, rng, count = tmp_path / "c", random.Random(0), 3
+    """Real processes with real engines, ended by SIGKILL: at any moment, and moments after they published something."""
+    out, rng, count, traces = tmp_path / "c", random.Random(0), 3, 240
+    settings = (
+        "--max-tokens 32 --unit-size 2 --top-k 16 --engine-arg max_num_seqs=2 --engine-arg max_model_len=512 "
+        "--engine-arg enforce_eager=true --engine-arg kv_cache_memory_bytes=50000000"
+    )
     command = [
-        str(Path(sys.executable).with_name("logitcache")), "generate", "gym:gsm_symbolic?size=120&seed=5",
-        "--teacher", str(embedded_teacher), "--out", str(out),
-        *["--max-tokens", "16", "--unit-size", "2", "--top-k", "16", "--engine-arg", "max_num_seqs=2", "--engine-arg", "max_model_len=512"],
-        *["--engine-arg", "enforce_eager=true", "--engine-arg", "kv_cache_memory_bytes=50000000"],
+        str(Path(sys.executable).with_name("logitcache")), "generate", f"gym:gsm_symbolic?size={traces}&seed=5",
+        "--teacher", str(embedded_teacher), "--out", str(out), *settings.split(),
     ]  # fmt: skip
-    running: dict[int, subprocess.Popen] = {}
+    logs = [(tmp_path / f"{index}.log").open("ab") for index in range(count)]
     engines: list[psutil.Process] = []
-    kills = resumed = 0
-    while True:
-        for index in range(count):
-            if index not in running:
-                log = (tmp_path / f"{index}.log").open("ab")
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                running[index] = subprocess.Popen(
-                    [*command, "--worker", f"{index}/{count}"], stdout=log, stderr=log, env=environment
-                )
-        if kills < 20:
-            time.sleep(rng.uniform(0.5, 14))
+
+    def start(index: int) -> subprocess.Popen:
+        return subprocess.Popen([*command, "--worker", f"{index}/{count}"], stdout=logs[index], stderr=logs[index])
+
+    def units(index: int) -> int:
+        return sum(int(p.stem[5:]) % count == index for p in (out / "shards").glob("unit-*.json"))
+
+    running = [start(index) for index in range(count)]
+    before = [0] * count
+    for kill in range(20):
+        if kill % 2:
+            while not (ahead := [i for i in range(count) if units(i) > before[i] and running[i].poll() is None]):
+                assert any(process.poll() is None for process in running), "killed too late"
+                time.sleep(0.05)
+            time.sleep(rng.uniform(0, 0.5))
+            index = rng.choice(ahead)
+        else:
+            time.sleep(rng.uniform(0, 4))
             index = rng.randrange(count)
+        if running[index].poll() is None:
             engines += psutil.Process(running[index].pid).children(recursive=True)
-            running.pop(index).send_signal(signal.SIGKILL)
-            kills += 1
-            resumed = len(Cache.open(out)) if (out / "manifest.json").exists() else 0
-            continue
-        break
-    assert 0 < resumed < 120, "the kills came in the middle"
-    codes = {index: process.wait(timeout=600) for index, process in running.items()}
-    assert codes == dict.fromkeys(range(count), 0), [(tmp_path / f"{i}.log").read_text()[-2000:] for i in range(count)]
-    cache = Cache.open(out)
-    assert Counter(cache.prompt_ids) == Counter(f"gsm_symbolic:5:{i}" for i in range(120))
+        running[index].send_signal(signal.SIGKILL)
+        running[index].wait()
+        before[index] = units(index)
+        running[index] = start(index)
+    assert 0 < len(Cache.open(out)) < traces, "the kills came in the middle"
+    codes = [process.wait(timeout=600) for process in running]
+    assert codes == [0] * count, [(tmp_path / f"{i}.log").read_text()[-2000:] for i in range(count)]
+    assert Counter(Cache.open(out).prompt_ids) == Counter(f"gsm_symbolic:5:{i}" for i in range(traces))
     assert verify(out, workers=1) == []
     _, alive = psutil.wait_procs(engines, timeout=60)
     assert not [p for p in alive if p.status() != psutil.STATUS_ZOMBIE], "no engine outlives its command"

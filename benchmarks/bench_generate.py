@@ -1,0 +1,297 @@
+"""What keeping the teacher's distributions costs while it writes: tokens a second, and memory of long traces.
+
+    python -m benchmarks.bench_generate             # plain vLLM beside k = 16, 64, 256, in three rounds; 15 minutes
+    python -m benchmarks.bench_generate --quick     # k = 64 alone, small, in one round: does it run at all
+    python -m benchmarks.bench_generate --memory    # rows of 64 traces of 32,768 tokens in flight; --traces 256 for all
+
+Speed. The same prompts go through `vllm.LLM.generate` without log-probabilities and through `logitcache.generate`, with
+the same engine settings and sampling, and no end of sequence, so that all make as many tokens. Arms take turns, each in
+a process of its own, and the order turns with every round. Loading is left out, and so is a short warm-up: vLLM compiles
+the kernel that counts ranks when it first needs it. The goal: at k = 64, >= 0.95 of plain vLLM's tokens a second.
+
+Memory. A synthetic stream goes, a row of every trace in turn, through vLLM's own front end into the rows that
+`logitcache` puts there, and into vLLM's. Bytes an entry are what the process grew by, all that a container keeps besides
+its entries and has allotted ahead among it. Then all traces end, one after another or in one step (--together), and are
+encoded. The goal: <= 12 bytes an entry in flight.
+"""
+
+import argparse
+import ctypes
+import gc
+import importlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+
+from benchmarks.bench_cache import memory_mb, timed
+from benchmarks.embedded import embedded_teacher
+
+TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
+PLAIN = "plain vLLM"
+GOAL = 0.95  # of plain vLLM's tokens a second, at k = 64
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every arm does."""
+
+    teacher: str
+    source: str = "gym:gsm_symbolic?size=128&seed=1"
+    max_tokens: int = 128
+    engine_args: dict[str, Any] = field(
+        default_factory=lambda: {
+            "max_model_len": 2048,
+            "max_num_seqs": 64,
+            "kv_cache_memory_bytes": 1 << 30,
+            "enforce_eager": True,
+            "enable_prefix_caching": True,
+            "disable_log_stats": True,
+        }
+    )
+
+    @property
+    def warm_up(self) -> list[list[int]]:
+        """Token ids of as many prompts as the engine runs at once; no prefix of a real one."""
+        return [[*range(100 + i, 132 + i)] for i in range(self.engine_args["max_num_seqs"])]
+
+
+def run_plain(load: Load) -> Case:
+    os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+    import vllm
+
+    from logitcache import prompts, teacher
+
+    spec = teacher.TeacherSpec(load.teacher)
+    facts = teacher.inspect(spec)
+    asked: Any = [{"prompt_token_ids": teacher.render(facts, p, {})} for p in prompts.load(load.source)]
+    llm = vllm.LLM(load.teacher, dtype=facts.dtype, seed=0, **load.engine_args)  # type: ignore[arg-type]
+    params = vllm.SamplingParams(temperature=1.0, max_tokens=load.max_tokens, ignore_eos=True)
+    few = vllm.SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True)
+    warm_up: Any = [{"prompt_token_ids": ids} for ids in load.warm_up]
+    llm.generate(warm_up, few, use_tqdm=False)
+    outputs, seconds = timed(lambda: llm.generate(asked, params, use_tqdm=False))
+    return {"tokens": sum(len(o.outputs[0].token_ids) for o in outputs), "seconds": seconds}
+
+
+def run_ours(load: Load, k: int) -> Case:
+    from logitcache import fill
+    from logitcache.engine import Engine
+    from logitcache.generate import GenerateOptions, generate
+    from logitcache.teacher import TeacherSpec
+
+    class WarmEngine(Engine):
+        """Warm before its first request; `fill` counts that as loading."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            params, few = self._params, self._params.clone()
+            few.max_tokens = 4
+            self._params = few
+            for i, ids in enumerate(load.warm_up):
+                self.submit(f"warm-up {i}", ids)
+            left = len(load.warm_up)
+            while left:
+                left -= len(self.step())
+            self._params = params
+
+    fill.Engine = WarmEngine
+    sampling = {"ignore_eos": True}
+    spec = TeacherSpec(
+        load.teacher, top_k=k, max_tokens=load.max_tokens, sampling=sampling, engine_args=load.engine_args
+    )
+    with tempfile.TemporaryDirectory() as out:
+        summary = generate(GenerateOptions(load.source, Path(out) / "cache", spec))
+    return {"tokens": summary.tokens, "seconds": summary.seconds}
+
+
+def in_a_fresh_process(arguments: Sequence[str]) -> Case:
+    """One measurement: this file once more, with what it found in a file, since engines print what they like."""
+    with tempfile.TemporaryDirectory() as directory:
+        result, log = Path(directory) / "result.json", Path(directory) / "log"
+        command = [sys.executable, "-m", "benchmarks.bench_generate", *arguments, "--result", str(result)]
+        # The front end is idle while the CPU engine computes: the engine gets every core.
+        environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **os.environ}
+        with log.open("w") as chatter:
+            code = subprocess.run(command, stdout=chatter, stderr=chatter, env=environment).returncode
+        if code:
+            sys.exit(f"{' '.join(command)} failed:\n{log.read_text()[-4000:]}")
+        return json.loads(result.read_text())
+
+
+def speed_cases(load: Load, ks: Sequence[int], rounds: int) -> Iterator[Case]:
+    arms = [PLAIN, *map(str, ks)]
+    found: dict[str, list[float]] = {arm: [] for arm in arms}
+    tokens = set()
+    for i in range(rounds):
+        for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
+            done = in_a_fresh_process(["--arm", arm, "--load", json.dumps(asdict(load))])
+            found[arm].append(done["tokens"] / done["seconds"])
+            tokens.add(done["tokens"])
+            print(f"round {i + 1}, {arm}: {found[arm][-1]:,.1f} tokens/s", file=sys.stderr, flush=True)
+    assert len(tokens) == 1, f"arms made {tokens} tokens"
+    for arm in arms:
+        ratios = [ours / plain for ours, plain in zip(found[arm], found[PLAIN], strict=True)]
+        yield {
+            "case": arm if arm == PLAIN else f"logitcache k={arm}",
+            "k": None if arm == PLAIN else int(arm),
+            "tokens": tokens.copy().pop(),
+            "tokens_per_s": float(np.median(found[arm])),
+            "tokens_per_s_rounds": found[arm],
+            "of_plain": float(np.median(ratios)),
+            "of_plain_rounds": ratios,
+        }
+
+
+def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, folder: Path) -> Case:
+    """Rows of `traces` traces in flight at once, then encoded.
+
+    Args:
+        kind: "logitcache" or "vLLM", whose rows the front end fills.
+        together: all traces end in one step, and wait in one list to be encoded.
+    """
+    from vllm.v1.outputs import LogprobsLists
+
+    from logitcache import engine, generate, teacher
+    from logitcache.engine import Completion
+    from logitcache.fill import Request
+    from logitcache.prompts import Prompt
+    from logitcache.shard import EncodedTrace
+
+    front_end: Any = importlib.import_module("vllm.v1.engine.logprobs")
+    if kind == "logitcache":
+        engine._use_typed_rows()
+    options = generate.GenerateOptions("", Path(), teacher.TeacherSpec(str(folder), top_k=k), pin_tokens="none")
+    facts = teacher.inspect(options.spec)
+    identity = generate.identify(options, facts, {})
+    ids_PK, logprobs_PK, ranks_P = synthetic_rows(facts.vocab_size, k)
+    ranges = [slice(i, i + 1) for i in range(len(ranks_P))]
+    rows = [LogprobsLists(ids_PK[at], logprobs_PK[at], ranks_P[at]) for at in ranges]  # as an engine sends them
+
+    processors = [
+        front_end.LogprobsProcessor(None, front_end.create_sample_logprobs(True), None, 0.0, k, None)
+        for _ in range(traces)
+    ]
+
+    def stream() -> None:
+        for step in range(tokens):
+            for i, processor in enumerate(processors):
+                processor._update_sample_logprobs(rows[(7 * step + i) % len(rows)])
+
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to be filled again unseen
+    before = memory_mb()
+    _, seconds = timed(stream)
+    held = memory_mb() - before
+
+    def finished(i: int) -> Completion:
+        answer = ids_PK[(7 * np.arange(tokens) + i) % len(rows), 0].tolist()
+        sample = SimpleNamespace(token_ids=answer, logprobs=processors[i].logprobs, finish_reason="length")
+        output = SimpleNamespace(request_id=str(i), prompt_token_ids=[1], prompt_logprobs=None, outputs=[sample])
+        processors[i].logprobs = None
+        return engine._completion(output, [], False)
+
+    def encode(completion: Completion) -> int:
+        prompt = Prompt(completion.key, "")
+        request = Request(completion.key, prompt.id, 0, prompt)
+        trace = generate.trace_of(request, prompt, completion, identity, facts, None)
+        return EncodedTrace.of(trace, identity).taught_rows
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    waiting: Any = [finished(i) for i in range(traces)] if together else map(finished, range(traces))
+    encoded, encode_s = timed(lambda: sum(map(encode, waiting)))
+    assert encoded == traces * tokens
+    return {
+        "entries": traces * tokens * (k + 1),
+        "held_mb": held,
+        "bytes_per_entry": 1e6 * held / (traces * tokens * (k + 1)),
+        "peak_mb": memory_mb("VmHWM") - before,
+        "rows_per_s": traces * tokens / seconds,
+        "encode_tokens_per_s": encoded / encode_s,
+    }
+
+
+def synthetic_rows(vocab_size: int, k: int, count: int = 256) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """As the engine gives them: ids int32 and log-probabilities float32 [count, 1 + k], realised token first, its rank."""
+    rng = np.random.default_rng(0)
+    logits_PV = rng.normal(0, 2, (count, vocab_size)).astype(np.float32) - 1.5 * np.log(np.arange(1, vocab_size + 1))
+    order_PK = np.argsort(-logits_PV, axis=1)[:, :k]
+    logprobs_PV = logits_PV - np.log(np.exp(logits_PV).sum(axis=1, keepdims=True))
+    ids_PK = np.concatenate([order_PK[:, :1], order_PK], axis=1)
+    logprobs_PK = np.take_along_axis(logprobs_PV, ids_PK, axis=1)
+    return ids_PK.astype(np.int32), logprobs_PK.astype(np.float32), np.ones(count, np.int64)
+
+
+def memory_cases(folder: Path, traces: int, tokens: int, k: int, together: bool) -> Iterator[Case]:
+    # vLLM's rows take ten times as much, by so much shorter traces.
+    for kind, length in (("logitcache", tokens), ("vLLM", max(1, tokens // 16))):
+        case = {"case": f"rows of {kind}", "kind": kind, "traces": traces, "tokens": length, "k": k}
+        case |= {"together": together, "folder": str(folder)}
+        arguments = ["--memory-of", json.dumps({n: v for n, v in case.items() if n != "case"})]
+        yield {n: v for n, v in case.items() if n not in ("kind", "folder")} | in_a_fresh_process(arguments)
+
+
+def line(case: Case) -> str:
+    if "of_plain" in case:
+        spread = f"{min(case['tokens_per_s_rounds']):,.0f} - {max(case['tokens_per_s_rounds']):,.0f}"
+        ratios = f"{min(case['of_plain_rounds']):.3f} - {max(case['of_plain_rounds']):.3f}"
+        return (
+            f"{case['case']:<18} {case['tokens_per_s']:>8,.1f} tokens/s ({spread})  "
+            f"{case['of_plain']:.3f} of plain ({ratios})"
+        )
+    ended = "in one step" if case["together"] else "one by one"
+    return (
+        f"{case['case']:<18} {case['traces']} traces x {case['tokens']:,} tokens, k={case['k']}: {case['held_mb']:,.0f} MB "
+        f"in flight, {case['bytes_per_entry']:.2f} bytes an entry; encoded {ended}, peak {case['peak_mb']:,.0f} MB; "
+        f"in {case['rows_per_s']:,.0f} rows/s, out {case['encode_tokens_per_s']:,.0f} tokens/s"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", type=Path, help="a model folder; default: the demo's, made where it is missing")
+    parser.add_argument("--prompts", type=int, default=128)
+    parser.add_argument("--max-tokens", type=int, default=128)
+    parser.add_argument("--k", type=int, nargs="+", default=[16, 64, 256])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--memory", action="store_true", help="memory of long traces, no engine")
+    parser.add_argument("--traces", type=int, default=64, help="in flight, with --memory")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of each of them")
+    parser.add_argument("--together", action="store_true", help="they all end in one step")
+    parser.add_argument("--quick", action="store_true", help="k = 64, 16 prompts, 16 tokens, one round; 4,096 tokens")
+    parser.add_argument("--json", action="store_true", help="one object a case")
+    for hidden in ("--arm", "--load", "--memory-of", "--result"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.result:
+        if args.memory_of:
+            given = json.loads(args.memory_of)
+            found = measure_memory(**given | {"folder": Path(given["folder"])})
+        else:
+            load = Load(**json.loads(args.load))
+            found = run_plain(load) if args.arm == PLAIN else run_ours(load, int(args.arm))
+        Path(args.result).write_text(json.dumps(found))
+        return
+    folder = args.teacher or embedded_teacher(TEACHER)
+    if args.quick:
+        args.prompts, args.max_tokens, args.k, args.rounds, args.traces, args.tokens = 16, 16, [64], 1, 16, 4096
+    if args.memory:
+        found = memory_cases(folder, args.traces, args.tokens, 64, args.together)
+    else:
+        load = Load(str(folder), f"gym:gsm_symbolic?size={args.prompts}&seed=1", args.max_tokens)
+        found = speed_cases(load, args.k, args.rounds)
+    for case in found:
+        print(json.dumps(case) if args.json else line(case), flush=True)
+
+
+if __name__ == "__main__":
+    main()

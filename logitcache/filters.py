@@ -1,0 +1,254 @@
+"""``--where``: which traces, said of their plain columns. No block is decoded, and nothing is evaluated as code.
+
+    clause { and clause }       clause = [not] NAME [OP VALUE]       OP = one of  = != < <= > >=
+
+    correct                     the verdict; `not correct` is a verdict of wrong
+    tokens, rows, sample_index  numbers: tokens of the trace, its top-k rows, which completion of its prompt
+    prompt, opening, reasoning, closing, answer     numbers: tokens of that section
+    finish_reason, prompt_id, trace_id, gold        text; gold is the prompt's gold answer
+    meta.NAME, meta.NAME.NAME   what the prompt's other columns hold, as deep as they go
+
+A trace that lacks a value is kept by no clause on it, negated or not; `NAME=none` and `NAME!=none` ask just for that.
+A value with spaces, or one such as none that is meant as text, stands in quotes.
+"""
+
+import difflib
+import json
+import operator
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pyarrow.compute import call_function
+
+from logitcache.errors import InputError
+from logitcache.sections import NAMES
+
+# N traces of a shard.
+
+_OPERATORS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {  # Arrow's name, and ours
+    "=": ("equal", operator.eq),
+    "!=": ("not_equal", operator.ne),
+    "<": ("less", operator.lt),
+    "<=": ("less_equal", operator.le),
+    ">": ("greater", operator.gt),
+    ">=": ("greater_equal", operator.ge),
+}
+_NUMBERS = ("tokens", "rows", "sample_index", *NAMES)
+_TEXTS = {"finish_reason": "finish_reason", "prompt_id": "prompt_id", "trace_id": "trace_id", "gold": "answer"}
+_ALL = ("correct", *_NUMBERS, *_TEXTS, "meta.NAME")
+_CLAUSE = re.compile(
+    r"""(?:(?P<negated>not)\s+)?(?P<name>[^\s<>=!"']+)"""
+    r"""\s*(?:(?P<op><=|>=|!=|==|=|<|>)\s*(?P<value>"[^"]*"|'[^']*'|[^\s<>=!"']+))?(?=\s|\Z)"""
+)
+_WORDS = {"true": True, "false": False, "none": None}
+
+
+@dataclass(frozen=True, slots=True)
+class Clause:
+    """One condition; ``op`` None asks for the truth of a value."""
+
+    name: str
+    op: str | None = None
+    value: str | float | bool | None = None  # None asks whether there is a value
+    negated: bool = False
+
+    def __str__(self) -> str:
+        return f"{'not ' * self.negated}{self.name}" + (f"{self.op}{_shown(self.value)}" if self.op else "")
+
+    @property
+    def path(self) -> str | None:
+        """Where in the metadata; None for a column."""
+        return self.name.removeprefix("meta.") if self.name.startswith("meta.") else None
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """Clauses that a trace must meet, all of them."""
+
+    clauses: tuple[Clause, ...]
+
+    def __str__(self) -> str:
+        return " and ".join(map(str, self.clauses))
+
+    @property
+    def asks_verdict(self) -> bool:
+        """Whether it keeps traces that have a verdict, and no others."""
+        return any(c.name == "correct" and (c.op, c.value) != ("=", None) for c in self.clauses)
+
+    @classmethod
+    def parse(cls, text: str) -> "Filter":
+        """Raises: InputError for what is no clause, an unknown name with the nearest one, a value of another kind."""
+        clauses, place, text = [], 0, text.strip()
+        while True:
+            match = _CLAUSE.match(text, place)
+            if not match or match["name"] in ("and", "not", "or"):
+                raise InputError(
+                    f"--where {text!r}: no condition at {text[place:]!r}; write some such as correct, not correct, "
+                    "finish_reason=stop, tokens<=4096 or meta.level>=3, joined by `and`"
+                )
+            clauses.append(_clause(text, match))
+            rest = text[match.end() :].lstrip()
+            if not rest:
+                return cls(tuple(clauses))
+            if not re.match(r"and(\s|\Z)", rest):
+                raise InputError(
+                    f"--where {text!r}: `and` joins conditions, {rest!r} does not; quote a value with spaces"
+                )
+            place = len(text) - len(rest[3:].lstrip())
+
+    def keeps(self, batch: pa.RecordBatch) -> np.ndarray:
+        """bool [N], for a shard's batch or any other with its plain columns.
+
+        Raises: InputError where metadata is compared that has no order, or no truth.
+        """
+        kept = np.ones(batch.num_rows, bool)
+        metadata = _metadata(batch) if any(c.path for c in self.clauses) else []
+        for clause in self.clauses:
+            found = _on_metadata(clause, metadata) if clause.path else _on_column(clause, batch)
+            found = call_function("invert", [found]) if clause.negated else found
+            kept &= found.fill_null(False).to_numpy(zero_copy_only=False)
+        return kept
+
+    def select(self, batches: Iterable[pa.RecordBatch]) -> list[np.ndarray]:
+        """``keeps`` of each of all batches of a cache.
+
+        Raises: as ``keeps``, and for a metadata name that no trace has, with the nearest.
+        """
+        masks, wanted, there = [], {c.path for c in self.clauses if c.path}, set()
+        for batch in batches:
+            masks.append(self.keeps(batch))
+            for metadata in _metadata(batch) if wanted else []:
+                wanted = {path for path in wanted if _dig(metadata, path) is None}
+                there |= metadata.keys()
+        if wanted:
+            name, good = f"meta.{min(wanted)}", [f"meta.{key}" for key in sorted(there)]
+            raise InputError(f"--where {name}: no trace has it; " + _nearest(name, good, "the prompts have"))
+        return masks
+
+
+def _clause(text: str, match: re.Match[str]) -> Clause:
+    name, op, value, negated = match["name"], match["op"], match["value"], bool(match["negated"])
+    where = f"--where {text!r}: {name}"
+    if not (name in _ALL[:-1] or re.fullmatch(r"meta\..*[^.]", name)):
+        raise InputError(f"{where} is unknown; " + _nearest(name, _ALL, "there are"))
+    if op is None:
+        if name != "correct" and not name.startswith("meta."):
+            raise InputError(f"{where} says nothing by itself; compare it, as in {name}{_example(name)}")
+        return Clause(name, negated=negated)
+    op, literal = "=" if op == "==" else op, _literal(value)
+    if op in ("=", "!=") and literal is None:
+        return Clause(name, op, None, negated)
+    if name in _NUMBERS and (isinstance(literal, str | bool) or literal is None):
+        raise InputError(f"{where} is a number, {value} is none")
+    if name == "correct" and (op not in ("=", "!=") or not isinstance(literal, bool)):
+        raise InputError(f"{where} is true, false or none; write correct, not correct or correct=none")
+    if name in _TEXTS:
+        if op not in ("=", "!="):
+            raise InputError(f"{where} is text and has no order; compare it with = or !=")
+        literal = _unquoted(value)
+    if op not in ("=", "!=") and (isinstance(literal, str | bool) or literal is None):
+        raise InputError(f"{where} is ordered by numbers, {value} is none")
+    return Clause(name, op, literal, negated)
+
+
+def _unquoted(value: str) -> str:
+    return value[1:-1] if value[0] in "\"'" else value
+
+
+def _literal(value: str) -> str | float | bool | None:
+    if value != _unquoted(value):
+        return _unquoted(value)
+    if value in _WORDS:
+        return _WORDS[value]
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _shown(value: str | float | bool | None) -> str:
+    """As ``parse`` reads it back."""
+    if isinstance(value, str):
+        plain = isinstance(_literal(value or "''"), str) and re.fullmatch(r"""[^\s<>=!"']+""", value)
+        return value if plain else f'"{value}"' if '"' not in value else f"'{value}'"
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value).lower()
+
+
+def _nearest(name: str, good: Iterable[str], all_are: str) -> str:
+    near = difflib.get_close_matches(name, [g for g in good if g != "meta.NAME"], n=1)
+    return f"did you mean {near[0]}?" if near else f"{all_are} {', '.join(good) or 'no metadata'}"
+
+
+def _example(name: str) -> str:
+    return "<=4096" if name in _NUMBERS else "=stop"
+
+
+def _on_column(clause: Clause, batch: pa.RecordBatch) -> Any:
+    """Boolean Arrow array [N], null where there is no value."""
+    values = _column(clause.name, batch)
+    if clause.op is None:
+        return values
+    if clause.value is None:
+        return values.is_null() if clause.op == "=" else values.is_valid()
+    return call_function(_OPERATORS[clause.op][0], [values, pa.scalar(clause.value)])
+
+
+def _column(name: str, batch: pa.RecordBatch) -> Any:
+    """Arrow array [N] of what a name means."""
+    if name == "correct" or name == "sample_index":
+        return batch.column(name)
+    if name in _TEXTS:
+        return batch.column(_TEXTS[name])
+    lengths = batch.column("token_ids").value_lengths()
+    if name == "tokens":
+        return lengths
+    if name == "rows":
+        return batch.column("token_logprob").value_lengths()
+    bounds = [pa.array(np.zeros(batch.num_rows, np.int32)), *batch.column("sections").flatten(), lengths]
+    place = NAMES.index(name)
+    return call_function("subtract", [bounds[place + 1], bounds[place]])
+
+
+def _metadata(batch: pa.RecordBatch) -> list[dict[str, Any]]:
+    return [json.loads(text) if text else {} for text in batch.column("metadata").to_pylist()]
+
+
+def _dig(metadata: dict[str, Any], path: str) -> Any:
+    """What stands at a dotted path; None where nothing does."""
+    if path in metadata:
+        return metadata[path]
+    name, _, rest = path.partition(".")
+    inner = metadata.get(name)
+    return _dig(inner, rest) if rest and isinstance(inner, dict) else None
+
+
+def _on_metadata(clause: Clause, metadata: list[dict[str, Any]]) -> Any:
+    """Boolean Arrow array [N], null where there is no value."""
+    found = [_dig(m, clause.path or "") for m in metadata]
+    if clause.op is not None and clause.value is None:
+        return pa.array([(f is None) == (clause.op == "=") for f in found], pa.bool_())
+    return pa.array([None if f is None else _holds(clause, f) for f in found], pa.bool_())
+
+
+def _holds(clause: Clause, found: Any) -> bool:
+    if clause.op is None:
+        if not isinstance(found, bool):
+            raise InputError(f"--where {clause}: it is {found!r} in a trace; compare it, as in {clause.name}=...")
+        return found
+    compare, wanted = _OPERATORS[clause.op][1], clause.value
+    if isinstance(wanted, float):
+        try:
+            found = None if isinstance(found, bool) else float(found)
+        except (TypeError, ValueError):
+            found = None
+        if found is None and clause.op not in ("=", "!="):
+            raise InputError(f"--where {clause}: a trace holds what is no number there; compare it with = or !=")
+    elif isinstance(wanted, str):
+        found = found if isinstance(found, str) else json.dumps(found)
+    elif not isinstance(found, bool):
+        found = None
+    return compare(found, wanted)

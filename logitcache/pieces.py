@@ -1,0 +1,146 @@
+"""Some traces of some shards, cut and written as shards of another cache, side by side in several processes."""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from multiprocessing import connection, get_context, parent_process
+from pathlib import Path
+from threading import Thread
+from typing import Any
+
+from logitcache import shard, topk
+from logitcache.cache import Cache
+from logitcache.errors import CacheError, InputError, LogitcacheError, ShardCorruptError
+from logitcache.schema import Trace
+from logitcache.shard import EncodedTrace, Shard, ShardIndex
+from logitcache.writer import CacheWriter
+
+Each = Callable[..., Iterator[Any]]  # map, over processes
+_ROWS_A_PROCESS = 1 << 16  # take about a second, as starting a process does
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What is left of the rows of a trace."""
+
+    top_k: int | None = None
+    top_p: float | None = None
+    min_k: int = 1
+    ends: tuple[str, str] | None = None  # the first and the last span whose tokens keep their rows
+    pinned: Sequence[int] = ()
+
+    def __call__(self, trace: Trace) -> Trace:
+        rows, first = trace.rows, trace.row_start
+        if self.ends:
+            start, stop = (trace.sections.span(name) for name in self.ends)
+            kept = slice(*(min(max(token - first, 0), len(rows)) for token in (start.start, stop.stop)))
+            rows, first = rows[kept], first + kept.start
+            trace = replace(
+                trace, row_start=first, token_logprob=trace.token_logprob[kept], token_rank=trace.token_rank[kept]
+            )
+        if self.top_k:
+            rows = topk.fold(rows, self.top_k, self.pinned)
+        return replace(trace, rows=topk.trim(rows, top_p=self.top_p, min_k=self.min_k, pinned_ids=self.pinned))
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Some traces of a shard."""
+
+    cache: Path
+    index: ShardIndex
+    rows: list[int]
+    correct: list[bool | None] | None = None  # new verdicts, one a trace of the shard
+
+    @property
+    def whole(self) -> bool:
+        return len(self.rows) == self.index.rows and self.correct is None
+
+    def open(self) -> Shard:
+        return shard.read(self.cache / shard.DIRECTORY, self.index)
+
+    def traces(self) -> Iterator[Trace]:
+        opened = self.open()
+        for row in self.rows:
+            try:
+                trace = opened.trace(row)
+            except CacheError as e:
+                raise ShardCorruptError(
+                    f"{self.cache / shard.DIRECTORY / self.index.name}.arrow: trace {self.index.trace_ids[row]}: {e}"
+                ) from e
+            yield trace if self.correct is None else replace(trace, correct=self.correct[row])
+
+
+@contextmanager
+def processes(workers: int | None, shards: Sequence[ShardIndex]) -> Iterator[Each]:
+    """A ``map`` over so many processes; None: as many as the machine has cores and the rows are worth."""
+    if workers is not None and workers < 1:
+        raise InputError(f"--workers {workers}: at least 1")
+    worth = 1 + sum(s.taught_rows for s in shards) // _ROWS_A_PROCESS
+    workers = min(workers or min(os.cpu_count() or 1, worth), len(shards) or 1)
+    if workers == 1:
+        yield map
+        return
+    try:
+        with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
+            yield pool.map
+    except BrokenProcessPool as e:
+        raise LogitcacheError("a process was killed, for its memory perhaps: run again with fewer --workers") from e
+
+
+def _end_with_parent() -> None:
+    """A killed command leaves no process behind that goes on to write."""
+    if parent := parent_process():
+        Thread(target=lambda: connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()
+
+
+def write(
+    writer: CacheWriter, pieces: Sequence[Piece], each: Each, cut: Cut | None = None, *, join: bool = True
+) -> list[ShardIndex]:
+    """Writes pieces as shards: first the whole ones that are not cut, byte for byte, then the others.
+
+    Args:
+        join: neighbours that together are no larger than the largest shard they come from become one.
+    Raises: ShardCorruptError naming the shard, WriteError.
+    """
+    whole = [piece for piece in pieces if piece.whole and cut is None]
+    for piece, _ in zip(whole, each(_hold, whole), strict=True):
+        writer.take(Cache(piece.cache, writer.identity, [piece.index]), piece.index)
+    rest = [piece for piece in pieces if not piece.whole or cut is not None]
+    groups = _groups(rest) if join else [[piece] for piece in rest]
+    make = partial(_rewrite, writer=writer, cut=cut)
+    made = list(each(make, groups, range(writer.shards, writer.shards + len(groups))))
+    writer.shards += len(made)
+    writer.traces += sum(index.rows for index in made)
+    return [piece.index for piece in whole] + made
+
+
+def _hold(piece: Piece) -> None:
+    """Holds a shard against its checksum."""
+    piece.open()
+
+
+def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    most = max((piece.index.rows for piece in pieces), default=0)
+    groups: list[list[Piece]] = []
+    size = most
+    for piece in pieces:
+        if size + len(piece.rows) > most:
+            groups.append([])
+            size = 0
+        groups[-1].append(piece)
+        size += len(piece.rows)
+    return groups
+
+
+def _rewrite(group: Sequence[Piece], number: int, *, writer: CacheWriter, cut: Cut | None) -> ShardIndex:
+    """One shard of all traces of a group, decoded and encoded one at a time."""
+    identity = writer.identity
+    encoded = [EncodedTrace.of(cut(t) if cut else t, identity) for piece in group for t in piece.traces()]
+    # Fewer traces, of rows as they were, still come from where they came from.
+    provenance = group[0].index.provenance if len(group) == 1 and cut is None else writer.provenance
+    return shard.write(writer.directory, number, encoded, identity, provenance)
