@@ -5,7 +5,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 
@@ -22,6 +22,10 @@ app = typer.Typer(
     help="Run the teacher once, keep what it thought at every token, train as many students as you like from disk.",
 )
 
+
+ACache = Annotated[Path, typer.Argument(help="A cache.")]
+NewOut = Annotated[Path, typer.Option(help="A new directory; it appears whole or not at all.")]
+Workers = Annotated[int | None, typer.Option(help="Processes. [default: one a core]")]
 
 # Options of every command that runs a teacher.
 Teacher = Annotated[str, typer.Option(help="Model folder or hub id.")]
@@ -303,7 +307,7 @@ def train(
 
 @app.command(short_help="Say what a cache holds.")
 def info(
-    cache: Annotated[Path, typer.Argument(help="A cache.")],
+    cache: ACache,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """What a cache holds: teacher, traces, tokens by section, bytes a token, support and tail."""
@@ -316,9 +320,9 @@ def info(
 
 @app.command(short_help="Find whatever is wrong with a cache.")
 def verify(
-    cache: Annotated[Path, typer.Argument(help="A cache.")],
+    cache: ACache,
     repair: Annotated[bool, typer.Option(help="Move broken shards aside, so that generate makes them again.")] = False,
-    workers: Annotated[int | None, typer.Option(help="Processes. [default: one a core]")] = None,
+    workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Reads all of a cache and names whatever is wrong: checksums, columns, spans, ids, probabilities. Exit code 2 if any."""
@@ -337,6 +341,162 @@ def verify(
         )
     if problems:
         raise typer.Exit(2)
+
+
+@app.command("slice", short_help="Cut a smaller cache out of one.")
+def slice_(
+    cache: ACache,
+    out: NewOut,
+    top_k: Annotated[int | None, typer.Option(help="Ids kept a row; the rest joins the tail. [default: all]")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Trim rows to this share of their mass. [default: off]")] = None,
+    min_k: Annotated[int | None, typer.Option(help="Ids a trimmed row keeps at least.")] = None,
+    sections: Annotated[
+        str | None, typer.Option(help="Keep rows of these only: any of prompt,reasoning,answer that follow each other.")
+    ] = None,
+    where: Annotated[
+        str | None,
+        typer.Option(
+            help="Keep these traces: conditions such as correct, finish_reason=stop, tokens<=4096, reasoning<=2048, "
+            "sample_index<2 or meta.level>=3, joined by `and`."
+        ),
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Keep the traces of so many prompts, a fair sample.")] = None,
+    verifier: Verifier = None,
+    workers: Workers = None,
+) -> None:
+    """A part of CACHE becomes a cache of its own, without the teacher: fewer ids, fewer rows, fewer traces.
+
+    A slice at --top-k 16 holds what a capture at 16 would have held. With --verifier answers are judged anew.
+
+    Example: logitcache slice math-cache --out math-right --top-k 32 --where "correct and tokens<=8192"
+    """
+    from logitcache.surgery import slice_cache
+
+    chosen = tuple(name.strip() for name in sections.split(",")) if sections else None
+    report = slice_cache(
+        cache, out, top_k=top_k, top_p=top_p, min_k=min_k, sections=chosen, where=where, limit=limit,
+        verifier=verifier, workers=workers,
+    )  # fmt: skip
+    typer.echo(report.text())
+
+
+@app.command(short_help="Make one cache of several.")
+def merge(
+    caches: Annotated[list[Path], typer.Argument(help="Caches of one identity; of a trace in several, the first's.")],
+    out: NewOut,
+    allow: Annotated[
+        list[str] | None,
+        typer.Option(metavar="FIELD", help="Let this field of the identity differ, such as engine. Repeatable."),
+    ] = None,
+    workers: Workers = None,
+) -> None:
+    """All traces of CACHES become one cache; shards keep their bytes. A difference in identity is refused by name.
+
+    Example: logitcache merge part-a part-b --out whole
+    """
+    from logitcache.surgery import merge as run
+
+    typer.echo(run(caches, out, allow=allow or (), workers=workers).text())
+
+
+@app.command(short_help="Part a cache by prompt.")
+def split(
+    cache: ACache,
+    into: Annotated[
+        list[str], typer.Option(metavar="DIR=SHARE", help="A part and its share of the prompts. Repeatable.")
+    ],
+    workers: Workers = None,
+) -> None:
+    """CACHE becomes several, no prompt in two of them; where a prompt goes depends on its id alone.
+
+    Example: logitcache split math-cache --into train=0.95 --into test=0.05
+    """
+    from logitcache.surgery import split as run
+
+    parts = _pairs("--into", into, names=False)
+    for name, share in parts.items():
+        if not isinstance(share, int | float):
+            raise InputError(f"--into {name}={share}: write DIR=SHARE, such as train=0.95")
+    typer.echo(run(cache, [(Path(name), share) for name, share in parts.items()], workers=workers).text())
+
+
+@app.command(short_help="Write a cache as plain Parquet.")
+def export(
+    cache: ACache,
+    out: NewOut,
+    to: Annotated[Literal["parquet"], typer.Option(help="The format.")] = "parquet",
+) -> None:
+    """CACHE as Parquet files: plain columns, and ids, log-probabilities and tail as lists, one entry a token.
+
+    Plain Arrow readers open a cache's own columns as they are; only the rows are packed, and unpacked here.
+
+    Example: logitcache export math-cache --to parquet --out math-parquet
+    """
+    from logitcache.export import export_parquet
+
+    typer.echo(export_parquet(cache, out).text(out))
+
+
+@app.command("import", short_help="Make a cache of another tool's capture.")
+def import_(
+    source: Annotated[Path, typer.Argument(help="Directory of .parquet files, or one of them.")],
+    out: NewOut,
+    tokenizer: Annotated[str, typer.Option(help="The teacher's: model folder or hub id.")],
+    from_: Annotated[Literal["distillkit"], typer.Option("--from", help="The tool.")] = "distillkit",
+    teacher: Annotated[str, typer.Option(help="Hub id of the teacher; a capture does not say.")] = "unknown",
+    config: Annotated[
+        Path | None, typer.Option(help="YAML with the capture's settings. [default: compression_config.yaml beside it]")
+    ] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Columns of the teacher's logits. [default: as said]")] = None,
+    exact_part_only: Annotated[
+        bool, typer.Option("--exact-part-only", help="Fold log-probabilities stored as a fitted curve into the tail.")
+    ] = False,
+) -> None:
+    """Published DistillKit captures become a cache: the log-probabilities that stand there as numbers, and their ids.
+
+    What stands there as a fitted curve is nats off, and refused unless --exact-part-only leaves it to the tail.
+
+    Example: logitcache import capture/ --from distillkit --tokenizer Qwen/Qwen3-8B --out cache
+    """
+    from logitcache.distillkit import import_distillkit
+
+    report = import_distillkit(
+        source, out, tokenizer=tokenizer, teacher=teacher, config=config, vocab_size=vocab_size,
+        exact_part_only=exact_part_only,
+    )  # fmt: skip
+    typer.echo(report.text(out))
+
+
+@app.command(short_help="Put a cache on the Hugging Face hub.")
+def push(
+    cache: ACache,
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository, made where it is missing.")],
+    public: Annotated[bool, typer.Option("--public", help="Make it public. [default: private]")] = False,
+    revision: Annotated[str | None, typer.Option(help="Branch to write to. [default: main]")] = None,
+) -> None:
+    """CACHE goes to the hub as it is, with a card that says what it holds; what is there already is not sent again.
+
+    Example: logitcache verify math-cache && logitcache push math-cache me/math-cache
+    """
+    from logitcache.hub import push as run
+
+    typer.echo(run(cache, repo, private=not public, revision=revision))
+
+
+@app.command(short_help="Fetch a cache from the Hugging Face hub.")
+def pull(
+    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository.")],
+    out: NewOut,
+    revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. [default: main]")] = None,
+    workers: Workers = None,
+) -> None:
+    """A cache on the hub comes to OUT and is verified, every checksum and every trace; OUT appears once it is sound.
+
+    Example: logitcache pull me/math-cache --out math-cache
+    """
+    from logitcache.hub import pull as run
+
+    typer.echo(run(repo, out, revision=revision, workers=workers))
 
 
 def _signal_code(name: str | None) -> int:
@@ -408,17 +568,18 @@ def _worker(text: str | None) -> Any:
     return from_environment(text)
 
 
-def _pairs(option: str, given: list[str] | None) -> dict[str, Any]:
-    """KEY=VALUE settings; a value is JSON where it can be, else text."""
+def _pairs(option: str, given: list[str] | None, names: bool = True) -> dict[str, Any]:
+    """KEY=VALUE settings; a value is JSON where it can be, else text. Names of settings may have dashes."""
     pairs: dict[str, Any] = {}
     for item in given or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise InputError(f"{option} {item!r}: write KEY=VALUE")
+        key = key.replace("-", "_") if names else key
         try:
-            pairs[key.replace("-", "_")] = json.loads(value)
+            pairs[key] = json.loads(value)
         except ValueError:
-            pairs[key.replace("-", "_")] = {"True": True, "False": False, "None": None}.get(value, value)
+            pairs[key] = {"True": True, "False": False, "None": None}.get(value, value)
     return pairs
 
 

@@ -7,7 +7,8 @@
 Speed. The same prompts go through `vllm.LLM.generate` without log-probabilities and through `logitcache.generate`, with
 the same engine settings and sampling, and no end of sequence, so that all make as many tokens. Arms take turns, each in
 a process of its own, and the order turns with every round. Loading is left out, and so is a short warm-up: vLLM compiles
-the kernel that counts ranks when it first needs it. The goal: at k = 64, >= 0.95 of plain vLLM's tokens a second.
+the kernel that counts ranks when it first needs it. Processor time is told apart: the front end (for `logitcache`
+that is requests, rows, encoding and shards) and the engine. The goal: at k = 64, >= 0.95 of plain vLLM's tokens a second.
 
 Memory. A synthetic stream goes, a row of every trace in turn, through vLLM's own front end into the rows that
 `logitcache` puts there, and into vLLM's. Bytes an entry are what the process grew by, all that a container keeps besides
@@ -79,8 +80,9 @@ def run_plain(load: Load) -> Case:
     few = vllm.SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True)
     warm_up: Any = [{"prompt_token_ids": ids} for ids in load.warm_up]
     llm.generate(warm_up, few, use_tqdm=False)
+    before = processor_s()
     outputs, seconds = timed(lambda: llm.generate(asked, params, use_tqdm=False))
-    return {"tokens": sum(len(o.outputs[0].token_ids) for o in outputs), "seconds": seconds}
+    return {"tokens": sum(len(o.outputs[0].token_ids) for o in outputs), "seconds": seconds} | since(before)
 
 
 def run_ours(load: Load, k: int) -> Case:
@@ -103,7 +105,13 @@ def run_ours(load: Load, k: int) -> Case:
             while left:
                 left -= len(self.step())
             self._params = params
+            self.before = processor_s()
 
+        def close(self) -> None:
+            spent.update(since(self.before))
+            super().close()
+
+    spent: Case = {}
     fill.Engine = WarmEngine
     sampling = {"ignore_eos": True}
     spec = TeacherSpec(
@@ -111,7 +119,21 @@ def run_ours(load: Load, k: int) -> Case:
     )
     with tempfile.TemporaryDirectory() as out:
         summary = generate(GenerateOptions(load.source, Path(out) / "cache", spec))
-    return {"tokens": summary.tokens, "seconds": summary.seconds}
+    return {"tokens": summary.tokens, "seconds": summary.seconds} | spent
+
+
+def processor_s() -> tuple[float, float]:
+    """Seconds that processors have spent on this process and on those that it started."""
+    import psutil
+
+    here = psutil.Process()
+    times = [[p.cpu_times() for p in found] for found in ([here], here.children(recursive=True))]
+    front_end, engine = (sum(t.user + t.system for t in found) for found in times)
+    return front_end, engine
+
+
+def since(before: tuple[float, float]) -> Case:
+    return dict(zip(("front_end_s", "engine_s"), np.subtract(processor_s(), before).tolist(), strict=True))
 
 
 def in_a_fresh_process(arguments: Sequence[str]) -> Case:
@@ -130,25 +152,30 @@ def in_a_fresh_process(arguments: Sequence[str]) -> Case:
 
 def speed_cases(load: Load, ks: Sequence[int], rounds: int) -> Iterator[Case]:
     arms = [PLAIN, *map(str, ks)]
-    found: dict[str, list[float]] = {arm: [] for arm in arms}
-    tokens = set()
+    found: dict[str, list[Case]] = {arm: [] for arm in arms}
     for i in range(rounds):
         for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
             done = in_a_fresh_process(["--arm", arm, "--load", json.dumps(asdict(load))])
-            found[arm].append(done["tokens"] / done["seconds"])
-            tokens.add(done["tokens"])
-            print(f"round {i + 1}, {arm}: {found[arm][-1]:,.1f} tokens/s", file=sys.stderr, flush=True)
+            found[arm].append(done)
+            print(
+                f"round {i + 1}, {arm}: {done['tokens'] / done['seconds']:,.1f} tokens/s", file=sys.stderr, flush=True
+            )
+    tokens = {done["tokens"] for arm in arms for done in found[arm]}
     assert len(tokens) == 1, f"arms made {tokens} tokens"
+    (count,) = tokens
     for arm in arms:
-        ratios = [ours / plain for ours, plain in zip(found[arm], found[PLAIN], strict=True)]
+        speeds = [count / done["seconds"] for done in found[arm]]
+        ratios = [plain["seconds"] / done["seconds"] for done, plain in zip(found[arm], found[PLAIN], strict=True)]
         yield {
             "case": arm if arm == PLAIN else f"logitcache k={arm}",
             "k": None if arm == PLAIN else int(arm),
-            "tokens": tokens.copy().pop(),
-            "tokens_per_s": float(np.median(found[arm])),
-            "tokens_per_s_rounds": found[arm],
+            "tokens": count,
+            "tokens_per_s": float(np.median(speeds)),
+            "tokens_per_s_rounds": speeds,
             "of_plain": float(np.median(ratios)),
             "of_plain_rounds": ratios,
+            "front_end_us_a_token": 1e6 / count * float(np.median([done["front_end_s"] for done in found[arm]])),
+            "engine_us_a_token": 1e6 / count * float(np.median([done["engine_s"] for done in found[arm]])),
         }
 
 
@@ -246,7 +273,8 @@ def line(case: Case) -> str:
         ratios = f"{min(case['of_plain_rounds']):.3f} - {max(case['of_plain_rounds']):.3f}"
         return (
             f"{case['case']:<18} {case['tokens_per_s']:>8,.1f} tokens/s ({spread})  "
-            f"{case['of_plain']:.3f} of plain ({ratios})"
+            f"{case['of_plain']:.3f} of plain ({ratios}); processors: front end {case['front_end_us_a_token']:,.0f} us a "
+            f"token, engine {case['engine_us_a_token']:,.0f}"
         )
     ended = "in one step" if case["together"] else "one by one"
     return (

@@ -8,13 +8,13 @@ entry in numpy, and renormalises the support to 1 - tail, so that rounding moves
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import numpy as np
 
 from logitcache import planes
 from logitcache.block import EXACT, Columns, Header, seal, unseal
 from logitcache.errors import CacheError, ShardCorruptError
+from logitcache.rounding import COARSE_GRID, PIN_ZERO, renormalise, steps_of, tail_codes, tail_tables
 from logitcache.table import FrequencyTable
 from logitcache.topk import SparseRows
 
@@ -24,12 +24,6 @@ from logitcache.topk import SparseRows
 DEFAULT_LEVEL = 8
 HIGHEST_LEVEL = 12  # 13 to 22 take longer and save nothing
 
-_GRIDS = (6, 7)  # bits below one nat; the finer where the coarser costs more than _GRID_KL
-_GRID_KL = 4e-6  # nats, mean of a block; half a step of 2^-7 costs 2.6e-6 at most
-_COARSE_GRID = 4  # bf16 logits are multiples of 2^-4 nat or coarser: the plane of the finer bits is all but zeros
-_TAIL_GRID = 7  # a step of 2^-7 in the tail's log odds costs 6e-7 nat on average
-_MAX_STEPS = 0xFFFF
-_PIN_ZERO = 0x8000  # pinned values lie above or below the smallest of the others
 _MAX_PINS = 255
 _MAX_ID = 0x7FFFFFFF
 
@@ -60,7 +54,7 @@ def encode(
     if R == 0:
         return seal(Header._make([*[0] * 11, table_id]), Columns(*[np.zeros(0, np.uint8)] * 9), level)
     _check(rows)
-    tail_R = rows.log_tail.view(np.uint32) if exact else _tail_codes(rows)
+    tail_R = rows.log_tail.view(np.uint32) if exact else tail_codes(rows)
     top_R, pin_E = rows.logprobs[rows.offsets[:-1]], np.array(sorted(set(pinned)), np.int64)
     rows, pin_ER = _set_apart(rows, pin_E, table)
     N = len(rows.ids)
@@ -76,9 +70,9 @@ def encode(
     delta_N[starts] = rank_N[starts]
 
     last_R = rows.logprobs[ends]
-    grid, step_N, pin_step_ER = _steps(logprob_N, pin_ER, top_R, last_R, counts, exact)
-    coarse_N = np.minimum(step_N >> (grid - _COARSE_GRID), 255)
-    fine_N = step_N - (coarse_N << (grid - _COARSE_GRID))
+    grid, step_N, pin_step_ER = steps_of(logprob_N, pin_ER, top_R, last_R, counts, exact)
+    coarse_N = np.minimum(step_N >> (grid - COARSE_GRID), 255)
+    fine_N = step_N - (coarse_N << (grid - COARSE_GRID))
     residual_N = np.zeros(0, np.uint32)
     if exact:
         residual_N = _zigzag(_ordered(logprob_N) - _ordered(_predict(last_R, step_N, grid, counts)))
@@ -89,8 +83,8 @@ def encode(
         planes.width_of(fine_N),
         planes.width_of(residual_N),
     )
-    header = Header(EXACT if exact else 0, grid, grid - _COARSE_GRID, *widths, len(pin_E), R, N, table_id)
-    pin_ER = pin_ER.view(np.uint32) if exact else pin_step_ER + _PIN_ZERO
+    header = Header(EXACT if exact else 0, grid, grid - COARSE_GRID, *widths, len(pin_E), R, N, table_id)
+    pin_ER = pin_ER.view(np.uint32) if exact else pin_step_ER + PIN_ZERO
     columns = Columns(
         tail_R,
         last_R.view(np.uint32),
@@ -174,7 +168,7 @@ def _rounded(
     """Rows on the grid; their entries are sorted as one integer each, most steps first, then the smallest id."""
     most = (255 << header.fine_bits) + 255 if header.fine_width < 2 else int(step_N.max())
     most_id = max(int(id_N.max()), *columns.pin_E.tolist(), 0) if table is None else len(table.class_V) - 1
-    pin_step_ER = columns.pin_ER.reshape(header.E, -1).astype(np.int64) - _PIN_ZERO if header.E else None
+    pin_step_ER = columns.pin_ER.reshape(header.E, -1).astype(np.int64) - PIN_ZERO if header.E else None
     if pin_step_ER is not None:
         most = max(most, int(np.abs(pin_step_ER).max()))
     id_bits = most_id.bit_length()
@@ -188,9 +182,9 @@ def _rounded(
     pair_N = _sort_rows(pair_N, offsets, K)
     id_N = (pair_N & ((1 << id_bits) - 1)).astype(np.int32, copy=False)
     pair_N >>= id_bits
-    log_tails, log_supports = _tail_tables()
+    log_tails, log_supports = tail_tables()
     log_support_R = log_supports.take(columns.tail_R)
-    value_N = _renormalise(pair_N, most * 2.0**-header.grid, header.grid, offsets, K, log_support_R)
+    value_N = renormalise(pair_N, most * 2.0**-header.grid, header.grid, offsets, K, log_support_R)
     return SparseRows(offsets, id_N, value_N, log_tails.take(columns.tail_R))
 
 
@@ -231,29 +225,6 @@ def _set_apart(rows: SparseRows, pin_E: np.ndarray, table: FrequencyTable | None
     if not np.diff(offsets).all():
         raise CacheError("a row holds nothing but pinned ids; keep at least one other")
     return SparseRows(offsets, rows.ids[other_N], rows.logprobs[other_N], rows.log_tail), pin_ER
-
-
-def _steps(
-    logprob_N: np.ndarray, pin_ER: np.ndarray, top_R: np.ndarray, last_R: np.ndarray, counts: np.ndarray, exact: bool
-) -> tuple[int, np.ndarray, np.ndarray]:
-    """The grid, each value as steps of 2^-grid above its row's last, uint32 [N], and the pinned, int32 [E, R]."""
-    starts = np.cumsum(counts) - counts
-    last_R = last_R.astype(np.float64)
-    above_N, pin_above_ER = logprob_N.astype(np.float64) - np.repeat(last_R, counts), pin_ER - last_R
-    prob_N, pin_prob_ER = np.exp(logprob_N), np.exp(pin_ER)
-    most = _MAX_STEPS - _PIN_ZERO if len(pin_ER) else _MAX_STEPS
-    grid, step_N, pin_step_ER = 0, above_N, pin_above_ER
-    for grid in _GRIDS:
-        step_N, pin_step_ER = np.rint(above_N * 2**grid), np.rint(pin_above_ER * 2**grid)
-        reach_R = np.rint((top_R - last_R) * 2**grid)
-        if reach_R.max() > most:  # 256 nats below the top nothing is left to lose: cut there
-            cut_R = np.maximum(reach_R - most, 0)
-            step_N, pin_step_ER = np.maximum(step_N - np.repeat(cut_R, counts), 0), pin_step_ER - cut_R
-        pin_step_ER = np.maximum(pin_step_ER, -_PIN_ZERO)
-        error_N, pin_error_ER = step_N * 2.0**-grid - above_N, pin_step_ER * 2.0**-grid - pin_above_ER
-        if exact or _rounding_kl(prob_N, error_N, starts, pin_prob_ER, pin_error_ER).mean() <= _GRID_KL:
-            break
-    return grid, step_N.astype(np.uint32), pin_step_ER.astype(np.int32)
 
 
 def _ranks(id_N: np.ndarray, table: FrequencyTable) -> np.ndarray:
@@ -314,7 +285,6 @@ def _sort_rows(pair_N: np.ndarray, offsets: np.ndarray, K: int) -> np.ndarray:
         return pair_N
     counts = np.diff(offsets)
     width = int(counts.max())
-    counts = counts.astype(np.min_scalar_type(width))  # bytes compare in a third of the time
     if len(counts) * width <= 4 * len(pair_N):
         return _sort_padded(pair_N, counts, width)
     bits_R = np.ceil(np.log2(counts)).astype(np.int64)
@@ -325,61 +295,12 @@ def _sort_rows(pair_N: np.ndarray, offsets: np.ndarray, K: int) -> np.ndarray:
 
 
 def _sort_padded(pair_N: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
-    inside = np.arange(width, dtype=counts.dtype) < counts[:, None]
+    dtype = np.min_scalar_type(width)  # bytes compare in a third of the time
+    inside = np.arange(width, dtype=dtype) < counts.astype(dtype)[:, None]
     padded = np.full(inside.shape, np.iinfo(pair_N.dtype).max, pair_N.dtype)
     padded[inside] = pair_N
     padded.sort(axis=1)
     return padded[inside]
-
-
-def _rounding_kl(
-    prob_N: np.ndarray, error_N: np.ndarray, starts: np.ndarray, pin_prob_ER: np.ndarray, pin_error_ER: np.ndarray
-) -> np.ndarray:
-    """KL that the errors of the log-probabilities cost each row once it is renormalised, to second order; nats [R]."""
-
-    def total(value_N: np.ndarray, pin_value_ER: np.ndarray) -> np.ndarray:
-        total_R = np.add.reduceat(value_N, starts)
-        return total_R + pin_value_ER.sum(axis=0) if len(pin_value_ER) else total_R
-
-    mass_R = np.maximum(total(prob_N, pin_prob_ER), 1e-30)
-    mean_R = total(prob_N * error_N, pin_prob_ER * pin_error_ER)
-    return (total(prob_N * error_N**2, pin_prob_ER * pin_error_ER**2) - mean_R**2 / mass_R) / 2
-
-
-def _tail_codes(rows: SparseRows) -> np.ndarray:
-    """Log odds of the tail on a grid, 1 to 65535; 0 where the row leaves nothing out."""
-    starts = rows.offsets[:-1]
-    top_R = rows.logprobs[starts].astype(np.float64)
-    mass_R = np.add.reduceat(np.exp(rows.logprobs - np.repeat(top_R, rows.counts)), starts)
-    code_R = 32768 + np.clip(np.rint((rows.log_tail - top_R - np.log(mass_R)) * 2**_TAIL_GRID), -32767, 32767)
-    return np.where(np.isneginf(rows.log_tail), 0, code_R).astype(np.uint32)
-
-
-@cache
-def _tail_tables() -> tuple[np.ndarray, np.ndarray]:
-    """Log of the tail's mass and of the support's, float32 [65536] each, for every code."""
-    odds = (np.arange(65536) - 32768.0) * 2.0**-_TAIL_GRID
-    odds[0] = -np.inf
-    return (-np.logaddexp(0, -odds)).astype(np.float32), (-np.logaddexp(0, odds)).astype(np.float32)
-
-
-def _renormalise(
-    minus_step_N: np.ndarray, reach: float, grid: int, offsets: np.ndarray, K: int, log_support_R: np.ndarray
-) -> np.ndarray:
-    """Log-probabilities, float32 [N], of rows whose values and masses are given; `reach` nats is the largest value."""
-    value_N = minus_step_N.astype(np.float32)
-    value_N *= -(2.0**-grid)
-    starts = offsets[:-1]
-    if reach > 64:  # e^88 is float32's last
-        value_N -= np.repeat(value_N[starts], np.diff(offsets))
-    if K:
-        value_RK = value_N.reshape(-1, K)
-        mass_R = np.einsum("rk->r", np.exp(value_RK))  # a product with ones would start threads of its own
-        value_RK += (log_support_R - np.log(mass_R))[:, None]
-    else:
-        mass_R = np.add.reduceat(np.exp(value_N), starts)
-        value_N += np.repeat(log_support_R - np.log(mass_R), np.diff(offsets))
-    return value_N
 
 
 def _predict(last_R: np.ndarray, step_N: np.ndarray, grid: int, counts: np.ndarray | int) -> np.ndarray:

@@ -153,7 +153,7 @@ configs:
 
 # What {identity["teacher"]} said, and what it thought at every token
 
-A cache of [logitcache](https://pypi.org/project/logitcache): prompts, the teacher's completions, and for each token the
+A cache of logitcache (`pip install logitcache`): prompts, the teacher's completions, and for each token the
 teacher's most likely ids with their log-probabilities at temperature 1, and the mass outside them. Students train from
 it without the teacher. No licence is stated here: it follows from those of the teacher and of the prompts.
 

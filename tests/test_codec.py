@@ -605,7 +605,9 @@ def test_ids_of_18_bits_are_refused_by_the_17_bit_layout():
         bench_codec.write_packed([large])
 
 
-@pytest.mark.parametrize("name", ["v1-dense", "v1-ragged", "v1-exact", "v1-table", "v1-empty"])
+@pytest.mark.parametrize(
+    "name", ["v1-dense", "v1-ragged", "v1-exact", "v1-table", "v1-empty", "v1-pinned", "v1-pinned-exact"]
+)
 def test_golden_blocks_of_every_version_stay_readable(name):
     with np.load(GOLDEN / f"{name}.npz") as golden:
         table = FrequencyTable.from_bytes(golden["table"].tobytes()) if "table" in golden else None
