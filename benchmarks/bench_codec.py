@@ -382,7 +382,7 @@ def main() -> None:
     print(f"{machine()}, {versions}; {tokens:,} tokens in {len(source.traces)} traces", file=sys.stderr)
 
     results = []
-    for result in cases(source, ks, [None] if args.quick else [None, 0.99], 1.0 if args.quick else 2.0):
+    for result in cases(source, ks, [None] if args.quick else [None, 0.99], 0.6 if args.quick else 2.0):
         results.append(result)
         if args.json:
             print(json.dumps(result), flush=True)

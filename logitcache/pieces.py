@@ -89,7 +89,10 @@ def processes(workers: int | None, shards: Sequence[ShardIndex]) -> Iterator[Eac
         with ProcessPoolExecutor(workers, get_context("spawn"), initializer=_end_with_parent) as pool:
             yield pool.map
     except BrokenProcessPool as e:
-        raise LogitcacheError("a process was killed, for its memory perhaps: run again with fewer --workers") from e
+        raise LogitcacheError(
+            "a process died, for want of memory perhaps, or since a script calls this outside `if __name__ == "
+            '"__main__"`; run again with fewer workers, or with 1'
+        ) from e
 
 
 def _end_with_parent() -> None:

@@ -191,10 +191,9 @@ def test_score_reads_what_generate_wrote_as_generate_did(resumed: Path, embedded
         assert (again.sections, again.row_start, again.text) == (trace.sections, trace.row_start, trace.text)
         for r in range(len(trace.rows)):
             here, there = (
-                dict(
-                    zip(t.ids[slice(*t.row_offsets[r : r + 2])].tolist(), t.logprobs[slice(*t.row_offsets[r : r + 2])])
-                )
+                dict(zip(t.ids[span].tolist(), t.logprobs[span], strict=True))
                 for t in (trace, again)
+                for span in [slice(*t.row_offsets[r : r + 2])]
             )
             assert len(here) == len(there) == 16 + 1
             assert pinned[0] in here

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from logitcache import judge as judge_module
 from logitcache import prompts, verdicts
 from logitcache.errors import InputError
 from logitcache.verdicts import check, final_answer, verdict
@@ -239,8 +240,8 @@ def test_a_scorer_that_raises_gives_no_verdict_counts_and_warns_once():
     ],
 )
 def test_a_scorer_without_end_is_ended_and_the_next_answer_is_judged(monkeypatch, text):
-    monkeypatch.setattr(verdicts, "_SECONDS", 0.5)
-    judge = verdicts._Judge("math")
+    monkeypatch.setattr(judge_module, "_SECONDS", 0.5)
+    judge = judge_module.Judge("math")
     monkeypatch.setattr(verdicts, "_judge", lambda kind: judge)
     with pytest.warns(UserWarning, match=r"no verdict of math: no end within 0\.5 s"):
         assert verdict("math", text, "5", {}) is None
@@ -249,7 +250,7 @@ def test_a_scorer_without_end_is_ended_and_the_next_answer_is_judged(monkeypatch
 
 @pytest.mark.slow
 def test_a_judge_that_was_killed_is_replaced(monkeypatch):
-    judge = verdicts._Judge("math")
+    judge = judge_module.Judge("math")
     monkeypatch.setattr(verdicts, "_judge", lambda kind: judge)
     assert verdict("math", "1 + 4", "5", {}) is True
     assert judge._process is not None
