@@ -309,51 +309,44 @@ def plot(results: Sequence[dict], source: Source, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    labelled = {"logitcache": "left", "logitcache exact": "right", "parquet-zstd int32+float32": "left"}
     whole = [r for r in results if r["top_p"] is None]
-    lossless = 10 ** np.floor(np.log10(min((r["kl_mean"] for r in whole if r["kl_mean"] > 1e-14), default=1e-9)) - 1)
-    for (name, ours), marker in zip(
-        {r["layout"]: r["layout"].startswith("logitcache") for r in whole}.items(), "osD^v<>", strict=False
-    ):
+    least = min((r["kl_mean"] for r in whole if r["kl_mean"] > 0), default=1e-9)
+    edge = 10 ** np.floor(np.log10(least) - 1)
+    figure, axes = plt.subplots(figsize=(9, 6), layout="constrained")
+    for name, marker in zip(dict.fromkeys(r["layout"] for r in whole), "osD^v<>", strict=False):
         found = [r for r in whole if r["layout"] == name]
-        errors = [max(r["kl_mean"], lossless) for r in found]
-        bytes_per_token = [r["bytes_per_token"] for r in found]
-        axes.plot(errors, bytes_per_token, marker + ("-" if ours else "--"), label=name, markersize=5)
-        for error, r in zip(errors, found, strict=True):
-            left = ours or error == lossless
+        points = [(max(r["kl_mean"], edge), r["bytes_per_token"]) for r in found]
+        line = marker + ("-" if name.startswith("logitcache") else "--")
+        (drawn,) = axes.plot(*zip(*points, strict=True), line, label=name, markersize=6, markerfacecolor="none")
+        for point, r in zip(points, found, strict=True) if name in labelled else ():
+            side = labelled[name]
             axes.annotate(
-                f"k={r['k']}",
-                (error, r["bytes_per_token"]),
-                xytext=(-6 if left else 6, -2),
+                f"k={r['k']}: {r['bytes_per_token']:.0f}",
+                point,
+                xytext=(8 if side == "left" else -8, -3),
                 textcoords="offset points",
-                size=7,
-                ha="right" if left else "left",
+                size=8,
+                ha=side,
+                color=drawn.get_color(),
             )
-    axes.axvline(lossless, color="grey", linewidth=0.8, linestyle=":")
-    axes.annotate(
-        "bit for bit",
-        (lossless, 1),
-        xycoords=("data", "axes fraction"),
-        xytext=(0, 3),
-        textcoords="offset points",
-        size=8,
-        ha="center",
-    )
+    axes.axvline(edge, color="grey", linewidth=0.8, linestyle=":")
+    place = {"xycoords": ("data", "axes fraction"), "textcoords": "offset points", "size": 8, "ha": "center"}
+    axes.annotate("bit for bit", (edge, 1), xytext=(0, 3), **place)
     axes.set(
         xscale="log",
         yscale="log",
-        xlim=(lossless / 5, None),
+        xlim=(edge / 4, max(*(r["kl_mean"] for r in whole), edge) * 4),
         xlabel="error of what is stored: bucketed KL against the captured rows, mean (nats)",
         ylabel="bytes a token, the whole top-k block",
     )
     axes.yaxis.set_major_formatter("{x:g}")
-    axes.set_title(
-        f"{sum(map(len, source.traces)):,} tokens, V={source.vocab_size:,}"
-        + ("" if source.captured else "; rows went through the codec once, so its own error does not show"),
-        fontsize="medium",
-        pad=16,
-    )
-    axes.legend(fontsize="small")
+    ks = ", ".join(str(k) for k in sorted({r["k"] for r in whole}))
+    title = f"{sum(map(len, source.traces)):,} tokens, V = {source.vocab_size:,}; along each line k = {ks}"
+    if not source.captured:
+        title += "\nrows went through the codec once: its own error does not show"
+    axes.set_title(title, fontsize="medium", pad=16)
+    axes.legend(fontsize="small", loc="upper center")
     figure.savefig(path, dpi=150)
 
 

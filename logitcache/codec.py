@@ -144,7 +144,7 @@ def _exact(
     header: Header, columns: Columns, id_N: np.ndarray, step_N: np.ndarray, offsets: np.ndarray, K: int
 ) -> SparseRows:
     """Rows with the captured bits."""
-    ordered_N = _ordered(_predict(columns.last_R.view(np.float32), step_N, header.grid, np.diff(offsets)))
+    ordered_N = _ordered(_predict(columns.last_R.view(np.float32), step_N, header.grid, offsets[1:] - offsets[:-1]))
     if header.residual_width:
         ordered_N += _unzigzag(columns.residual_N)
     pair_N = (-ordered_N.astype(np.int64) << 31) + id_N
@@ -245,7 +245,7 @@ def _ids(delta_N: np.ndarray, offsets: np.ndarray, K: int, table: FrequencyTable
     else:
         rank_N = np.add.accumulate(delta_N, dtype=dtype)
         start_R = offsets[:-1]
-        rank_N -= np.repeat(rank_N[start_R] - delta_N[start_R], np.diff(offsets))
+        rank_N -= np.repeat(rank_N[start_R] - delta_N[start_R], offsets[1:] - offsets[:-1])
     if table is not None:
         try:
             return table.id_of_rank.take(rank_N)
@@ -283,7 +283,7 @@ def _sort_rows(pair_N: np.ndarray, offsets: np.ndarray, K: int) -> np.ndarray:
     if K:
         pair_N.reshape(-1, K).sort(axis=1)
         return pair_N
-    counts = np.diff(offsets)
+    counts = offsets[1:] - offsets[:-1]
     width = int(counts.max())
     if len(counts) * width <= 4 * len(pair_N):
         return _sort_padded(pair_N, counts, width)

@@ -282,15 +282,16 @@ def _pin(pinned: list[int]) -> None:
 
     Both of vLLM's model runners have such a place; a row without its pinned ids is refused when it arrives.
     """
-    import torch
-
     P = len(pinned)
+    kept: dict[Any, Any] = {}
 
-    @cache
-    def ids_on(device: torch.device) -> torch.Tensor:
-        return torch.tensor(pinned, device=device)
+    def ids_beside(tensor: Any, token_ids: Any) -> Any:
+        """The pinned ids on a tensor's device, int64 as the sampled ones; sent there once."""
+        if tensor.device not in kept:
+            kept[tensor.device] = tensor.new_tensor(pinned, dtype=token_ids.dtype)
+        return kept[tensor.device]
 
-    def overwrite(made: Any, logprobs_NP: torch.Tensor, ids_P: torch.Tensor) -> Any:
+    def overwrite(made: Any, logprobs_NP: Any, ids_P: Any) -> Any:
         made.logprob_token_ids[:, -P:] = ids_P
         made.logprobs[:, -P:] = logprobs_NP
         return made
@@ -300,11 +301,11 @@ def _pin(pinned: list[int]) -> None:
 
         gather = Sampler.gather_logprobs
 
-        def gather_pinned(logprobs: torch.Tensor, num_logprobs: int, token_ids: torch.Tensor) -> Any:
+        def gather_pinned(logprobs: Any, num_logprobs: int, token_ids: Any) -> Any:
             made = gather(logprobs, num_logprobs, token_ids)
             if num_logprobs <= P:
                 return made
-            ids_P = ids_on(logprobs.device)
+            ids_P = ids_beside(logprobs, token_ids)
             return overwrite(made, logprobs.index_select(-1, ids_P), ids_P)
 
         Sampler.gather_logprobs = staticmethod(gather_pinned)
@@ -313,11 +314,11 @@ def _pin(pinned: list[int]) -> None:
         module: Any = importlib.import_module("vllm.v1.worker.gpu.sample.logprob")
         score = module.compute_topk_scores
 
-        def score_pinned(logits: torch.Tensor, num_logprobs: int, *args: Any, **kwargs: Any) -> Any:
-            made = score(logits, num_logprobs, *args, **kwargs)
+        def score_pinned(logits: Any, num_logprobs: int, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            made = score(logits, num_logprobs, sampled_token_ids, *args, **kwargs)
             if num_logprobs <= P:
                 return made
-            ids_P = ids_on(logits.device)
+            ids_P = ids_beside(logits, sampled_token_ids)
             return overwrite(made, module.compute_token_logprobs(logits, ids_P.expand(len(logits), P)), ids_P)
 
         for name in ("logprob", "sampler", "prompt_logprob"):

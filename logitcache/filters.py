@@ -18,6 +18,7 @@ import operator
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import isfinite
 from typing import Any
 
 import numpy as np
@@ -165,9 +166,10 @@ def _literal(value: str) -> str | float | bool | None:
     if value in _WORDS:
         return _WORDS[value]
     try:
-        return float(value)
+        number = float(value)
     except ValueError:
         return value
+    return number if isfinite(number) else value
 
 
 def _shown(value: str | float | bool | None) -> str:

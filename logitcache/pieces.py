@@ -1,6 +1,9 @@
 """Some traces of some shards, cut and written as shards of another cache, side by side in several processes."""
 
+import hashlib
+import io
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,10 +15,15 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+
 from logitcache import shard, topk
 from logitcache.cache import Cache
 from logitcache.errors import CacheError, InputError, LogitcacheError, ShardCorruptError
-from logitcache.schema import Trace
+from logitcache.files import publish
+from logitcache.schema import SCHEMA, Trace
+from logitcache.sections import NAMES
 from logitcache.shard import EncodedTrace, Shard, ShardIndex
 from logitcache.writer import CacheWriter
 
@@ -63,15 +71,21 @@ class Piece:
     def open(self) -> Shard:
         return shard.read(self.cache / shard.DIRECTORY, self.index)
 
-    def traces(self) -> Iterator[Trace]:
-        opened = self.open()
+    def batch(self, opened: Shard) -> pa.RecordBatch:
+        """The columns of the whole shard, with the new verdicts."""
+        if self.correct is None:
+            return opened.batch
+        place = SCHEMA.get_field_index("correct")
+        return opened.batch.set_column(place, SCHEMA.field(place), pa.array(self.correct, pa.bool_()))
+
+    def traces(self, opened: Shard) -> Iterator[Trace]:
+        """Its traces, decoded one at a time."""
         for row in self.rows:
             try:
                 trace = opened.trace(row)
             except CacheError as e:
-                raise ShardCorruptError(
-                    f"{self.cache / shard.DIRECTORY / self.index.name}.arrow: trace {self.index.trace_ids[row]}: {e}"
-                ) from e
+                path = self.cache / shard.DIRECTORY / f"{self.index.name}.arrow"
+                raise ShardCorruptError(f"{path}: trace {self.index.trace_ids[row]}: {e}") from e
             yield trace if self.correct is None else replace(trace, correct=self.correct[row])
 
 
@@ -141,9 +155,44 @@ def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def _rewrite(group: Sequence[Piece], number: int, *, writer: CacheWriter, cut: Cut | None) -> ShardIndex:
-    """One shard of all traces of a group, decoded and encoded one at a time."""
-    identity = writer.identity
-    encoded = [EncodedTrace.of(cut(t) if cut else t, identity) for piece in group for t in piece.traces()]
+    """One shard of all traces of a group, one trace at a time."""
+    piece, identity = group[0], writer.identity
+    if cut is None and len(group) == 1 and 2 * len(piece.rows) >= piece.index.rows:
+        return _copy(piece, number, writer.directory)
+    encoded = [EncodedTrace.of(cut(t) if cut else t, identity) for piece in group for t in piece.traces(piece.open())]
     # Fewer traces, of rows as they were, still come from where they came from.
-    provenance = group[0].index.provenance if len(group) == 1 and cut is None else writer.provenance
+    provenance = piece.index.provenance if cut is None and len(group) == 1 else writer.provenance
     return shard.write(writer.directory, number, encoded, identity, provenance)
+
+
+def _copy(piece: Piece, number: int, directory: Path) -> ShardIndex:
+    """Traces of a shard with the bytes of their blocks, and the table that those need."""
+    opened, index, rows = piece.open(), piece.index, piece.rows
+    counts, tail_mass = Counter[str | bool | None](), 0.0
+    for trace in piece.traces(opened):
+        tail_mass += float(np.exp(trace.log_tail.astype(np.float64)).sum())
+        counts.update({"rows": len(trace.rows), "ids": len(trace.ids), trace.correct: 1, **trace.sections.sizes()})
+    batch = piece.batch(opened).take(pa.array(rows, pa.int64()))
+    buffer = io.BytesIO()
+    with pa.ipc.new_file(buffer, opened.batch.schema) as file:
+        file.write_batch(batch)
+    data = buffer.getbuffer()
+    made = replace(
+        index,
+        name=f"unit-{number:06d}",
+        rows=len(rows),
+        bytes=len(data),
+        sha256=hashlib.sha256(data).hexdigest(),
+        trace_ids=[index.trace_ids[row] for row in rows],
+        prompt_ids=[index.prompt_ids[row] for row in rows],
+        token_lengths=[index.token_lengths[row] for row in rows],
+        taught_rows=counts["rows"],
+        entries=counts["ids"],
+        block_bytes=sum(len(block.as_buffer()) for block in batch.column("topk")),
+        tail_mass=tail_mass,
+        section_tokens={name: counts[name] for name in NAMES},
+        verdicts={"correct": counts[True], "incorrect": counts[False]},
+    )
+    publish(directory / f"{made.name}.arrow", data)
+    shard.publish_index(directory, made)
+    return made

@@ -82,12 +82,12 @@ def renormalise(
     value_N *= -(2.0**-grid)
     starts = offsets[:-1]
     if reach > 64:  # e^88 is float32's last
-        value_N -= np.repeat(value_N[starts], np.diff(offsets))
+        value_N -= np.repeat(value_N[starts], offsets[1:] - offsets[:-1])
     if K:
         value_RK = value_N.reshape(-1, K)
         mass_R = np.einsum("rk->r", np.exp(value_RK))  # a product with ones would start threads of its own
         value_RK += (log_support_R - np.log(mass_R))[:, None]
     else:
         mass_R = np.add.reduceat(np.exp(value_N), starts)
-        value_N += np.repeat(log_support_R - np.log(mass_R), np.diff(offsets))
+        value_N += np.repeat(log_support_R - np.log(mass_R), offsets[1:] - offsets[:-1])
     return value_N

@@ -1,7 +1,7 @@
 """Caches out of caches, without the teacher: a part of one, several as one, one in parts by prompt.
 
-Nothing is computed that the teacher did not say. Shards that stay as they are keep their bytes; others are decoded, cut
-and encoded again, which loses nothing more than the codec's rounding of what was cut. Trace ids stay what they were.
+Nothing is computed that the teacher did not say. What stays as it is keeps its bytes; what is cut is decoded and encoded
+again, which loses no more than the codec's rounding. Trace ids stay what they were.
 """
 
 import hashlib
@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
 from logitcache import verdicts
 from logitcache.cache import Cache
@@ -24,7 +23,6 @@ from logitcache.errors import InputError
 from logitcache.filters import Filter
 from logitcache.manifest import Identity
 from logitcache.pieces import Cut, Each, Piece, processes, write
-from logitcache.schema import SCHEMA
 from logitcache.sections import Sections, answer_text
 from logitcache.shard import ShardIndex
 from logitcache.writer import new_cache
@@ -269,7 +267,8 @@ def _choose(cache: Cache, chosen: Filter | None, limit: int | None, verifier: st
         judged = list(each(partial(_judge, verifier=verifier, identity=cache.identity), whole))
     masks = [np.ones(index.rows, bool) for index in cache.shards]
     if chosen:
-        masks = chosen.select(_batch(piece, correct) for piece, correct in zip(whole, judged, strict=True))
+        seen = (replace(piece, correct=correct) for piece, correct in zip(whole, judged, strict=True))
+        masks = chosen.select(piece.batch(piece.open()) for piece in seen)
     if limit is not None:
         left = {
             p
@@ -289,15 +288,6 @@ def _pieces(cache: Cache, masks: Sequence[np.ndarray], judged: Sequence[Any] | N
         for index, mask, correct in zip(cache.shards, masks, judged or [None] * len(masks), strict=True)
         if mask.any()
     ]
-
-
-def _batch(piece: Piece, correct: list[bool | None] | None) -> pa.RecordBatch:
-    """The columns of a shard, with other verdicts where there are some."""
-    batch = piece.open().batch
-    if correct is None:
-        return batch
-    place = SCHEMA.get_field_index("correct")
-    return batch.set_column(place, SCHEMA.field(place), pa.array(correct, pa.bool_()))
 
 
 def _judge(piece: Piece, verifier: str, identity: Identity) -> list[bool | None]:
