@@ -148,7 +148,7 @@ def generate(
 def plan(
     prompts: Prompts,
     teacher: Teacher,
-    traces: Annotated[int, typer.Option(help="Prompts to try, drawn from all of them.")] = 16,
+    try_prompts: Annotated[int, typer.Option(help="Prompts to try, drawn from all of them.")] = 16,
     out: Annotated[
         Path | None, typer.Option(help="Keep the traces in this cache: generate goes on with it. [default: dropped]")
     ] = None,
@@ -184,8 +184,10 @@ def plan(
     """
     from logitcache.plan import plan as run
 
-    options = {k: v for k, v in locals().items() if k not in ("traces", "workers", "as_json", "run")}
-    job = run(_generate_options(**options | {"worker": "0/1"}), traces, workers)
+    options: dict[str, Any] = {
+        k: v for k, v in locals().items() if k not in ("try_prompts", "workers", "as_json", "run")
+    }
+    job = run(_generate_options(**options, worker="0/1"), try_prompts, workers, keep=out is not None)
     typer.echo(json.dumps(asdict(job), indent=1) if as_json else job.text())
 
 
@@ -236,8 +238,9 @@ def score(
 
     Example: logitcache score --from-cache math-cache --crop right:0.5 --teacher Qwen/Qwen3-8B --out math-right
     """
-    from logitcache.score import Crop, ScoreOptions, TeacherSpec
+    from logitcache.score import Crop, ScoreOptions
     from logitcache.score import score as run
+    from logitcache.teacher import TeacherSpec
 
     if (traces is None) == (from_cache is None):
         raise InputError("give either TRACES, a file of prompts with completions, or --from-cache CACHE")
@@ -247,7 +250,8 @@ def score(
         template_args=_pairs("--template-arg", template_arg),
     )  # fmt: skip
     options = ScoreOptions(
-        source=str(from_cache or traces), out=out, spec=spec, crop=Crop.parse(crop) if crop else None, eos=eos,
+        source=str(from_cache or traces), from_cache=from_cache is not None, out=out, spec=spec,
+        crop=Crop.parse(crop) if crop else None, eos=eos,
         limit=limit, top_p=top_p, min_k=min_k, pin_tokens=pin_tokens, exact=exact, verifier=verifier,
         markers=_markers(reasoning_markers), answer_regex=answer_regex, unit_size=unit_size, worker=_worker(worker),
     )  # fmt: skip
@@ -321,7 +325,9 @@ def info(
 @app.command(short_help="Find whatever is wrong with a cache.")
 def verify(
     cache: ACache,
-    repair: Annotated[bool, typer.Option(help="Move broken shards aside, so that generate makes them again.")] = False,
+    repair: Annotated[
+        bool, typer.Option(help="Move broken shards aside, so that their traces can be made again.")
+    ] = False,
     workers: Workers = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -329,8 +335,7 @@ def verify(
     from logitcache.verify import repair as set_aside
     from logitcache.verify import verify as find
 
-    problems = find(cache, workers)
-    moved = set_aside(cache, problems) if repair and problems else []
+    problems, moved = set_aside(cache, workers) if repair else (find(cache, workers), [])
     if as_json:
         typer.echo(json.dumps({"problems": [asdict(p) for p in problems], "moved": [str(m) for m in moved]}, indent=1))
     else:
@@ -474,12 +479,18 @@ def push(
     public: Annotated[bool, typer.Option("--public", help="Make it public. [default: private]")] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to write to. [default: main]")] = None,
 ) -> None:
-    """CACHE goes to the hub as it is, with a card that says what it holds; what is there already is not sent again.
+    """CACHE is verified and goes to the hub as it is, with a card that says what it holds; what is there is not sent again.
 
-    Example: logitcache verify math-cache && logitcache push math-cache me/math-cache
+    Example: logitcache push math-cache me/math-cache
     """
+    from logitcache.errors import ShardCorruptError
     from logitcache.hub import push as run
+    from logitcache.verify import verify as find
 
+    if problems := find(cache):
+        raise ShardCorruptError(
+            f"{cache}: {problems[0]}; nothing was sent, `logitcache verify` names all that is wrong"
+        )
     typer.echo(run(cache, repo, private=not public, revision=revision))
 
 
@@ -526,7 +537,8 @@ def _generate_options(
     **options: Any,
 ) -> Any:
     """What generate and plan were asked for. Keywords of the two dataclasses are the options' own names."""
-    from logitcache.generate import GenerateOptions, TeacherSpec
+    from logitcache.generate import GenerateOptions
+    from logitcache.teacher import TeacherSpec
 
     of_spec = (
         "top_k",

@@ -37,7 +37,7 @@ from logitcache.topk import from_topk
 
 SHARDS = (10, 100, 1000)
 VOCAB = 49_152
-GOAL = {"open_s": 2.0, "peak_mb": 500.0}  # of a million traces
+GOAL = {"open_s": 2.0, "peak_mb": 500.0}  # of a million traces in 1,000 shards
 Case = dict[str, Any]
 
 
@@ -142,12 +142,13 @@ def measure_touch(path: Path) -> Case:
         cache = Cache.open(path)
         return timed(lambda: cache.shard(0))[1]
 
+    disk, memory = ([touch(cold) for _ in range(5)] for cold in (True, False))
     cache = Cache.open(path)
-    cache[0]
+    cache[0]  # a mapping from here on: its pages would stay in memory
     return {
         "shard_mb": file.stat().st_size / 1e6,
-        "first_touch_disk_ms": 1e3 * float(np.median([touch(cold=True) for _ in range(5)])),
-        "first_touch_ms": 1e3 * float(np.median([touch(cold=False) for _ in range(5)])),
+        "first_touch_disk_ms": 1e3 * float(np.median(disk)),
+        "first_touch_ms": 1e3 * float(np.median(memory)),
         **of_reads(processor_us(cache.__getitem__, np.random.default_rng(0).permutation(len(cache)))),
     }
 
@@ -245,7 +246,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         for case in cases(args.dir or Path(temporary), [10] if args.quick else args.shards, args.traces, args.large):
             print(json.dumps(case) if args.json else line(case), flush=True)
-            if case["case"] == "logitcache" and case["traces"] >= 1_000_000:
+            if case["case"] == "logitcache" and (case["shards"], case["traces"]) == (1000, 1_000_000):
                 missed = [f"{name} {case[name]:.2f} > {goal}" for name, goal in GOAL.items() if case[name] >= goal]
                 print(f"the goal is {'missed: ' + ', '.join(missed) if missed else 'met'}", file=sys.stderr)
 

@@ -12,6 +12,7 @@ import pyarrow as pa
 from logitcache import manifest, schema, shard
 from logitcache.manifest import Identity
 from logitcache.schema import Trace
+from logitcache.sections import Sections
 from logitcache.shard import Shard, ShardIndex
 
 
@@ -46,11 +47,23 @@ class Cache:
 
         Raises: IndexError, ShardCorruptError.
         """
+        number, row = self._place(i)
+        return self.shard(number).trace(row)
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """The shard that holds trace ``i``, and its row there."""
         if not -len(self) <= i < len(self):
             raise IndexError(f"trace {i} of a cache of {len(self)}")
         i %= len(self)
         number = int(np.searchsorted(self._starts, i, side="right")) - 1
-        return self.shard(number).trace(i - int(self._starts[number]))
+        return number, i - int(self._starts[number])
+
+    def tokens(self, i: int) -> tuple[np.ndarray, Sections]:
+        """int32 [L] and the sections of trace ``i``; decodes no block."""
+        number, row = self._place(i)
+        batch = self.shard(number).batch
+        token_ids = batch.column("token_ids")[row].values.to_numpy()
+        return token_ids, Sections(**batch.column("sections")[row].as_py(), length=len(token_ids))
 
     def __iter__(self) -> Iterator[Trace]:
         return (self[i] for i in range(len(self)))

@@ -80,7 +80,9 @@ def ends_of(sections: tuple[str, ...] | None, identity: Identity) -> tuple[str, 
 def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
     """The identity of the first cache, where the others' differ in nothing but what is allowed.
 
-    What was derived may differ: it is done to the traces, not to what they mean, and all of it is listed.
+    What surgery did may differ, since it changes no row's meaning; all of it is listed.
+
+    Raises: InputError for ``allow``, IdentityError for a difference.
     """
     known = [field.name for field in fields(Identity) if field.name != "derived"]
     for name in allow:
@@ -93,7 +95,9 @@ def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
     mine = asdict(first.identity)
     for other in caches[1:]:
         derived += [what for what in other.identity.derived if what not in derived]
-        theirs = asdict(other.identity) | {"derived": mine["derived"]}
+        theirs = asdict(other.identity)
+        if _scored(other.identity) == _scored(first.identity):
+            theirs["derived"] = mine["derived"]
         while difference := first_difference(mine, theirs):
             name, a, b = difference
             field = name.partition(".")[0]
@@ -115,10 +119,17 @@ def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
     return replace(first.identity, derived=derived)
 
 
+def _scored(identity: Identity) -> list[str]:
+    """What was done to the traces that gives their rows another meaning, such as the crop that a teacher was shown."""
+    return [what for what in identity.derived if what.split()[0] not in ("slice", "merge", "split")]
+
+
 def _way_out(name: str, first: Cache, other: Cache) -> str | None:
     """What to do about a difference that cannot be allowed."""
     if name in _NEVER:
         return _NEVER[name]
+    if name == "derived":
+        return "their rows say different things; merge caches that were scored alike"
     if name == "exact":
         return "its rows are not exact: name it first, and --allow exact" if first.identity.exact else None
     if name == "prompt_logits":

@@ -40,12 +40,16 @@ class ExportReport:
     rows: int  # top-k rows
     bytes: int
 
+    def text(self, out: Path) -> str:
+        return f"{out}: {self.files:,} files, {self.traces:,} traces, {self.rows:,} rows, {self.bytes:,} bytes"
+
 
 def export_parquet(cache: Path, out: Path) -> ExportReport:
     """Writes each shard of ``cache`` as one Parquet file, zstd-compressed: the plain columns of a shard, and ``ids``,
     ``logprobs`` (nats) and ``tail`` (log of the mass left out, nats) with one list entry a row.
 
-    The identity stands as JSON in the schema's metadata. Memory stays at one row group, 64 MB, and one trace.
+    The identity stands as JSON in the schema's metadata. Row groups are 64 MB and a trace before compression, and memory
+    stays at a few of them: 220 MB for a shard of 64 traces of 4,000 rows at k = 64.
 
     Args:
         out: a new directory; it appears once all of it is written.

@@ -1,6 +1,7 @@
 """A cache on the Hugging Face hub: a dataset repository that holds the directory as it is, and a card about it."""
 
 import contextlib
+import errno
 import json
 import shutil
 import tempfile
@@ -11,11 +12,12 @@ from typing import Any
 
 from logitcache import manifest, shard
 from logitcache.cache import Cache
-from logitcache.errors import IdentityError, InputError, LogitcacheError, ShardCorruptError, first_line
+from logitcache.errors import IdentityError, InputError, LogitcacheError, ShardCorruptError, WriteError, first_line
 from logitcache.files import exclusive
 from logitcache.verify import verify
 
 CARD = "README.md"
+_MARK = "<!-- Made by `logitcache push`, which makes it anew; take this line out to keep a card of your own. -->"
 _FILES = [manifest.FILE_NAME, f"{shard.DIRECTORY}/unit-*.arrow", f"{shard.DIRECTORY}/unit-*.json", CARD]
 _SIZES = {
     10**3: "n<1K",
@@ -31,18 +33,21 @@ def push(cache: Path, repo: str, *, private: bool = True, token: str | None = No
     """Makes the dataset repository ``repo`` hold the cache: its manifest, its shards, and a card.
 
     What is there already and the same is not sent again, so that an upload that broke off goes on. Shards that are there
-    and not here are deleted: the repository mirrors the directory, its history keeps what was. A README.md of the
-    cache's own is sent as it stands; without one a card is made, for the repository alone.
+    and not here are deleted: the repository mirrors the directory, its history keeps what was. The card is made anew, for
+    the repository alone; a README.md that someone wrote is kept, here or there.
 
     Args:
         private: where the repository is yet to be made.
         token: None takes the one of `hf auth login`.
         revision: the branch to write to, made where it is missing; None is main.
     Returns: where to look at it.
-    Raises: CacheError for a cache that cannot be read, IdentityError where ``repo`` holds another, InputError where the
-        hub refuses, LogitcacheError where it cannot be reached.
+    Raises: CacheError for a cache that cannot be read, IdentityError where ``repo`` holds another, InputError for a cache
+        of no traces and where the hub refuses, LogitcacheError where it cannot be reached.
     """
     opened = Cache.open(cache)
+    if not len(opened):
+        raise InputError(f"{cache} holds no traces yet; run `logitcache generate` first")
+    written = (cache / CARD).exists() and _MARK not in (cache / CARD).read_text()
     api = _api(token)
     with _reaching(repo):
         url = api.create_repo(repo, repo_type="dataset", private=private, exist_ok=True)
@@ -58,11 +63,11 @@ def push(cache: Path, repo: str, *, private: bool = True, token: str | None = No
             **where,
             folder_path=cache,
             allow_patterns=_FILES,
-            ignore_patterns=[f"{shard.DIRECTORY}/{p.name}" for p in left],
+            ignore_patterns=[f"{shard.DIRECTORY}/{p.name}" for p in left] + [CARD] * (not written),
             delete_patterns=[f"{shard.DIRECTORY}/*"],
             commit_message=message,
         )
-        if not (cache / CARD).exists():
+        if not written and _MARK in (_read(api, where, CARD) or _MARK):
             text = card(opened, url.repo_id).encode()
             api.upload_file(**where, path_or_fileobj=text, path_in_repo=CARD, commit_message=f"Card: {message}")
     return f"{url}/tree/{revision}" if revision else str(url)
@@ -191,6 +196,8 @@ The column `topk` holds the distributions, encoded; `logitcache export --to parq
 What must agree before two caches are one.
 
 {_table({name: f"`{json.dumps(value, ensure_ascii=False)}`" for name, value in identity.items()})}
+
+{_MARK}
 """
 
 
@@ -207,12 +214,21 @@ def _api(token: str | None) -> Any:
     return HfApi(token=token, library_name="logitcache")
 
 
+def _read(api: Any, where: dict[str, Any], name: str) -> str | None:
+    """A small file of the repository; None where it has none."""
+    if not api.file_exists(filename=name, **where):
+        return None
+    with tempfile.TemporaryDirectory() as directory:
+        return Path(api.hf_hub_download(filename=name, local_dir=directory, **where)).read_text()
+
+
 def _refuse_another(api: Any, where: dict[str, Any], cache: Cache) -> None:
     """Raises: IdentityError where the repository holds a cache of another identity."""
-    if not api.file_exists(filename=manifest.FILE_NAME, **where):
+    text = _read(api, where, manifest.FILE_NAME)
+    if text is None:
         return
     with tempfile.TemporaryDirectory() as directory:
-        api.hf_hub_download(filename=manifest.FILE_NAME, local_dir=directory, **where)
+        (Path(directory) / manifest.FILE_NAME).write_text(text)
         there = manifest.read(Path(directory))
     if difference := manifest.first_difference(asdict(there), asdict(cache.identity)):
         name, theirs, ours = difference
@@ -229,6 +245,8 @@ def _reaching(repo: str) -> Iterator[None]:
     except LogitcacheError:
         raise
     except Exception as e:  # whichever HTTP library this version of the client stands on
+        if getattr(e, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+            raise WriteError(f"{repo}: {first_line(e)}; free some space and run the same command again") from e
         status = getattr(getattr(e, "response", None), "status_code", None)
         if isinstance(e, ValueError) or status in (400, 401, 403, 404, 409, 422):
             way_out = "check the name, and `hf auth login` with a token that may do this"

@@ -169,13 +169,18 @@ def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str
     missing = object()  # null is a value
     for name, here in wanted.items():
         there = found.get(name)
-        if there == here:
+        if _same(there, here):
             continue
         if isinstance(there, dict) and isinstance(here, dict):
-            key = next(k for k in [*there, *here] if there.get(k, missing) != here.get(k, missing))
+            key = next(k for k in [*there, *here] if not _same(there.get(k, missing), here.get(k, missing)))
             return f"{name}.{key}", there.get(key), here.get(key)
         return name, there, here
     return None
+
+
+def _same(there: Any, here: Any) -> bool:
+    """1 and 1.0 are, 1 and true are not: as in the hash of an identity."""
+    return json.dumps(_plain(there), sort_keys=True) == json.dumps(_plain(here), sort_keys=True)
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

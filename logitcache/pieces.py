@@ -35,11 +35,11 @@ _ROWS_A_PROCESS = 1 << 16  # take about a second, as starting a process does
 class Cut:
     """What is left of the rows of a trace."""
 
-    top_k: int | None = None
-    top_p: float | None = None
-    min_k: int = 1
-    ends: tuple[str, str] | None = None  # the first and the last span whose tokens keep their rows
-    pinned: Sequence[int] = ()
+    top_k: int
+    top_p: float | None  # None: rows stay as long as they are, but for top_k
+    min_k: int
+    pinned: Sequence[int]
+    ends: tuple[str, str] | None  # the first and the last span whose tokens keep their rows; None: all do
 
     def __call__(self, trace: Trace) -> Trace:
         rows, first = trace.rows, trace.row_start
@@ -50,8 +50,7 @@ class Cut:
             trace = replace(
                 trace, row_start=first, token_logprob=trace.token_logprob[kept], token_rank=trace.token_rank[kept]
             )
-        if self.top_k:
-            rows = topk.fold(rows, self.top_k, self.pinned)
+        rows = topk.fold(rows, self.top_k, self.pinned)
         return replace(trace, rows=topk.trim(rows, top_p=self.top_p, min_k=self.min_k, pinned_ids=self.pinned))
 
 

@@ -1,6 +1,5 @@
 """What a whole job will take, from a cache of a handful of its traces: tokens, disk, hours."""
 
-from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from math import ceil, log2
 from pathlib import Path
@@ -73,31 +72,44 @@ class Plan:
         )
 
 
-def plan(options: GenerateOptions, prompts: int, workers: int = 1) -> Plan:
+def plan(options: GenerateOptions, prompts: int, workers: int = 1, keep: bool = False) -> Plan:
     """Has the teacher answer some of the prompts, drawn from all of them, and extrapolates.
 
     Args:
-        options: of the whole job. Its ``out`` keeps the traces made here; ``Path()`` drops them.
+        options: of the whole job.
         prompts: to try.
-    Raises: as `generate`.
+        workers: that will share the job.
+        keep: the traces, in the cache ``options.out``, which is not touched otherwise.
+    Raises: as `generate`; KeyboardInterrupt where a signal ended it.
     """
+    if prompts < 1 or workers < 1:
+        raise InputError("--try-prompts and --workers must be at least 1")
     source = load(options.source, options.limit).prompts
-    with ExitStack() as stack:
-        out = options.out
-        if out == Path():
-            out = Path(stack.enter_context(TemporaryDirectory(prefix="logitcache-plan-"))) / "cache"
-        generate(replace(options, out=out, draw=prompts))
+    with TemporaryDirectory(prefix="logitcache-plan-") as scratch:
+        out = options.out if keep else Path(scratch) / "cache"
+        summary = generate(replace(options, out=out, draw=prompts))
+        if summary.stopped:
+            raise KeyboardInterrupt
         calls = [read_json(path) for path in (out / "logs").glob("generate-*.json")]
-        seconds = sum(call["seconds"] for call in calls)
-        return extrapolate(
+        tokens, seconds = (sum(call[name] for call in calls) for name in ("tokens", "seconds"))
+        if not tokens:
+            raise InputError(
+                f"{options.source}: no trace to plan from, and no record in {out / 'logs'} of how fast any was made; "
+                + (next(iter(summary.skipped.values()), None) or "give --out a new directory")
+            )
+        job = extrapolate(
             Cache.open(out),
             prompts=len(source),
             samples=options.samples,
-            tokens_per_s=sum(call["tokens"] for call in calls) / max(seconds, 1e-9),
+            tokens_per_s=tokens / seconds,
             workers=workers,
             max_tokens=options.spec.max_tokens,
             unit_size=options.unit_size,
         )
+    for what, lost in (("skipped", summary.skipped), ("lost", summary.failed)):
+        if lost:
+            job.warnings.append(f"{len(lost)} {what}, such as {next(iter(lost.values()))}")
+    return job
 
 
 def extrapolate(
@@ -149,7 +161,7 @@ def extrapolate(
         tokens_per_s=tokens_per_s,
         workers=workers,
         hours=tokens.times(traces / (tokens_per_s * workers * 3600)),
-        warnings=_warnings(facts, tokens, size, traces, max_tokens, unit_size),
+        warnings=_warnings(facts, tokens, size, prompts, traces, max_tokens, unit_size),
     )
 
 
@@ -200,7 +212,13 @@ def _per_trace(values_N: np.ndarray, prompt_N: np.ndarray) -> Estimate:
 
 
 def _warnings(
-    facts: dict[str, np.ndarray], tokens: Estimate, size: Estimate, traces: int, max_tokens: int, unit_size: int
+    facts: dict[str, np.ndarray],
+    tokens: Estimate,
+    size: Estimate,
+    prompts: int,
+    traces: int,
+    max_tokens: int,
+    unit_size: int,
 ) -> list[str]:
     found: list[str] = []
     cut, n = float(facts["cut"].mean()), int(facts["prompt"].max()) + 1
@@ -210,9 +228,9 @@ def _warnings(
         )
     width = (tokens.high - tokens.low) / max(tokens.mean, 1e-9)
     if n < 2 or width > 1:
-        wanted = ceil(n * (width / 0.5) ** 2) if n > 1 else 16
+        wanted = min(ceil(n * (width / 0.5) ** 2) if n > 1 else 16, prompts)
         found.append(
-            f"a sample of {n:,} prompt{'s'[: n > 1]} says little of {traces:,} traces; --traces {wanted} would say more"
+            f"a sample of {n:,} prompt{'s'[: n > 1]} says little of {traces:,} traces; --try-prompts {wanted} would say more"
         )
     shard_bytes = size.mean * min(unit_size, traces)
     if shard_bytes > _LARGE or (shard_bytes < _SMALL and traces > unit_size):

@@ -5,21 +5,22 @@ import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from logitcache import prompts, teacher
 from logitcache.cache import Cache
 from logitcache.engine import Completion
 from logitcache.errors import InputError, PromptsError
-from logitcache.fill import Request, Summary, fill, rows_of
-from logitcache.generate import CacheOptions, identify, trace_of
+from logitcache.fill import fill, rows_of
+from logitcache.generate import trace_of
 from logitcache.manifest import Identity
 from logitcache.prompts import Prompt
 from logitcache.schema import Trace
-from logitcache.sections import Sections
-from logitcache.teacher import TeacherFacts, TeacherSpec
-
+from logitcache.sections import Sections, answer_text
+from logitcache.summary import Summary
+from logitcache.task import CacheOptions, Request, Tokens, identify
+from logitcache.teacher import TeacherFacts
+from logitcache.verdicts import verdict
 
 @dataclass(frozen=True, slots=True)
 class Crop:
@@ -29,7 +30,7 @@ class Crop:
     share: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.where}:{self.share:g}"
+        return f"{self.where}:{self.share}"
 
     @classmethod
     def parse(cls, text: str) -> "Crop":
@@ -45,7 +46,7 @@ class Crop:
 
     def span(self, length: int) -> slice:
         """The tokens it keeps, at least one."""
-        kept = max(1, int(self.share * length))
+        kept = max(1, int(self.share * length + 1e-9))  # 0.29 of 100 are 29
         start = {"left": 0, "middle": (length - kept) // 2, "right": length - kept}[self.where]
         return slice(start, start + kept)
 
@@ -54,8 +55,19 @@ class Crop:
 class ScoreOptions(CacheOptions):
     """One call of ``logitcache score``; ``source`` is a file of prompts with completions, or a cache."""
 
+    from_cache: bool = False
     crop: Crop | None = None  # of a cache's traces
     eos: bool = True  # ends the completions of a file, which are text
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop and not self.from_cache:
+            raise InputError("--crop cuts the traces of a cache; give --from-cache CACHE")
+        if self.from_cache and (self.markers or self.answer_regex or self.spec.template_args or not self.eos):
+            raise InputError(
+                "--from-cache takes tokens and sections as they are; leave --reasoning-markers, --answer-regex, "
+                "--template-arg and --no-eos out"
+            )
 
 
 def score(options: ScoreOptions) -> Summary:
@@ -63,33 +75,20 @@ def score(options: ScoreOptions) -> Summary:
 
     Raises: as `generate`.
     """
+    cache = Cache.open(options.source) if options.from_cache else None
     facts = teacher.inspect(options.spec)
-    derived = f"score --crop {options.crop}" if options.crop else "score"
-    identity = identify(options, facts, {}, (derived,))  # nothing was sampled
-    if (Path(options.source) / "manifest.json").exists():
-        task: _Texts | _Traces = _Traces(options, facts)
-    elif Path(options.source).is_dir():
-        raise InputError(f"{options.source} is a directory and no cache; give a .jsonl or .parquet file, or a cache")
-    elif options.crop:
-        raise InputError("--crop cuts the traces of a cache; give --from-cache CACHE")
-    else:
-        task = _Texts(options, facts)
-    return fill(task, options.target, identity)
-
-
-@dataclass
-class _Scorer:
-    options: ScoreOptions
-    facts: TeacherFacts
-    scored: bool = True
-
-    @property
-    def spec(self) -> TeacherSpec:
-        return self.options.spec
-
-    @property
-    def source(self) -> str:
-        return self.options.source
+    # Nothing was sampled from this teacher.
+    if cache is None:
+        identity = identify(options, facts, {}, ("score" if options.eos else "score --no-eos",))
+        return fill(_Texts(options, facts), identity)
+    words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
+    identity = replace(
+        identify(options, facts, {}, (*cache.identity.derived, words)),
+        chat_template_hash=cache.identity.chat_template_hash,
+        reasoning_markers=cache.identity.reasoning_markers,
+        answer_regex=cache.identity.answer_regex,
+    )
+    return fill(_Traces(options, facts, cache), identity)
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,58 +98,65 @@ class _Text:
     finish_reason: str
 
 
-class _Texts(_Scorer):
+class _Texts:
     """Prompts with completions, as text."""
 
+    scored = True
+
+    def __init__(self, options: ScoreOptions, facts: TeacherFacts) -> None:
+        self.options, self.facts = options, facts
+
     def requests(self, identity: Identity) -> Iterator[Request]:
-        seen: Counter[str] = Counter()
-        for where, row in prompts.rows(self.source):
-            completion, reason = row.pop("completion", None), row.pop("finish_reason", "stop")
+        contents: dict[str, str] = {}  # of each prompt id
+        samples: Counter[str] = Counter()
+        repeats: Counter[str] = Counter()
+        for i, (where, row) in enumerate(prompts.rows(self.options.source)):
+            if i == self.options.limit:
+                return
+            completion, reason = row.pop("completion", None), row.pop("finish_reason", None) or "stop"
             if not isinstance(completion, str):
                 raise PromptsError(f"{where}: `completion` is a {type(completion).__name__}, expected text")
             prompt, _ = prompts.parse(where, row)
-            sample = seen[prompt.id]
-            seen[prompt.id] += 1
-            digest = hashlib.blake2b(json.dumps([prompt.digest(), completion]).encode(), digest_size=16).hexdigest()
-            trace_id = identity.trace_id(prompt.id, digest, sample)
-            yield Request(trace_id, prompt.id, sample, _Text(prompt, completion, str(reason)))
-            if sum(seen.values()) == self.options.limit:
-                return
+            if contents.setdefault(prompt.id, prompt.digest()) != prompt.digest():
+                raise PromptsError(f"{where}: id {prompt.id!r} stands for another prompt above; give each its own")
+            # By content, not by place: a row put above others leaves their ids alone.
+            text = hashlib.blake2b(
+                json.dumps([prompt.digest(), completion, reason]).encode(), digest_size=16
+            ).hexdigest()
+            trace_id = identity.trace_id(prompt.id, text, repeats[text])
+            yield Request(trace_id, prompt.id, samples[prompt.id], _Text(prompt, completion, str(reason)))
+            repeats[text] += 1
+            samples[prompt.id] += 1
 
-    def token_ids(self, request: Request) -> list[int]:
-        prompt, completion = self._parts(request.content)
-        return [*prompt, *completion]
+    def tokens(self, request: Request) -> Tokens:
+        text: _Text = request.content
+        prompt = teacher.render(self.facts, text.prompt, self.options.spec.template_args)
+        tokenizer: Any = self.facts.tokenizer
+        completion: list[int] = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
+        ended = bool(completion) and completion[-1] in self.facts.eos_ids
+        if self.options.eos and text.finish_reason == "stop" and not ended and tokenizer.eos_token_id is not None:
+            completion.append(tokenizer.eos_token_id)
+        return Tokens([*prompt, *completion], len(prompt))
 
     def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
         text: _Text = request.content
-        prompt_length = len(self._parts(text)[0])
-        parted = completion.split_at(prompt_length, 1 if identity.prompt_logits else max(1, prompt_length))
-        parted = replace(parted, finish_reason=text.finish_reason)
-        return trace_of(request, text.prompt, parted, identity, self.facts, self.options.verifier)
-
-    def _parts(self, text: _Text) -> tuple[list[int], list[int]]:
-        prompt = teacher.render(self.facts, text.prompt, self.spec.template_args)
-        tokenizer: Any = self.facts.tokenizer
-        completion: list[int] = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
-        eos: Any = tokenizer.eos_token_id
-        ends = self.options.eos and text.finish_reason == "stop" and eos is not None and completion[-1:] != [eos]
-        if ends:
-            completion.append(eos)
-        return prompt, completion
+        completion = replace(completion, finish_reason=text.finish_reason)
+        return trace_of(request, text.prompt, completion, identity, self.facts, self.options.verifier)
 
 
-class _Traces(_Scorer):
-    """Traces of another cache: their tokens, as they are."""
+class _Traces:
+    """Traces of another cache: their tokens and sections, as they are."""
 
-    def __init__(self, options: ScoreOptions, facts: TeacherFacts) -> None:
-        super().__init__(options, facts)
-        self.cache = Cache.open(options.source)
+    scored = True
+
+    def __init__(self, options: ScoreOptions, facts: TeacherFacts, cache: Cache) -> None:
+        self.options, self.facts, self.cache = options, facts, cache
         self.crop = options.crop or Crop()
-        if options.out.resolve() == Path(options.source).resolve():
+        if options.out.resolve() == cache.path.resolve():
             raise InputError(f"--out {options.out} is the cache to score; give a new directory")
-        if (there := self.cache.identity.tokenizer_hash) != facts.tokenizer_hash:
+        if (there := cache.identity.tokenizer_hash) != facts.tokenizer_hash:
             raise InputError(
-                f"{options.source} was made with tokenizer {there[:12]}, --teacher {options.spec.model} has "
+                f"{cache.path} was made with tokenizer {there[:12]}, --teacher {options.spec.model} has "
                 f"{facts.tokenizer_hash[:12]}: its token ids mean other tokens; score the text instead (a .jsonl file)"
             )
 
@@ -161,33 +167,40 @@ class _Traces(_Scorer):
                 return
             yield Request(identity.trace_id(prompt_id, trace_id, 0), prompt_id, 0, i)
 
-    def token_ids(self, request: Request) -> list[int]:
-        token_ids = self.cache[request.content].token_ids
-        return token_ids[self.crop.span(len(token_ids))].tolist()
+    def tokens(self, request: Request) -> Tokens:
+        token_ids, spans = self.cache.tokens(request.content)
+        span = self.crop.span(len(token_ids))
+        return Tokens(token_ids[span].tolist(), _cropped(spans, span).prompt_end)
 
     def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
-        trace = self.cache[request.content]
+        trace, verifier = self.cache[request.content], self.options.verifier
         span = self.crop.span(len(trace.token_ids))
-        bounds = [min(max(b - span.start, 0), span.stop - span.start) for b in trace.sections.bounds()]
-        spans = Sections(*bounds)
-        first = 1 if identity.prompt_logits else max(1, spans.prompt_end)
-        parted = completion.split_at(spans.prompt_end, min(first, spans.length))
-        rows = rows_of(parted, identity)
-        whole: dict[str, Any] = {} if span == slice(0, len(trace.token_ids)) else {"text": self._text(trace, span)}
+        rows = rows_of(completion, identity)
+        text, correct = trace.text, trace.correct
+        if span != slice(0, len(trace.token_ids)):
+            text = self._text(trace, span)
+        if verifier:  # of the whole answer, of which a crop may hold a part
+            answer = answer_text(trace.text, trace.sections, identity.markers)
+            correct = verdict(verifier, answer, trace.answer, trace.metadata)
         return replace(
             trace,
             trace_id=request.trace_id,
-            token_ids=parted.token_ids,
-            sections=spans,
-            row_start=spans.length - len(rows),
+            token_ids=completion.token_ids,
+            sections=_cropped(trace.sections, span),
+            row_start=len(completion.token_ids) - len(rows),
             rows=rows,
-            token_logprob=parted.token_logprob,
-            token_rank=parted.token_rank,
-            **whole,
+            token_logprob=completion.token_logprob,
+            token_rank=completion.token_rank,
+            text=text,
+            correct=correct,
         )
 
     def _text(self, trace: Trace, span: slice) -> str:
         pieces = teacher.pieces(self.facts, trace.token_ids[span].tolist())
-        ended = len(pieces) and int(trace.token_ids[span][-1]) in self.facts.eos_ids
+        ended = int(trace.token_ids[span][-1]) in self.facts.eos_ids
         start = max(0, trace.sections.prompt_end - span.start)
-        return "".join(piece or "" for piece in pieces[start : len(pieces) - bool(ended)])
+        return "".join(piece or "" for piece in pieces[start : len(pieces) - ended])
+
+
+def _cropped(spans: Sections, span: slice) -> Sections:
+    return Sections(*(min(max(bound - span.start, 0), span.stop - span.start) for bound in spans.bounds()))

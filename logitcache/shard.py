@@ -161,7 +161,7 @@ def read(directory: Path, index: ShardIndex) -> Shard:
     Raises: ShardCorruptError naming the shard and the way out.
     """
     path = directory / f"{index.name}.arrow"
-    way_out = f"move {index.name}.* out of {directory} and run the same `logitcache generate` again to rebuild it"
+    way_out = f"`logitcache verify --repair {directory.parent}` sets it aside; then make its traces again, or copy them"
     try:
         with pa.memory_map(str(path)) as source:  # the buffer outlives the file: no descriptor stays open
             data = source.read_buffer()

@@ -107,7 +107,8 @@ def slice_cache(
     """Writes a part of ``cache`` as the cache ``out``: fewer ids a row, fewer rows a trace, fewer traces.
 
     Args:
-        top_k: ids a row keeps besides pinned ones; the rest joins the tail, as if captured so.
+        top_k: ids a row keeps besides pinned ones; the rest joins the tail, as if captured so. Of ids that tie for the
+            last place the smallest stay, where an engine takes any.
         top_p, min_k: rows are trimmed further, as `generate` trims them.
         sections: of prompt, reasoning (with its delimiters) and answer; rows of other tokens go, their tokens stay.
         where: which traces stay, a `filters.Filter`; it sees the verdicts of ``verifier``.
@@ -131,20 +132,20 @@ def slice_cache(
     if ends:
         words += ["--sections", ",".join(name for name in SECTIONS if name in (sections or ()))]
         identity = replace(identity, prompt_logits=identity.prompt_logits and ends[0] == "prompt")
+    cut = None
+    if words:
+        # What is stored is rounded: trimmed to the same share again, a row might lose an entry more.
+        trims = not {"--top-p", "--min-k"}.isdisjoint(words)
+        cut = Cut(identity.top_k, identity.top_p if trims else None, identity.min_k, identity.pin_tokens, ends)
     words += ["--where", str(chosen)] if chosen else []
     words += ["--limit", str(limit)] if limit is not None else []
-    if not words and verifier is None:
+    if words:
+        words += ["--verifier", verifier] if verifier else []
+        identity = replace(identity, derived=[*identity.derived, shlex.join(["slice", *words])])
+    elif verifier is None:
         raise InputError(
             f"nothing is cut from {cache}; give a smaller --top-k or --top-p, --sections, --where or --limit"
         )
-    cut = None
-    if ends or (identity.top_k, identity.top_p, identity.min_k) != (
-        opened.identity.top_k, opened.identity.top_p, opened.identity.min_k,
-    ):  # fmt: skip
-        trims = identity.top_p if (top_p, min_k) != (None, None) else None
-        cut = Cut(identity.top_k, trims, identity.min_k, ends, identity.pin_tokens)
-    if words:
-        identity = replace(identity, derived=[*identity.derived, shlex.join(["slice", *words])])
 
     with new_cache(out, identity, str(cache)) as writer, processes(workers, opened.shards) as each:
         pieces = _choose(opened, chosen, limit, verifier, each)
@@ -225,18 +226,11 @@ def split(cache: Path, parts: Sequence[tuple[Path, float]], *, workers: int | No
                 f"{out}: its share of {share:g} gets none of the {len(found):,} prompts; give it a larger one"
             )
     with ExitStack() as stack:
-        writers = [
-            stack.enter_context(
-                new_cache(
-                    out,
-                    replace(
-                        opened.identity, derived=[*opened.identity.derived, f"split {bounds[i]:g}-{bounds[i + 1]:g}"]
-                    ),
-                    str(cache),
-                )
-            )
-            for i, out in enumerate(outs)
-        ]
+        writers = []
+        for out, start, stop in zip(outs, bounds, bounds[1:], strict=False):
+            derived = [*opened.identity.derived, f"split {start:g}-{stop:g}"]
+            made = new_cache(out, replace(opened.identity, derived=derived), str(cache))
+            writers.append(stack.enter_context(made))
         each = stack.enter_context(processes(workers, opened.shards))
         sizes = {}
         for i, writer in enumerate(writers):

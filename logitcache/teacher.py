@@ -49,7 +49,7 @@ RESERVED_ARGS = {
     "tensor_parallel_size": "--tensor-parallel-size",
     "max_logprobs": "--top-k",
     "logprobs_mode": None,
-    "data_parallel_size": "several `logitcache generate` on disjoint prompts",
+    "data_parallel_size": "--worker I/N",
 }
 RESERVED_SAMPLING = {
     "temperature": "--temperature",
@@ -189,8 +189,8 @@ def pinned_ids(text: str, facts: TeacherFacts, markers: Markers, top_k: int) -> 
     """The ids that every row is to keep, ascending.
 
     Args:
-        text: "none", or comma-separated: "auto" (what ends a sequence, and the section delimiters that are one token),
-            tokens, ids.
+        text: "none", or comma-separated: "auto" (what ends a sequence, and the section delimiters that are one token), ids,
+            tokens; a number is an id.
     Raises: InputError for a token that the vocabulary does not have.
     """
     if text == "none":
@@ -202,7 +202,7 @@ def pinned_ids(text: str, facts: TeacherFacts, markers: Markers, top_k: int) -> 
             found = {*facts.eos_ids, *(vocabulary[m] for m in (markers.opening, markers.closing) if m in vocabulary)}
             pinned |= {i for i in found if i < facts.vocab_size}
             continue
-        token = int(item) if item.isdecimal() and item not in vocabulary else vocabulary.get(item, -1)
+        token = int(item) if item.isdecimal() else vocabulary.get(item, -1)
         if not 0 <= token < facts.vocab_size:
             near = get_close_matches(item, vocabulary, n=1)
             raise InputError(

@@ -1,12 +1,11 @@
 """Everything that can be wrong with a cache on disk, found and named."""
 
 import os
-from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
+from itertools import chain, count
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -54,27 +53,37 @@ def verify(cache: Path, workers: int | None = None) -> list[Problem]:
         with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
             results = list(pool.map(check, indexes))
     problems = list(chain.from_iterable(found for found, _ in results))
-    owners = Counter(trace_id for _, trace_ids in results for trace_id in trace_ids)
+    owners: dict[str, str] = {}  # the first shard that has a trace keeps it
     for path, (_, trace_ids) in zip(indexes, results, strict=True):
-        problems += [Problem(path.stem, t, "stands in the cache more than once") for t in trace_ids if owners[t] > 1]
+        for t in trace_ids:
+            if t in owners:
+                problems.append(Problem(path.stem, t, f"stands in {owners[t]} already"))
+            owners.setdefault(t, path.stem)
     return problems
 
 
-def repair(cache: Path, problems: list[Problem]) -> list[Path]:
-    """Moves the shards that have problems to CACHE/set-aside, so that `logitcache generate` makes their traces again.
+def repair(cache: Path, workers: int | None = None) -> tuple[list[Problem], list[Path]]:
+    """Verifies, and moves the shards that have problems to CACHE/set-aside, so that their traces can be made again.
 
-    Returns: the files moved.
+    Returns: the problems, and the files moved.
+    Raises: CacheBusyError while the cache is written to; as `verify`.
     """
-    moved = []
     with Worker().alone(cache):
-        (cache / SET_ASIDE).mkdir(exist_ok=True)
+        problems, moved = verify(cache, workers), []
         for name in sorted({problem.shard for problem in problems}):
             # The index first: without it the shard is none, whatever happens next.
             for suffix in (".json", ".arrow"):
                 path = cache / shard.DIRECTORY / f"{name}{suffix}"
                 if path.exists():
-                    moved.append(path.rename(cache / SET_ASIDE / path.name))
-    return moved
+                    moved.append(path.rename(_free(cache / SET_ASIDE / path.name)))
+    return problems, moved
+
+
+def _free(path: Path) -> Path:
+    """``path``, or with a number where one of its name was set aside before."""
+    path.parent.mkdir(exist_ok=True)
+    names = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in count(2))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 def _verify_shard(path: Path, identity: Identity) -> tuple[list[Problem], list[str]]:

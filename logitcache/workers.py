@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.errors import CacheBusyError, InputError
-from logitcache.files import exclusive
+from logitcache.files import exclusive, holder
 
 _LOCK = re.compile(r"\.lock-(\d+)-of-(\d+)")
 
@@ -23,8 +23,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         if self.count < 1 or not 0 <= self.index < self.count:
-            last = max(self.count - 1, 0)
-            raise InputError(f"--worker {self.index}/{self.count}: workers of {self.count} count from 0 to {last}")
+            raise InputError(f"--worker {self.index}/{self.count}: give I/N with 0 <= I < N")
 
     def __str__(self) -> str:
         return f"worker {self.index} of {self.count}"
@@ -65,7 +64,7 @@ class Worker:
 
     @contextmanager
     def alone(self, cache: Path) -> Iterator[None]:
-        """Holds this worker's place for as long as its process lives.
+        """Holds this worker's place for the block.
 
         Raises: CacheBusyError where the same worker runs, or one that shares the prompts out by another count.
         """
@@ -73,15 +72,12 @@ class Worker:
             stack.enter_context(exclusive(cache / f".lock-{self.index}-of-{self.count}", f"{cache}, {self},"))
             # After its own: of two that start together, one at least sees the other.
             for path in cache.glob(".lock-*"):
-                if (match := _LOCK.fullmatch(path.name)) and int(match[2]) != self.count:
-                    other = Worker(int(match[1]), int(match[2]))
-                    try:
-                        with exclusive(path, str(cache)):
-                            pass
-                    except CacheBusyError as e:
-                        raise CacheBusyError(
-                            f"{cache}: {other} runs, {self} would make its prompts too; end all workers before N changes"
-                        ) from e
+                match = _LOCK.fullmatch(path.name)
+                if match and int(match[2]) != self.count and (who := holder(path)):
+                    raise CacheBusyError(
+                        f"{cache}: {Worker(int(match[1]), int(match[2]))} runs ({who}), {self} would make its prompts "
+                        "too; end all workers before N changes"
+                    )
             yield
 
 

@@ -13,7 +13,7 @@ import logitcache
 from logitcache import manifest, shard
 from logitcache.cache import Cache
 from logitcache.errors import NotACacheError
-from logitcache.files import exclusive
+from logitcache.files import exclusive, publish, sync_directory
 from logitcache.manifest import Identity
 from logitcache.schema import Trace
 from logitcache.shard import EncodedTrace, ShardIndex
@@ -54,10 +54,7 @@ class CacheWriter:
         try:
             os.link(source, target)
         except OSError:  # another file system, or one without links
-            with source.open("rb") as there, target.open("xb") as here:
-                shutil.copyfileobj(there, here, 1 << 24)
-                here.flush()
-                os.fsync(here.fileno())
+            publish(target, source.read_bytes())
         shard.publish_index(self.directory, replace(index, name=name))
         self._count(index.rows)
 
@@ -76,9 +73,10 @@ def new_cache(out: Path, identity: Identity, source: str, traces_per_shard: int 
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise NotACacheError(f"{out} holds something already; give --out a new directory")
-    part = out.with_name(out.name + ".part")
-    with exclusive(out.with_name(f".{out.name}.lock"), str(out)), contextlib.ExitStack() as stack:
-        stack.callback(out.with_name(f".{out.name}.lock").unlink, missing_ok=True)
+    place = out.absolute()
+    part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")
+    with exclusive(lock, str(out)), contextlib.ExitStack() as stack:
+        stack.callback(lock.unlink, missing_ok=True)
         shutil.rmtree(part, ignore_errors=True)  # what a kill left
         stack.callback(shutil.rmtree, part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -87,4 +85,5 @@ def new_cache(out: Path, identity: Identity, source: str, traces_per_shard: int 
         yield writer
         writer.flush()
         writer.directory.mkdir(exist_ok=True)
-        part.rename(out)
+        part.rename(place)
+        sync_directory(place.parent)

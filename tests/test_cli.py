@@ -173,11 +173,11 @@ def test_a_plan_is_drawn_from_all_prompts_and_its_traces_can_stay(run, monkeypat
     fake_engine.install(monkeypatch)
     source = prompts(tmp_path / "p.jsonl", *(f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(40)))
     settings = (source, "--teacher", "fake", "--top-k", 8, "--out", tmp_path / "c")
-    code, out, err = run("plan", *settings, "--traces", 6, "--json")
+    code, out, err = run("plan", *settings, "--try-prompts", 6, "--json")
     assert code == 0, err
     assert (json.loads(out)["prompts"], json.loads(out)["sample_traces"]) == (40, 6)
     assert "6 traces there, 34 to make" in run("generate", *settings)[2]
-    code, out, _ = run("plan", *settings, "--traces", 6)
+    code, out, _ = run("plan", *settings, "--try-prompts", 6)
     assert (code, out.startswith("job     40 traces of 40 prompts")) == (0, True)
 
 

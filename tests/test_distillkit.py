@@ -10,9 +10,8 @@ import pytest
 import yaml
 
 from logitcache.cache import Cache
-from logitcache.distillkit import import_distillkit
+from logitcache.distillkit import _rows, import_distillkit
 from logitcache.errors import InputError, NotACacheError
-from logitcache.topk import SparseRows
 from logitcache.verify import verify
 from tests import tiny
 
@@ -220,6 +219,9 @@ def test_what_is_no_capture_is_refused(tmp_path, tokenizer) -> None:
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="columns text are none that DistillKit writes"):
         import_distillkit(tmp_path, tmp_path / "c", tokenizer=tokenizer)
+    (tmp_path / "a.parquet").write_bytes(b"PAR1")
+    with pytest.raises(InputError, match="a.parquet: cannot be read as Parquet"):
+        import_distillkit(tmp_path / "a.parquet", tmp_path / "c", tokenizer=tokenizer)
     source = write_capture(tmp_path / "s", [[5]] * 2)
     with pytest.raises(InputError, match="no text of two tokens or more"):
         import_distillkit(source, tmp_path / "c", tokenizer=tokenizer)
@@ -228,15 +230,12 @@ def test_what_is_no_capture_is_refused(tmp_path, tokenizer) -> None:
 
 
 def test_half_precision_tails_stay_within_their_doubt() -> None:
-    from logitcache.distillkit import _rows
-
     rng = np.random.default_rng(3)
     logits_RV = rng.normal(size=(400, 5000)) * rng.uniform(1, 6, size=(400, 1))
     logp_RV = np.sort(logits_RV - np.log(np.exp(logits_RV).sum(axis=1, keepdims=True)), axis=1)[:, ::-1]
     exact_RE = logp_RV[:, :16]
     half = (np.ascontiguousarray(exact_RE, "<f4").view(np.uint32) + 0x8000 & 0xFFFF0000).view(np.float32)
     rows = _rows(np.tile(np.arange(16), (400, 1)), half.astype(np.float64), 5000, 2.0**-8)
-    assert isinstance(rows, SparseRows)
     truth_R = 1 - np.exp(exact_RE).sum(axis=1)
     doubt_R = 2.0**-8 * -(np.exp(exact_RE) * exact_RE).sum(axis=1)
     assert (np.abs(np.exp(rows.log_tail) - truth_R) <= 2 * doubt_R + 1e-6).all()

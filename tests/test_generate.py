@@ -125,9 +125,18 @@ def test_a_signal_publishes_what_finished_and_can_be_resumed(engine, prompts, tm
 def test_a_full_disk_ends_the_command_and_keeps_the_shards_before(engine, prompts, tmp_path) -> None:
     source = prompts(12)
     generate(options(source, tmp_path / "c", limit=3))
-    (tmp_path / "c" / "shards" / "unit-000001.arrow.part").symlink_to("/dev/full")
+
+    class Full(engine):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            (tmp_path / "c" / "shards" / "unit-000001.arrow.part").symlink_to("/dev/full")
+
+    import logitcache.fill as module
+
+    module.Engine = Full
     with pytest.raises(WriteError, match=r"unit-000001\.arrow: No space left on device"):
         generate(options(source, tmp_path / "c"))
+    module.Engine = engine
     cache = Cache.open(tmp_path / "c")
     assert {p for p, _ in keys(cache)} >= {"p0", "p1", "p2"}
     assert generate(options(source, tmp_path / "c")).made == 12 - len(cache)
@@ -139,16 +148,28 @@ def test_an_orphan_without_an_index_is_no_shard(engine, prompts, tmp_path) -> No
     generate(options(source, tmp_path / "c"))
     (tmp_path / "c" / "shards" / "unit-000001.json").unlink()
     assert len(Cache.open(tmp_path / "c")) == 3
-    assert generate(options(source, tmp_path / "c")).made == 3
+    orphan = (tmp_path / "c" / "shards" / "unit-000001.arrow").stat().st_ino
+    others = tmp_path / "c" / "shards" / "unit-000009.arrow.part"
+    others.write_bytes(b"")
+    assert generate(options(source, tmp_path / "c", worker=Worker(0, 2))).made < 3
+    assert others.exists(), "it is of worker 1 of 2"
+    generate(options(source, tmp_path / "c"))
     assert len(Cache.open(tmp_path / "c")) == 6
+    shards = list((tmp_path / "c" / "shards").iterdir())
+    assert {p.stem for p in shards if p.suffix == ".arrow"} == {p.stem for p in shards if p.suffix == ".json"}
+    assert orphan not in {p.stat().st_ino for p in shards}
+    assert not others.exists()
 
 
 def test_prompts_longer_than_the_teacher_takes_are_skipped_and_listed(engine, tmp_path) -> None:
     rows = [{"id": "short", "prompt": "a b"}, {"id": "long", "prompt": "a " * 50}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     summary = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", samples=2))
-    assert summary.skipped == {"long": "50 tokens, the teacher takes 1 to 39"}
-    assert "1 prompts skipped:\n  long: 50 tokens, the teacher takes 1 to 39\n" in summary.text(tmp_path / "c")
+    assert summary.skipped == {"long": "50 tokens, the teacher takes 1 to 39; --engine-arg max_model_len=51 takes it"}
+    assert (
+        "1 prompts skipped:\n  long: 50 tokens, the teacher takes 1 to 39; --engine-arg max_model_len=51 takes it\n"
+        in summary.text(tmp_path / "c")
+    )
     assert summary.made == 2
     again = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", samples=2))
     assert engine.started == 1, "what cannot be asked starts no engine a second time"
@@ -311,3 +332,59 @@ def test_given_markers_replace_the_found_ones(engine, prompts, tmp_path) -> None
 def test_impossible_options_are_refused(tmp_path, changes) -> None:
     with pytest.raises(InputError):
         options("x.jsonl", tmp_path, **changes)
+
+
+def test_a_prompt_that_the_engine_refuses_costs_no_other(engine, prompts, tmp_path) -> None:
+    class Refusing(engine):
+        def submit(self, key, prompt_ids):
+            if len(self.made) + len(self.waiting) + len(self.running) == 3:
+                type(self).refused = key
+                type(self).submit = engine.submit
+                raise InputError("vLLM refuses a request")
+            super().submit(key, prompt_ids)
+
+    import logitcache.fill as module
+
+    module.Engine = Refusing
+    summary = generate(options(prompts(9), tmp_path / "c"))
+    assert (summary.made, summary.skipped_traces) == (8, [Refusing.refused])
+    assert len(Cache.open(tmp_path / "c")) == 8
+
+
+def test_an_answer_that_cannot_be_finished_costs_no_other(engine, prompts, tmp_path, monkeypatch) -> None:
+    import logitcache.generate as module
+
+    broken = module.trace_of
+    monkeypatch.setattr(module, "trace_of", lambda r, *rest: 1 / 0 if r.prompt_id == "p4" else broken(r, *rest))
+    summary = generate(options(prompts(9), tmp_path / "c", samples=2))
+    assert (summary.made, len(summary.failed)) == (16, 2)
+    assert "2 answers lost:\n  p4: ZeroDivisionError" in summary.text(tmp_path)
+
+
+def test_true_and_one_are_two_settings(engine, prompts, tmp_path) -> None:
+    source = prompts(2)
+
+    def run(value):
+        spec = TeacherSpec("fake", top_k=8, sampling={"ignore_eos": value})
+        return generate(GenerateOptions(source, tmp_path / "c", spec))
+
+    run(True)
+    with pytest.raises(IdentityError, match=r"sampling\.ignore_eos = True, this run has 1"):
+        run(1)
+
+
+def test_traces_of_an_earlier_call_without_verdicts_are_counted(engine, prompts, tmp_path) -> None:
+    source = prompts(3)
+    generate(options(source, tmp_path / "c"))
+    text = generate(options(source, tmp_path / "c", verifier="exact")).text(tmp_path)
+    assert "3 traces of earlier calls have no verdict: `logitcache slice --verifier` judges them" in text
+
+
+def test_a_plan_draws_from_all_of_the_source(engine, prompts, tmp_path) -> None:
+    source = prompts(60)
+    drawn = [set(), set()]
+    for i in range(2):
+        generate(options(source, tmp_path / f"{i}", draw=6))
+        drawn[i] = set(Cache.open(tmp_path / f"{i}").prompt_ids)
+    assert drawn[0] == drawn[1]
+    assert max(int(p[1:]) for p in drawn[0]) > 20

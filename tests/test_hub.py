@@ -204,9 +204,20 @@ def test_a_revision_is_a_branch_of_its_own(hub, cache, tmp_path) -> None:
     assert hub.tree("me/traces", "main")[1]["README.md"] != b"mine"
 
 
+def test_a_card_that_someone_wrote_is_kept_and_ours_is_made_anew(hub, cache, tmp_path) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    push(tmp_path / "out", "me/copy", token=TOKEN)
+    assert hub.tree("me/copy", "main")[1]["README.md"] == card(cache, "me/copy").encode()
+    hub.repos["me/copy"]["main"][-1]["README.md"] = b"written on the hub"
+    push(tmp_path / "out", "me/copy", token=TOKEN)
+    assert hub.tree("me/copy", "main")[1]["README.md"] == b"written on the hub"
+
+
 def test_a_repository_of_another_cache_is_refused(hub, cache, tmp_path) -> None:
     push(cache.path, "me/traces", token=TOKEN)
-    manifest.create_or_match(tmp_path / "other", replace(tiny.identity(), teacher="another"))
+    shutil.copytree(cache.path, tmp_path / "other")
+    manifest.write(tmp_path / "other", replace(tiny.identity(), teacher="another"))
     with pytest.raises(IdentityError, match="me/traces holds a cache with teacher = 'tiny', .* has 'another'"):
         push(tmp_path / "other", "me/traces", token=TOKEN)
 
@@ -268,6 +279,9 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_line(cache, tmp_path, monke
 
 def test_what_is_no_cache_and_what_is_there_already_are_refused_before_the_hub_is_asked(cache, tmp_path) -> None:
     with pytest.raises(NotACacheError):
+        push(tmp_path, "me/traces")
+    manifest.write(tmp_path, tiny.identity())
+    with pytest.raises(InputError, match="holds no traces yet"):
         push(tmp_path, "me/traces")
     with pytest.raises(InputError, match="holds something already"):
         pull("me/traces", cache.path)

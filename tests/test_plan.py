@@ -84,10 +84,10 @@ def test_traces_cut_at_the_limit_suggest_a_larger_one(cache, tmp_path):
 
 
 def test_a_sample_that_says_little_asks_for_more(cache, tmp_path):
-    assert not any("--traces" in warning for warning in plan(cache).warnings)
+    assert not any("--try-prompts" in warning for warning in plan(cache).warnings)
     one = plan(tiny.write_cache(tmp_path / "one", tiny.traces(4, 1), shards=1))
     assert one.tokens_per_trace.low == one.tokens_per_trace.mean == one.tokens_per_trace.high
-    assert any("a sample of 1 prompt says" in w and "--traces" in w for w in one.warnings)
+    assert any("a sample of 1 prompt says" in w and "--try-prompts" in w for w in one.warnings)
     made = [t for i, n in enumerate((10, 10, 100)) for t in tiny.traces(1, 1, (n, n + 1), seed=i)]
     made = [replace(t, trace_id=f"{i:032x}", prompt_id=f"p{i}") for i, t in enumerate(made)]
     wide = plan(tiny.write_cache(tmp_path / "wide", made, shards=1), max_tokens=1000)

@@ -6,10 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from logitcache import fill
 from logitcache.cache import Cache
-from logitcache.errors import IdentityError, InputError, PromptsError
+from logitcache.engine import Completion
+from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError
 from logitcache.generate import GenerateOptions, generate
 from logitcache.score import Crop, ScoreOptions, score
+from logitcache.sections import Markers
 from logitcache.teacher import TeacherSpec
 from logitcache.verify import verify
 from tests import fake_engine
@@ -30,9 +33,9 @@ def texts(tmp_path) -> Path:
     return tmp_path / "t.jsonl"
 
 
-def options(source, out: Path, **changes) -> ScoreOptions:
+def options(source: Path, out: Path, **changes) -> ScoreOptions:
     spec = TeacherSpec("fake", top_k=8, prompt_logits=changes.pop("prompt_logits", False))
-    return ScoreOptions(str(source), out, spec, **{"unit_size": 2, **changes})
+    return ScoreOptions(str(source), out, spec, **{"unit_size": 2, "from_cache": source.is_dir(), **changes})
 
 
 def test_text_becomes_traces_with_rows_of_the_completion(texts, tmp_path) -> None:
@@ -88,7 +91,7 @@ def test_a_crop_is_scored_without_what_it_leaves_out(generated, tmp_path) -> Non
     score(options(generated, tmp_path / "c", crop=Crop("right", 0.5)))
     there = {(t.prompt_id, t.sample_index): t for t in Cache.open(generated)}
     cache = Cache.open(tmp_path / "c")
-    assert cache.identity.derived == ["score --crop right:0.5"]
+    assert cache.identity.derived == [f"score --from-cache {Cache.open(generated).identity.digest} --crop right:0.5"]
     for trace in cache:
         source = there[trace.prompt_id, trace.sample_index]
         cut = len(source.token_ids) - len(trace.token_ids)
@@ -96,9 +99,10 @@ def test_a_crop_is_scored_without_what_it_leaves_out(generated, tmp_path) -> Non
         np.testing.assert_array_equal(trace.token_ids, source.token_ids[cut:])
         assert trace.sections.bounds() == tuple(max(0, b - cut) for b in source.sections.bounds())
         assert trace.row_start == max(1, trace.sections.prompt_end), "nothing predicts the first token of a crop"
-        assert source.text.endswith(trace.text)
+        start = max(trace.sections.prompt_end, 0)
+        assert trace.text == "".join(fake_engine.WORDS[i] for i in trace.token_ids[start:-1])
     assert verify(tmp_path / "c", workers=1) == []
-    with pytest.raises(IdentityError, match=r"holds traces score --crop right:0.5, this run would add traces score;"):
+    with pytest.raises(IdentityError, match=r"holds traces score --from-cache \w+ --crop right:0.5, this run would"):
         score(options(generated, tmp_path / "c"))
 
 
@@ -131,8 +135,10 @@ def test_a_crop_of_one_token_is_passed_by(generated, tmp_path) -> None:
 def test_sources_that_cannot_be_scored_are_refused(generated, texts, tmp_path, monkeypatch) -> None:
     with pytest.raises(InputError, match="--crop cuts the traces of a cache"):
         score(options(texts, tmp_path / "c", crop=Crop("left", 0.5)))
-    with pytest.raises(InputError, match="is a directory and no cache"):
+    with pytest.raises(NotACacheError, match="no manifest.json in it"):
         score(options(tmp_path, tmp_path / "c"))
+    with pytest.raises(InputError, match="leave --reasoning-markers, --answer-regex"):
+        score(options(generated, tmp_path / "c", eos=False))
     with pytest.raises(InputError, match="is the cache to score"):
         score(options(generated, generated))
     from dataclasses import replace
@@ -142,3 +148,92 @@ def test_sources_that_cannot_be_scored_are_refused(generated, texts, tmp_path, m
     monkeypatch.setattr(teacher, "inspect", lambda spec: replace(fake_engine.facts(spec), tokenizer_hash="other"))
     with pytest.raises(InputError, match="its token ids mean other tokens; score the text instead"):
         score(options(generated, tmp_path / "c"))
+
+
+@pytest.fixture
+def captured(monkeypatch, engine) -> dict[str, Completion]:
+    """What the engine gave, by trace id."""
+    seen: dict[str, Completion] = {}
+
+    class Spy(engine):
+        def step(self):
+            made = super().step()
+            seen.update({c.key: c for c in made})
+            return made
+
+    monkeypatch.setattr(fill, "Engine", Spy)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "crop", [None, Crop("left", 0.5), Crop("middle", 0.5), Crop("right", 0.6), Crop("right", 0.99)]
+)
+@pytest.mark.parametrize("prompt_logits", [False, True])
+def test_each_row_is_the_engines_row_of_its_token(generated, tmp_path, captured, crop, prompt_logits) -> None:
+    score(options(generated, tmp_path / "c", crop=crop, prompt_logits=prompt_logits, exact=True, pin_tokens="none"))
+    cache = Cache.open(tmp_path / "c")
+    assert len(cache) == 14
+    for trace in cache:
+        given = captured[trace.trace_id]  # rows of tokens 1, 2, ...
+        assert trace.row_start == (1 if prompt_logits else max(1, trace.sections.prompt_end))
+        np.testing.assert_array_equal(given.token_ids, trace.token_ids)
+        np.testing.assert_array_equal(trace.ids, given.ids_RK[trace.row_start - 1 :].ravel())
+        np.testing.assert_array_equal(trace.logprobs, given.logprobs_RK[trace.row_start - 1 :].ravel())
+        np.testing.assert_array_equal(trace.token_logprob, given.token_logprob[trace.row_start - 1 :])
+        np.testing.assert_array_equal(trace.token_rank, given.token_rank[trace.row_start - 1 :])
+
+
+def test_an_answer_is_judged_and_sections_stay_those_of_the_source(tmp_path) -> None:
+    rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    spec = TeacherSpec("fake", top_k=8)
+    generate(GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "g", spec, markers=Markers()))
+    score(options(tmp_path / "g", tmp_path / "c", verifier="exact"))
+    cache = Cache.open(tmp_path / "c")
+    assert cache.identity.reasoning_markers is None
+    assert all(t.correct is not None for t in cache)
+
+
+def lines(path: Path, *rows: dict) -> Path:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return path
+
+
+def test_a_text_put_above_others_leaves_their_traces_alone(tmp_path) -> None:
+    first = {"id": "p", "prompt": "question", "completion": "w1"}
+    second = {"id": "p", "prompt": "question", "completion": "w2"}
+    score(options(lines(tmp_path / "t.jsonl", first, first), tmp_path / "c"))
+    assert score(options(lines(tmp_path / "t.jsonl", second, first, first), tmp_path / "c")).made == 1
+    other = {"id": "p", "prompt": "another question", "completion": "w2"}
+    with pytest.raises(PromptsError, match="id 'p' stands for another prompt above"):
+        score(options(lines(tmp_path / "t.jsonl", first, other), tmp_path / "c"))
+
+
+def test_what_was_cut_short_gets_no_end_and_what_has_one_no_other(tmp_path) -> None:
+    texts = [
+        {"id": "cut", "prompt": "question", "completion": "w1", "finish_reason": "length"},
+        {"id": "ended", "prompt": "question", "completion": "w1 <eos>"},
+        {"id": "null", "prompt": "question", "completion": "w1", "finish_reason": None},
+    ]
+    source, eos = lines(tmp_path / "t.jsonl", *texts), fake_engine.VOCAB - 1
+    score(options(source, tmp_path / "c"))
+    ends = {t.prompt_id: (t.token_ids[1:].tolist().count(eos), t.finish_reason) for t in Cache.open(tmp_path / "c")}
+    assert ends == {"cut": (0, "length"), "ended": (1, "stop"), "null": (1, "stop")}
+    with pytest.raises(IdentityError, match="score --no-eos"):
+        score(options(source, tmp_path / "c", eos=False))
+
+
+def test_a_limit_reads_so_many_rows(generated, texts, tmp_path) -> None:
+    assert score(options(texts, tmp_path / "c", limit=2)).made == 2
+    assert score(options(generated, tmp_path / "d", limit=3)).made == 3
+
+
+def test_an_empty_source_leaves_nothing_behind(tmp_path) -> None:
+    with pytest.raises(InputError, match="nothing in it to ask"):
+        score(options(lines(tmp_path / "t.jsonl"), tmp_path / "c"))
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_share_is_kept_to_the_last_digit() -> None:
+    assert str(Crop.parse("right:0.4999999")) == "right:0.4999999"
+    assert Crop.parse("left:0.29").span(100) == slice(0, 29)

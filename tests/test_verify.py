@@ -93,8 +93,8 @@ def test_a_trace_that_stands_twice_is_named(path) -> None:
         source = path / "shards" / f"unit-000000{suffix}"
         (path / "shards" / f"unit-000007{suffix}").write_bytes(source.read_bytes())
     problems = verify(path, workers=1)
-    assert {p.what for p in problems} >= {"stands in the cache more than once"}
-    assert {p.shard for p in problems} == {"unit-000000", "unit-000007"}
+    assert {p.what for p in problems} >= {"stands in unit-000000 already"}
+    assert {p.shard for p in problems} == {"unit-000007"}, "the first of the two is kept"
 
 
 def test_a_directory_without_a_manifest_is_no_cache(tmp_path) -> None:
@@ -108,7 +108,8 @@ def test_a_repaired_cache_is_filled_up_by_generate(path, options) -> None:
     (path / "shards" / "unit-000002.json").write_text("{}")
     problems = verify(path, workers=1)
     assert {p.shard for p in problems} == {"unit-000001", "unit-000002"}
-    moved = repair(path, problems)
+    found, moved = repair(path, 1)
+    assert found == problems
     assert {p.name for p in moved} == {f"unit-00000{i}.{s}" for i in (1, 2) for s in ("arrow", "json")}
     assert all(p.parent == path / "set-aside" for p in moved)
     assert generate(options).made == 6

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -55,18 +56,48 @@ def test_workers_fill_one_cache_in_any_order(run, tmp_path) -> None:
     made = [run(Worker(i, 3)) for i in (2, 0, 1)]
     assert sum(s.made for s in made) == 30
     assert all(s.made == s.wanted == 30 - s.others for s in made)
-    assert f"{made[0].made} of this worker's {made[0].made} there" in made[0].text(tmp_path)
+    assert f"{made[0].others} traces are for other workers to make" in made[0].text(tmp_path)
     cache = Cache.open(tmp_path / "c")
     assert sorted(cache.prompt_ids) == sorted(f"p{i}" for i in range(30))
     assert verify(tmp_path / "c", workers=1) == []
     assert run(Worker(1, 3)).made == run(Worker()).made == 0, "another count of workers knows what is there"
 
 
+def test_workers_that_run_side_by_side_give_their_shards_numbers_of_their_own(run, tmp_path) -> None:
+    import threading
+
+    import logitcache.fill as module
+
+    barrier = threading.Barrier(3, timeout=30)
+
+    class Together(module.Engine):
+        def step(self):
+            if self.steps == 0:
+                barrier.wait()  # all have read what is there
+            return super().step()
+
+    module.Engine = Together
+    threads = [threading.Thread(target=run, args=(Worker(i, 3),)) for i in range(3)]
+    [t.start() for t in threads]
+    [t.join() for t in threads]
+    assert Counter(Cache.open(tmp_path / "c").prompt_ids) == Counter(f"p{i}" for i in range(30))
+    assert verify(tmp_path / "c", workers=1) == []
+
+
+def test_those_who_look_at_a_lock_do_not_see_each_other(tmp_path) -> None:
+    with Worker().alone(tmp_path):
+        pass  # its lock file stays
+    for _ in range(20):
+        with ExitStack() as stack:
+            for i in range(4):
+                stack.enter_context(Worker(i, 4).alone(tmp_path))
+
+
 def test_the_same_worker_twice_and_another_count_are_refused_while_one_runs(run, tmp_path) -> None:
     with Worker(1, 3).alone(tmp_path / "c"):
         with pytest.raises(CacheBusyError, match="worker 1 of 3, is written by another process"):
             run(Worker(1, 3))
-        with pytest.raises(CacheBusyError, match=r"worker 1 of 3 runs, worker 0 of 2 would make its prompts too"):
+        with pytest.raises(CacheBusyError, match=r"worker 1 of 3 runs \(pid \d+ on .*\), worker 0 of 2 would make"):
             run(Worker(0, 2))
         with pytest.raises(CacheBusyError, match=r"worker 1 of 3 runs"):
             run(Worker())
@@ -98,7 +129,7 @@ def test_a_slurm_array_names_the_worker(monkeypatch) -> None:
 @pytest.mark.timeout(1200)
 def test_three_workers_killed_twenty_times_make_each_trace_once(embedded_teacher, tmp_path) -> None:
     """Real processes with real engines, ended by SIGKILL: at any moment, and moments after they published something."""
-    out, rng, count, traces = tmp_path / "c", random.Random(0), 3, 240
+    out, rng, count, traces = tmp_path / "c", random.Random(0), 3, 480
     settings = (
         "--max-tokens 32 --unit-size 2 --top-k 16 --engine-arg max_num_seqs=2 --engine-arg max_model_len=512 "
         "--engine-arg enforce_eager=true --engine-arg kv_cache_memory_bytes=50000000"
@@ -119,19 +150,21 @@ def test_three_workers_killed_twenty_times_make_each_trace_once(embedded_teacher
     running = [start(index) for index in range(count)]
     before = [0] * count
     for kill in range(20):
-        if kill % 2:
-            while not (ahead := [i for i in range(count) if units(i) > before[i] and running[i].poll() is None]):
-                assert any(process.poll() is None for process in running), "killed too late"
-                time.sleep(0.05)
-            time.sleep(rng.uniform(0, 0.5))
-            index = rng.choice(ahead)
-        else:
-            time.sleep(rng.uniform(0, 4))
-            index = rng.randrange(count)
-        if running[index].poll() is None:
-            engines += psutil.Process(running[index].pid).children(recursive=True)
+        while True:
+            if kill % 2:  # moments after it published something
+                ahead = [i for i in range(count) if units(i) > before[i]]
+                time.sleep(rng.uniform(0, 0.5))
+            else:  # at any moment, most of them while it starts
+                ahead = [rng.randrange(count)]
+                time.sleep(rng.uniform(0, 4))
+            alive = [i for i in ahead if running[i].poll() is None]
+            assert any(process.poll() is None for process in running), "all is made before the last kill"
+            if alive:
+                break
+        index = rng.choice(alive)
+        engines += psutil.Process(running[index].pid).children(recursive=True)
         running[index].send_signal(signal.SIGKILL)
-        running[index].wait()
+        assert running[index].wait() == -signal.SIGKILL
         before[index] = units(index)
         running[index] = start(index)
     assert 0 < len(Cache.open(out)) < traces, "the kills came in the middle"

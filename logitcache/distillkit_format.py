@@ -1,0 +1,198 @@
+"""DistillKit's files on disk: columns, settings, and the numbers of a row.
+
+Of a row's k ids, sorted by falling log-probability, the first exact_k have theirs as floats; the others share the
+coefficients of a curve, with quantised residuals perhaps. Three layouts, told apart by their columns:
+
+    compressed_logprobs   bytes: exact_k floats, coefficients, residuals; with delta_encoding each is the step from the last
+    bytepacked_indices    bytes: k ids of ceil(log2 d) bits, most significant bit first
+
+    exact_values, coeffs  floats, of log-probabilities, or of logits in captures that cannot be read
+    packed_indices        64-bit words of 64 // bits ids each, least significant first
+
+    token_ids, top_values ids and floats, all of them exact
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from logitcache.errors import CacheError, InputError, first_line
+
+# R rows, K ids of a row, E of them with exact values.
+
+CONFIG = "compression_config.yaml"  # what DistillKit's capture leaves beside its shards
+LAYOUTS = {
+    "packed": ("compressed_logprobs", "bytepacked_indices"),
+    "legacy": ("exact_values", "coeffs", "packed_indices"),
+    "raw": ("token_ids", "top_values"),
+}
+_DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
+ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}  # relative, at worst
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How the rows of a capture are written."""
+
+    kind: str  # one of LAYOUTS
+    vocab_size: int
+    k: int
+    exact_k: int
+    dtype: str  # of the exact values
+    deltas: bool
+    row_bytes: int  # of compressed_logprobs
+
+    @property
+    def id_bits(self) -> int:
+        return max(1, (self.vocab_size - 1).bit_length())
+
+    def decode(self, cells: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+        """Ids int64 [R, K] and the log-probabilities of the first of them, float64 [R, E].
+
+        Args:
+            cells: the layout's columns of one text, [R, width of a row].
+        Raises: CacheError where they are not of this layout.
+        """
+        if self.kind == "raw":
+            _expect("top_values", cells["top_values"].shape[1], self.k)
+            _expect("token_ids", cells["token_ids"].shape[1], self.k)
+            return cells["token_ids"].astype(np.int64), cells["top_values"].astype(np.float64)
+        if self.kind == "legacy":
+            words, per_word = cells["packed_indices"].astype(np.uint64), 64 // self.id_bits
+            _expect("packed_indices", words.shape[1], -(-self.k // per_word))
+            _expect("exact_values", cells["exact_values"].shape[1], self.exact_k)
+            shifts = np.arange(per_word, dtype=np.uint64) * np.uint64(self.id_bits)
+            ids = (words[:, :, None] >> shifts) & np.uint64((1 << self.id_bits) - 1)
+            values = cells["exact_values"].astype(np.float64)
+            return ids.reshape(len(words), -1)[:, : self.k].astype(np.int64), values
+        packed, values = (_bytes(cells[name]) for name in ("bytepacked_indices", "compressed_logprobs"))
+        _expect("bytepacked_indices", packed.shape[1], -(-self.k * self.id_bits // 8))
+        _expect("compressed_logprobs", values.shape[1], self.row_bytes)
+        bits = np.unpackbits(packed, axis=1)[:, : self.k * self.id_bits].reshape(-1, self.k, self.id_bits)
+        ids = np.zeros(bits.shape[:2], np.int64)
+        for bit in range(self.id_bits):
+            ids = ids << 1 | bits[:, :, bit]
+        size = np.dtype(_DTYPES[self.dtype]).itemsize
+        exact = np.ascontiguousarray(values[:, : self.exact_k * size]).view(_DTYPES[self.dtype])
+        if self.dtype == "bfloat16":
+            exact = (exact.astype(np.uint32) << 16).view(np.float32)
+        exact = exact.astype(np.float64)
+        return ids, np.cumsum(exact, axis=1) if self.deltas else exact
+
+
+def open_parquet(path: Path) -> pq.ParquetFile:
+    """Raises: InputError for what is no Parquet file."""
+    try:
+        return pq.ParquetFile(path)
+    except (pa.ArrowException, OSError) as e:
+        raise InputError(f"{path}: cannot be read as Parquet ({first_line(e)})") from None
+
+
+def vector(row: pa.RecordBatch, name: str) -> np.ndarray:
+    """The list of numbers in column ``name`` of a batch of one row.
+
+    Raises: CacheError where there is none.
+    """
+    if name not in row.schema.names:
+        raise CacheError(f"no column {name}")
+    values = row.column(name)[0].values
+    if values is None or values.null_count:
+        raise CacheError(f"column {name}: null")
+    return values.to_numpy(zero_copy_only=False)
+
+
+def matrix(row: pa.RecordBatch, name: str) -> np.ndarray:
+    """The lists of numbers in column ``name`` of a batch of one row, [R, width].
+
+    Raises: CacheError where there are none, or their widths differ.
+    """
+    if name not in row.schema.names:
+        raise CacheError(f"no column {name}")
+    lists = row.column(name)[0].values
+    widths = [] if lists is None else lists.value_lengths().unique().to_pylist()
+    if lists is None or len(widths) != 1 or widths[0] is None:
+        raise CacheError(f"column {name}: rows of widths {widths}, expected rows of one width")
+    values = lists.flatten()
+    if values.null_count:
+        raise CacheError(f"column {name}: null")
+    return values.to_numpy(zero_copy_only=False).reshape(len(lists), widths[0])
+
+
+def _bytes(values: np.ndarray) -> np.ndarray:
+    if values.dtype != np.uint8 and values.size and not 0 <= values.min() <= values.max() <= 255:
+        raise CacheError(f"bytes from {values.min()} to {values.max()}")
+    return values.astype(np.uint8)
+
+
+def _expect(column: str, found: int, width: int) -> None:
+    if found != width:
+        raise CacheError(
+            f"column {column}: {found} numbers a row, the capture's settings give {width}: they are not its settings"
+        )
+
+
+def read_layout(path: Path, settings: dict[str, Any], vocab_size: int) -> Layout:
+    """The layout of a capture, from the columns of its first file and its settings.
+
+    Raises: InputError where the columns are none of DistillKit's, or the settings are missing or others.
+    """
+    file = open_parquet(path)
+    names = file.schema_arrow.names
+    kind = next((kind for kind, columns in LAYOUTS.items() if {*columns, "input_ids"} <= {*names}), None)
+    if kind is None:
+        raise InputError(f"{path}: columns {', '.join(names)} are none that DistillKit writes")
+    if kind == "raw":
+        first = next(file.iter_batches(batch_size=1, columns=["top_values"]), None)
+        k = matrix(first, "top_values").shape[1] if first else 1
+        half = "halffloat" in str(file.schema_arrow.field("top_values").type)
+        return Layout(kind, vocab_size, k, k, "float16" if half else "float32", False, 0)
+    if not settings:
+        raise InputError(f"{path}: no {CONFIG} beside it; give --config, a YAML file with the settings of the capture")
+    try:
+        if kind == "legacy":
+            exact_k = int(settings["exact_k"])
+            return Layout(kind, int(settings["vocab_size"]), int(settings["k"]), exact_k, "float16", False, 0)
+        dtype, exact_k = settings.get("exact_dtype", "float32"), int(settings["exact_k"])
+        size = {name: np.dtype(code).itemsize for name, code in _DTYPES.items()}
+        terms = len(settings.get("polynomial_terms") or []) * size[settings.get("term_dtype", "float32")]
+        bins = sum(
+            size[b["scale_dtype"]] + -(-b["num_elements"] * b["element_bits"] // 8) for b in settings["residual_bins"]
+        )
+        deltas = bool(settings.get("delta_encoding", True))
+        row_bytes = exact_k * size[dtype] + terms + bins
+        return Layout(kind, int(settings["d"]), int(settings["k"]), exact_k, dtype, deltas, row_bytes)
+    except (KeyError, TypeError, ValueError) as e:
+        raise InputError(
+            f"{path}: the settings of its capture lack or mistake {e}; give --config another file"
+        ) from None
+
+
+def find_settings(path: Path, source: Path) -> Path | None:
+    """DistillKit's settings in the directory of a file, or in one above it up to ``source``."""
+    places = [p for p in path.parents if p == source or source in p.parents] or [path.parent]
+    return next((p / CONFIG for p in places if (p / CONFIG).is_file()), None)
+
+
+def read_settings(path: Path | None) -> dict[str, Any]:
+    """The settings of a compressor, on their own or inside a training run's file; none for no file.
+
+    Raises: InputError for a file that holds none.
+    """
+    if path is None:
+        return {}
+    import yaml  # of transformers, which the tokenizer needs anyway
+
+    try:
+        found = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as e:
+        raise InputError(f"{path}: cannot be read as YAML ({first_line(e)})") from None
+    for name in ("teacher", "logprob_compressor", "legacy_logit_compression"):
+        if isinstance(found, dict):
+            found = found.get(name) or found
+    if not isinstance(found, dict) or "k" not in found:
+        raise InputError(f"{path}: holds no settings of a DistillKit capture (d, k, exact_k, ...)")
+    return found
