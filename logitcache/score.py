@@ -22,6 +22,7 @@ from logitcache.task import CacheOptions, Request, Tokens, identify
 from logitcache.teacher import TeacherFacts
 from logitcache.verdicts import verdict
 
+
 @dataclass(frozen=True, slots=True)
 class Crop:
     """A part of each trace, seen by the teacher without the rest: ``left``, ``middle`` or ``right``, and its share."""

@@ -99,7 +99,8 @@ def test_a_truncated_or_missing_shard_is_named_with_the_way_out(path) -> None:
     file = path / "shards" / "unit-000000.arrow"
     file.write_bytes(file.read_bytes()[:-1])
     with pytest.raises(
-        ShardCorruptError, match=r"unit-000000\.arrow: [\d,]+ bytes, its index says [\d,]+; `logitcache verify --repair .*c` sets it aside"
+        ShardCorruptError,
+        match=r"unit-000000\.arrow: [\d,]+ bytes, its index says [\d,]+; `logitcache verify --repair .*c` sets it aside",
     ):
         Cache.open(path)[0]
     file.unlink()

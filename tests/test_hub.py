@@ -156,6 +156,7 @@ def contents(path: Path) -> dict[str, bytes]:
     return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
     (cache.path / ".lock").unlink()
     before = contents(cache.path)
@@ -167,6 +168,7 @@ def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
 
 
+@pytest.mark.slow
 def test_only_the_cache_itself_is_pushed(hub, cache) -> None:
     for name in (".lock", "logs/engine.log", "set-aside/unit-000009.arrow", "shards/unit-000007.arrow.part"):
         (cache.path / name).parent.mkdir(exist_ok=True)
@@ -179,6 +181,7 @@ def test_only_the_cache_itself_is_pushed(hub, cache) -> None:
     }
 
 
+@pytest.mark.slow
 def test_pushing_again_sends_what_changed_and_drops_what_is_gone(hub, cache) -> None:
     push(cache.path, "me/traces", token=TOKEN)
     hub.sent.clear()
@@ -195,6 +198,7 @@ def test_pushing_again_sends_what_changed_and_drops_what_is_gone(hub, cache) -> 
     assert not any("unit-000001" in path for path in hub.tree("me/traces", "main")[1])
 
 
+@pytest.mark.slow
 def test_a_revision_is_a_branch_of_its_own(hub, cache, tmp_path) -> None:
     push(cache.path, "me/traces", token=TOKEN)
     (cache.path / "README.md").write_text("mine")
@@ -204,6 +208,7 @@ def test_a_revision_is_a_branch_of_its_own(hub, cache, tmp_path) -> None:
     assert hub.tree("me/traces", "main")[1]["README.md"] != b"mine"
 
 
+@pytest.mark.slow
 def test_a_card_that_someone_wrote_is_kept_and_ours_is_made_anew(hub, cache, tmp_path) -> None:
     push(cache.path, "me/traces", token=TOKEN)
     pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
@@ -214,6 +219,7 @@ def test_a_card_that_someone_wrote_is_kept_and_ours_is_made_anew(hub, cache, tmp
     assert hub.tree("me/copy", "main")[1]["README.md"] == b"written on the hub"
 
 
+@pytest.mark.slow
 def test_a_repository_of_another_cache_is_refused(hub, cache, tmp_path) -> None:
     push(cache.path, "me/traces", token=TOKEN)
     shutil.copytree(cache.path, tmp_path / "other")
@@ -222,6 +228,7 @@ def test_a_repository_of_another_cache_is_refused(hub, cache, tmp_path) -> None:
         push(tmp_path / "other", "me/traces", token=TOKEN)
 
 
+@pytest.mark.slow
 def test_a_shard_that_was_damaged_on_the_hub_is_not_pulled(hub, cache, tmp_path) -> None:
     push(cache.path, "me/traces", token=TOKEN)
     tree = hub.repos["me/traces"]["main"][-1]
@@ -231,6 +238,7 @@ def test_a_shard_that_was_damaged_on_the_hub_is_not_pulled(hub, cache, tmp_path)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
 
 
+@pytest.mark.slow
 def test_a_pull_that_broke_off_goes_on_and_keeps_nothing_old(hub, cache, tmp_path, monkeypatch) -> None:
     push(cache.path, "me/traces", token=TOKEN)
     from huggingface_hub import HfApi
@@ -253,6 +261,7 @@ def test_a_pull_that_broke_off_goes_on_and_keeps_nothing_old(hub, cache, tmp_pat
     assert [t.trace_id for t in Cache.open(tmp_path / "out")] == cache.trace_ids
 
 
+@pytest.mark.slow
 def test_a_wrong_token_is_refused_with_the_way_out(hub, cache, tmp_path) -> None:
     with pytest.raises(InputError, match="me/traces: the hub refuses .*hf auth login"):
         push(cache.path, "me/traces", token="hf_wrong")
@@ -260,6 +269,7 @@ def test_a_wrong_token_is_refused_with_the_way_out(hub, cache, tmp_path) -> None
         pull("me/traces", tmp_path / "out", token="hf_wrong")
 
 
+@pytest.mark.slow
 def test_a_repository_that_is_none_or_no_cache_is_refused(hub, tmp_path) -> None:
     with pytest.raises(InputError, match="me/nothing: the hub refuses"):
         pull("me/nothing", tmp_path / "out", token=TOKEN)

@@ -70,6 +70,7 @@ def options(divergence: str, tail: str) -> dict:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("divergence", "tail"), MODES)
 def test_the_gradient_agrees_with_finite_differences(divergence, tail):
     logp_NV, logits_NV = rows(4, 13)

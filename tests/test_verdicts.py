@@ -3,7 +3,6 @@
 import random
 import sys
 import threading
-import time
 import warnings
 from importlib import util
 from pathlib import Path
@@ -150,6 +149,7 @@ def test_no_gold_answer_is_no_verdict():
     assert not verdicts.unscored
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["exact", "math"])
 def test_a_megabyte_is_judged_in_no_time(kind):
@@ -165,6 +165,7 @@ def test_a_megabyte_is_judged_in_no_time(kind):
     assert not verdicts.unscored
 
 
+@pytest.mark.slow
 def test_verdicts_from_many_threads_are_those_of_one():
     wrong = []
 
@@ -185,6 +186,7 @@ TASKS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_the_own_answers_of_a_reasoning_gym_task_are_right_and_others_are_wrong(task):
     for prompt in prompts.load(f"gym:{task}?size=2&seed=5"):
@@ -196,6 +198,7 @@ def test_the_own_answers_of_a_reasoning_gym_task_are_right_and_others_are_wrong(
             assert not verdict("gym", text, gold, prompt.metadata)
 
 
+@pytest.mark.slow
 def test_the_first_number_of_a_long_answer_is_not_the_answer():
     prompt = next(iter(prompts.load("gym:gsm_symbolic?size=1&seed=5")))
     gold = prompt.answer
@@ -204,6 +207,7 @@ def test_the_first_number_of_a_long_answer_is_not_the_answer():
     assert verdict("gym", f"3 pens and more make\n{gold} dollars.", gold, prompt.metadata) is True
 
 
+@pytest.mark.slow
 def test_an_answer_without_a_gold_answer_is_scored_by_the_entry():
     prompt = next(iter(prompts.load("gym:rubiks_cube?size=1&seed=1")))
     assert prompt.answer is None
@@ -217,12 +221,14 @@ def test_a_prompt_of_another_source_has_no_gym_verdict():
         assert verdict("gym", "42", "42", {"gym": "no entry"}) is None
 
 
+@pytest.mark.slow
 def test_a_scorer_that_takes_any_answer_gives_no_verdict():
     prompt = next(iter(prompts.load("gym:game_of_life_halting?size=1&seed=1")))
     with pytest.warns(UserWarning, match="takes any answer for right"):
         assert verdict("gym", f"<answer>{prompt.answer}</answer>", prompt.answer, prompt.metadata) is None
 
 
+@pytest.mark.slow
 def test_a_scorer_that_raises_gives_no_verdict_counts_and_warns_once():
     prompt = next(iter(prompts.load("gym:prime_factorization?size=1&seed=3")))
     with pytest.warns(UserWarning, match=r"no verdict of gym: ValueError: invalid literal"):
@@ -266,6 +272,7 @@ def test_a_forked_process_starts_its_own_judge():
     assert verdicts._judge("math")._process is not before
 
 
+@pytest.mark.slow
 def test_an_answer_that_is_a_program_does_nothing(tmp_path: Path):
     prompt = next(iter(prompts.load("gym:n_queens?size=1&seed=1")))
     target = tmp_path / "touched"
