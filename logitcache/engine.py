@@ -132,14 +132,14 @@ class Engine:
         Raises: EngineError if the engine died.
         """
         try:
-            outputs = self._engine.step()
+            finished: list[Any] = [output for output in self._engine.step() if output.finished]
         except Exception as e:
             raise self._died(e) from e
-        finished: list[Any] = [output for output in outputs if output.finished]
         # An engine that is told to end hands out what it has as if it were whole.
         if broken := [o for o in finished if o.outputs[0].finish_reason not in ("stop", "length", "repetition")]:
             raise EngineError(f"vLLM gave up its requests: {broken[0].outputs[0].finish_reason}")
-        return [_completion(output, self._pinned, self._scored) for output in finished]
+        finished.reverse()  # and each let go as it is converted: many long ones may end in one step
+        return [_completion(finished.pop(), self._pinned, self._scored) for _ in range(len(finished))]
 
     def close(self) -> None:
         """Ends the engine's processes."""
@@ -208,8 +208,8 @@ def _typed_rows() -> type:
 
         def append_fast(self, token_ids, logprobs, ranks, decoded_tokens) -> None:
             self.start_indices.append(len(self.logprobs))
-            self.token_ids.extend(token_ids)
-            self.logprobs.extend(logprobs)
+            self.token_ids.fromlist(token_ids)  # type: ignore[attr-defined] # 6 us a row at k = 64, extend takes 9
+            self.logprobs.fromlist(logprobs)  # type: ignore[attr-defined]
             self.first_ranks.append(next(iter(ranks)))
             self.end_indices.append(len(self.logprobs))
 

@@ -62,6 +62,19 @@ def test_a_cache_travels_to_worker_processes(path) -> None:
     np.testing.assert_array_equal(again[0].ids, first.ids)
 
 
+def test_few_shards_stay_mapped_and_none_is_checked_twice(path, monkeypatch) -> None:
+    import logitcache.cache as module
+
+    monkeypatch.setattr(module, "_MAPPED", 2)
+    reads: list[tuple[str, bool]] = []
+    read = shard.read
+    monkeypatch.setattr(shard, "read", lambda d, i, checked: reads.append((i.name, checked)) or read(d, i, checked))
+    cache = Cache.open(path)
+    assert [cache[i].prompt_id for i in (0, 3, 0, 6, 3, 0)] == [cache.prompt_ids[i] for i in (0, 3, 0, 6, 3, 0)]
+    assert reads == [(f"unit-00000{n}", again) for n, again in ((0, 0), (1, 0), (2, 0), (1, 1), (0, 1))]
+    assert len(cache._mapped) == 2
+
+
 def test_many_shards_keep_no_file_open(path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))
     cache = Cache.open(path)
