@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
@@ -353,7 +354,9 @@ def slice_(
     cache: ACache,
     out: NewOut,
     top_k: Annotated[int | None, typer.Option(help="Ids kept a row; the rest joins the tail. [default: all]")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Trim rows to this share of their mass. [default: off]")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Trim rows to this share of their mass. [default: as they are]")
+    ] = None,
     min_k: Annotated[int | None, typer.Option(help="Ids a trimmed row keeps at least.")] = None,
     sections: Annotated[
         str | None, typer.Option(help="Keep rows of these only: any of prompt,reasoning,answer that follow each other.")
@@ -418,11 +421,8 @@ def split(
     """
     from logitcache.surgery import split as run
 
-    parts = _pairs("--into", into, names=False)
-    for name, share in parts.items():
-        if not isinstance(share, int | float):
-            raise InputError(f"--into {name}={share}: write DIR=SHARE, such as train=0.95")
-    typer.echo(run(cache, [(Path(name), share) for name, share in parts.items()], workers=workers).text())
+    parts = [(Path(name), share) for name, share in map(_part, into)]
+    typer.echo(run(cache, parts, workers=workers).text())
 
 
 @app.command(short_help="Write a cache as plain Parquet.")
@@ -431,7 +431,7 @@ def export(
     out: NewOut,
     to: Annotated[Literal["parquet"], typer.Option(help="The format.")] = "parquet",
 ) -> None:
-    """CACHE as Parquet files: plain columns, and ids, log-probabilities and tail as lists, one entry a token.
+    """CACHE as Parquet files: plain columns, and ids, log-probabilities and log tail as lists, one entry a token.
 
     Plain Arrow readers open a cache's own columns as they are; only the rows are packed, and unpacked here.
 
@@ -476,7 +476,12 @@ def import_(
 def push(
     cache: ACache,
     repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository, made where it is missing.")],
-    public: Annotated[bool, typer.Option("--public", help="Make it public. [default: private]")] = False,
+    public: Annotated[
+        bool,
+        typer.Option(
+            "--public", help="Make it public, or say that it is; one that is there is never changed. [default: private]"
+        ),
+    ] = False,
     revision: Annotated[str | None, typer.Option(help="Branch to write to. [default: main]")] = None,
 ) -> None:
     """CACHE is verified and goes to the hub as it is, with a card that says what it holds; what is there is not sent again.
@@ -580,14 +585,23 @@ def _worker(text: str | None) -> Any:
     return from_environment(text)
 
 
-def _pairs(option: str, given: list[str] | None, names: bool = True) -> dict[str, Any]:
-    """KEY=VALUE settings; a value is JSON where it can be, else text. Names of settings may have dashes."""
+def _part(text: str) -> tuple[str, float]:
+    """DIR=SHARE."""
+    name, _, share = text.rpartition("=")
+    with suppress(ValueError):
+        if name:
+            return name, float(share)
+    raise InputError(f"--into {text!r}: write DIR=SHARE, such as train=0.95")
+
+
+def _pairs(option: str, given: list[str] | None) -> dict[str, Any]:
+    """KEY=VALUE settings; a value is JSON where it can be, else text."""
     pairs: dict[str, Any] = {}
     for item in given or []:
         key, equals, value = item.partition("=")
         if not equals or not key:
             raise InputError(f"{option} {item!r}: write KEY=VALUE")
-        key = key.replace("-", "_") if names else key
+        key = key.replace("-", "_")
         try:
             pairs[key] = json.loads(value)
         except ValueError:
@@ -606,7 +620,7 @@ def main() -> NoReturn:
         print(f"logitcache: {e.strerror or e}: {e.filename}", file=sys.stderr)
         code = 1
     except typer.Abort:
-        print("logitcache: stopped; run the same command again to go on", file=sys.stderr)
+        print("logitcache: stopped; run the same command again", file=sys.stderr)
         code = _signal_code("SIGINT")
     except _USAGE_ERROR as e:
         e.show()

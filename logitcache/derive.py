@@ -96,7 +96,7 @@ def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
     for other in caches[1:]:
         derived += [what for what in other.identity.derived if what not in derived]
         theirs = asdict(other.identity)
-        if _scored(other.identity) == _scored(first.identity):
+        if _origin(other.identity) == _origin(first.identity):
             theirs["derived"] = mine["derived"]
         while difference := first_difference(mine, theirs):
             name, a, b = difference
@@ -119,8 +119,8 @@ def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
     return replace(first.identity, derived=derived)
 
 
-def _scored(identity: Identity) -> list[str]:
-    """What was done to the traces that gives their rows another meaning, such as the crop that a teacher was shown."""
+def _origin(identity: Identity) -> list[str]:
+    """What was done to the traces that gives their rows another meaning: an import, the crop that a teacher was shown."""
     return [what for what in identity.derived if what.split()[0] not in ("slice", "merge", "split")]
 
 
@@ -129,7 +129,7 @@ def _way_out(name: str, first: Cache, other: Cache) -> str | None:
     if name in _NEVER:
         return _NEVER[name]
     if name == "derived":
-        return "their rows say different things; merge caches that were scored alike"
+        return "their rows say different things; merge caches whose derived differs in slices, merges and splits alone"
     if name == "exact":
         return "its rows are not exact: name it first, and --allow exact" if first.identity.exact else None
     if name == "prompt_logits":

@@ -182,8 +182,12 @@ class _Reader:
             self.skipped += 1
             return
         ids_RK, exact_RE = self.layout.decode({c: matrix(row, c) for c in LAYOUTS[self.layout.kind]})
+        if len(exact_RE) != len(ids_RK):
+            raise CacheError(f"{len(exact_RE)} rows of values for {len(ids_RK)} rows of ids")
         spans = list(_texts(row, len(tokens), len(ids_RK)))
         labels = vector(row, "labels") if "labels" in row.schema.names else None
+        if labels is not None and len(labels) != len(tokens):
+            raise CacheError(f"column labels: {len(labels)} values for {len(tokens)} tokens")
         extra = {
             field.name: row.column(field.name)[0].as_py()
             for field in row.schema

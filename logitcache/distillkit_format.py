@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from logitcache.errors import CacheError, InputError, first_line
@@ -30,6 +31,8 @@ LAYOUTS = {
     "legacy": ("exact_values", "coeffs", "packed_indices"),
     "raw": ("token_ids", "top_values"),
 }
+_FLOATS = {"exact_values", "coeffs", "top_values"}  # the columns of them; all others hold whole numbers
+_LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
 ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}  # relative, at worst
 
@@ -92,14 +95,28 @@ def open_parquet(path: Path) -> pq.ParquetFile:
         raise InputError(f"{path}: cannot be read as Parquet ({first_line(e)})") from None
 
 
+def _cell(row: pa.RecordBatch, name: str, depth: int) -> pa.Array | None:
+    """What the cell of column ``name`` lists, in a batch of one row; None for null.
+
+    Raises: CacheError for a column that is missing, or of other than lists of numbers, ``depth`` deep.
+    """
+    if name not in row.schema.names:
+        raise CacheError(f"no column {name}")
+    kind = inner = row.schema.field(name).type
+    for _ in range(depth):
+        inner = inner.value_type if any(is_list(inner) for is_list in _LISTS) else pa.null()
+    if not (pa.types.is_integer(inner) or (name in _FLOATS and pa.types.is_floating(inner))):
+        numbers = "numbers" if name in _FLOATS else "whole numbers"
+        raise CacheError(f"column {name}: {kind}, expected {'lists of ' * depth}{numbers}")
+    return row.column(name)[0].values
+
+
 def vector(row: pa.RecordBatch, name: str) -> np.ndarray:
     """The list of numbers in column ``name`` of a batch of one row.
 
     Raises: CacheError where there is none.
     """
-    if name not in row.schema.names:
-        raise CacheError(f"no column {name}")
-    values = row.column(name)[0].values
+    values = _cell(row, name, 1)
     if values is None or values.null_count:
         raise CacheError(f"column {name}: null")
     return values.to_numpy(zero_copy_only=False)
@@ -110,10 +127,8 @@ def matrix(row: pa.RecordBatch, name: str) -> np.ndarray:
 
     Raises: CacheError where there are none, or their widths differ.
     """
-    if name not in row.schema.names:
-        raise CacheError(f"no column {name}")
-    lists = row.column(name)[0].values
-    widths = [] if lists is None else lists.value_lengths().unique().to_pylist()
+    lists = _cell(row, name, 2)
+    widths = [] if lists is None else pc.call_function("list_value_length", [lists]).unique().to_pylist()
     if lists is None or len(widths) != 1 or widths[0] is None:
         raise CacheError(f"column {name}: rows of widths {widths}, expected rows of one width")
     values = lists.flatten()
@@ -146,8 +161,11 @@ def read_layout(path: Path, settings: dict[str, Any], vocab_size: int) -> Layout
     if kind is None:
         raise InputError(f"{path}: columns {', '.join(names)} are none that DistillKit writes")
     if kind == "raw":
-        first = next(file.iter_batches(batch_size=1, columns=["top_values"]), None)
-        k = matrix(first, "top_values").shape[1] if first else 1
+        try:
+            first = next(file.iter_batches(batch_size=1, columns=["top_values"]), None)
+            k = matrix(first, "top_values").shape[1] if first else 1
+        except (CacheError, pa.ArrowException, OSError) as e:
+            raise InputError(f"{path}, row 0: {str(e).strip()}") from e
         half = "halffloat" in str(file.schema_arrow.field("top_values").type)
         return Layout(kind, vocab_size, k, k, "float16" if half else "float32", False, 0)
     if not settings:

@@ -1,9 +1,7 @@
 """A cache as plain Parquet, for readers that know nothing of top-k blocks."""
 
-import contextlib
 import json
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +13,7 @@ import pyarrow.parquet as pq
 from logitcache import shard
 from logitcache.cache import Cache
 from logitcache.errors import InputError, WriteError
+from logitcache.files import whole_directory
 from logitcache.manifest import FORMAT_VERSION
 from logitcache.schema import SCHEMA
 from logitcache.shard import Shard
@@ -24,8 +23,8 @@ PLAIN = [field for field in SCHEMA if field.name != "topk"]
 # The block of a trace, unpacked: one list entry a row, one list of entries inside it.
 ROWS = [
     pa.field("ids", pa.list_(pa.list_(pa.int32())), nullable=False),
-    pa.field("logprobs", pa.list_(pa.list_(pa.float32())), nullable=False),
-    pa.field("tail", pa.list_(pa.float32()), nullable=False),  # log of the mass outside the ids
+    pa.field("logprobs", pa.list_(pa.list_(pa.float32())), nullable=False, metadata={"unit": "nats"}),
+    pa.field("tail", pa.list_(pa.float32()), nullable=False, metadata={"unit": "log of the mass outside ids, nats"}),
 ]
 IDENTITY_KEY = "logitcache.identity"  # in the schema's metadata, JSON
 _GROUP_BYTES = 64 << 20  # of a row group before compression: what is in memory at once, besides one trace
@@ -46,23 +45,29 @@ class ExportReport:
 
 def export_parquet(cache: Path, out: Path) -> ExportReport:
     """Writes each shard of ``cache`` as one Parquet file, zstd-compressed: the plain columns of a shard, and ``ids``,
-    ``logprobs`` (nats) and ``tail`` (log of the mass left out, nats) with one list entry a row.
+    ``logprobs`` (nats) and ``tail`` (a log too: of the mass left out, nats) with one list entry a row.
 
     The identity stands as JSON in the schema's metadata. Row groups are 64 MB and a trace before compression, and memory
     stays at a few of them: 220 MB for a shard of 64 traces of 4,000 rows at k = 64.
 
     Args:
-        out: a new directory; it appears once all of it is written.
-    Raises: InputError where ``out`` holds something, CacheError for a cache that cannot be read, WriteError where the
-        disk refuses.
+        out: a new directory, outside the cache; it appears once all of it is written.
+    Raises: InputError for an ``out`` inside the cache, NotACacheError where it holds something, CacheBusyError where
+        another process makes it, CacheError for a cache that cannot be read, WriteError where the disk refuses.
     """
     opened = Cache.open(cache)
     about = {IDENTITY_KEY: json.dumps(asdict(opened.identity)), "logitcache.format": str(FORMAT_VERSION)}
     schema = pa.schema([*PLAIN, *ROWS], metadata=about)
+    if out.resolve().is_relative_to(cache.resolve()):
+        raise InputError(f"{out} lies in the cache {cache}; give --out a directory outside it")
     size = 0
-    with new_directory(out) as part:
+    with whole_directory(out) as part:
         for index in opened.shards:
-            size += _write(part / f"{index.name}.parquet", shard.read(cache / shard.DIRECTORY, index), schema)
+            source = shard.read(cache / shard.DIRECTORY, index)
+            try:
+                size += _write(part / f"{index.name}.parquet", source, schema)
+            except OSError as e:
+                raise WriteError(f"{out}: {e.strerror or e}; nothing was written, mend that and run again") from e
     return ExportReport(len(opened.shards), len(opened), sum(s.taught_rows for s in opened.shards), size)
 
 
@@ -101,25 +106,3 @@ def _lists(traces: list[SparseRows]) -> list[pa.Array]:
         pa.ListArray.from_arrays(trace_offsets, pa.ListArray.from_arrays(row_offsets, rows.logprobs)),
         pa.ListArray.from_arrays(trace_offsets, rows.log_tail),
     ]
-
-
-@contextlib.contextmanager
-def new_directory(out: Path) -> Iterator[Path]:
-    """A place to write the files of ``out`` in, which becomes ``out`` when the block ends without an error.
-
-    Raises: InputError where ``out`` holds something; WriteError for what the disk refuses.
-    """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out} holds something already; give --out a new directory")
-    part = out.with_name(out.name + ".part")
-    try:
-        shutil.rmtree(part, ignore_errors=True)  # what a kill left
-        part.mkdir(parents=True)
-        yield part
-        part.rename(out)
-    except OSError as e:
-        raise WriteError(
-            f"{e.filename or part}: {e.strerror or e}; nothing was written, mend that and run again"
-        ) from e
-    finally:
-        shutil.rmtree(part, ignore_errors=True)

@@ -6,12 +6,13 @@ import fcntl
 import hashlib
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
-from logitcache.errors import CacheBusyError, ShardCorruptError, WriteError
+from logitcache.errors import CacheBusyError, NotACacheError, ShardCorruptError, WriteError
 
 
 def publish(path: Path, data: bytes | memoryview) -> None:
@@ -33,8 +34,7 @@ def publish(path: Path, data: bytes | memoryview) -> None:
             part.unlink(missing_ok=True)
         way_out = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
         raise WriteError(
-            f"{path}: {e.strerror or e} while writing {len(data):,} bytes; "
-            f"what was published before is safe: {way_out} and run the same command again"
+            f"{path}: {e.strerror or e} while writing {len(data):,} bytes; {way_out} and run the same command again"
         ) from e
 
 
@@ -137,3 +137,26 @@ def _is_at(file: TextIO, path: Path) -> bool:
     with contextlib.suppress(FileNotFoundError):
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     return False
+
+
+@contextlib.contextmanager
+def whole_directory(out: Path) -> Iterator[Path]:
+    """A place to make the directory ``out`` in, which appears when the block ends without an error, and not before.
+
+    Raises: NotACacheError where ``out`` holds something; CacheBusyError where another process makes it.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise NotACacheError(f"{out} holds something already; give --out a new directory")
+    place = out.absolute()
+    part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")
+    with exclusive(lock, str(out)), contextlib.ExitStack() as stack:
+        stack.callback(lock.unlink, missing_ok=True)
+        shutil.rmtree(part, ignore_errors=True)  # what a kill left
+        stack.callback(shutil.rmtree, part, ignore_errors=True)
+        part.mkdir(parents=True)
+        yield part
+        try:
+            part.rename(place)
+            sync_directory(place.parent)
+        except OSError as e:
+            raise WriteError(f"{out}: {e.strerror or e}; mend that and run the same command again") from e

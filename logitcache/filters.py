@@ -46,6 +46,7 @@ _CLAUSE = re.compile(
     r"""\s*(?:(?P<op><=|>=|!=|==|=|<|>)\s*(?P<value>"[^"]*"|'[^']*'|[^\s<>=!"']+))?(?=\s|\Z)"""
 )
 _WORDS = {"true": True, "false": False, "none": None}
+_NOTHING = object()  # null is a value
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +81,10 @@ class Filter:
         """Whether it keeps traces that have a verdict, and no others."""
         return any(c.name == "correct" and (c.op, c.value) != ("=", None) for c in self.clauses)
 
+    @property
+    def _paths(self) -> set[str]:
+        return {c.path for c in self.clauses if c.path}
+
     @classmethod
     def parse(cls, text: str) -> "Filter":
         """Raises: InputError for what is no clause, an unknown name with the nearest one, a value of another kind."""
@@ -106,8 +111,10 @@ class Filter:
 
         Raises: InputError where metadata is compared that has no order, or no truth.
         """
+        return self._keeps(batch, _metadata(batch) if self._paths else [])
+
+    def _keeps(self, batch: pa.RecordBatch, metadata: list[dict[str, Any]]) -> np.ndarray:
         kept = np.ones(batch.num_rows, bool)
-        metadata = _metadata(batch) if any(c.path for c in self.clauses) else []
         for clause in self.clauses:
             found = _on_metadata(clause, metadata) if clause.path else _on_column(clause, batch)
             found = call_function("invert", [found]) if clause.negated else found
@@ -119,12 +126,13 @@ class Filter:
 
         Raises: as ``keeps``, and for a metadata name that no trace has, with the nearest.
         """
-        masks, wanted, there = [], {c.path for c in self.clauses if c.path}, set()
+        masks, wanted, there = [], self._paths, set()
         for batch in batches:
-            masks.append(self.keeps(batch))
-            for metadata in _metadata(batch) if wanted else []:
-                wanted = {path for path in wanted if _dig(metadata, path) is None}
-                there |= metadata.keys()
+            metadata = _metadata(batch) if self._paths else []
+            masks.append(self._keeps(batch, metadata))
+            for each in metadata if wanted else []:
+                wanted = {path for path in wanted if _dig(each, path, _NOTHING) is _NOTHING}
+                there |= each.keys()
         if wanted:
             name, good = f"meta.{min(wanted)}", [f"meta.{key}" for key in sorted(there)]
             raise InputError(f"--where {name}: no trace has it; " + _nearest(name, good, "the prompts have"))
@@ -219,13 +227,13 @@ def _metadata(batch: pa.RecordBatch) -> list[dict[str, Any]]:
     return [json.loads(text) if text else {} for text in batch.column("metadata").to_pylist()]
 
 
-def _dig(metadata: dict[str, Any], path: str) -> Any:
-    """What stands at a dotted path; None where nothing does."""
+def _dig(metadata: dict[str, Any], path: str, nothing: Any = None) -> Any:
+    """What stands at a dotted path; ``nothing`` where nothing does."""
     if path in metadata:
         return metadata[path]
     name, _, rest = path.partition(".")
     inner = metadata.get(name)
-    return _dig(inner, rest) if rest and isinstance(inner, dict) else None
+    return _dig(inner, rest, nothing) if rest and isinstance(inner, dict) else nothing
 
 
 def _on_metadata(clause: Clause, metadata: list[dict[str, Any]]) -> Any:
@@ -244,7 +252,8 @@ def _holds(clause: Clause, found: Any) -> bool:
     compare, wanted = _OPERATORS[clause.op][1], clause.value
     if isinstance(wanted, float):
         try:
-            found = None if isinstance(found, bool) else float(found)
+            # An integer stays one: it may be too large for a float, and compares with any.
+            found = None if isinstance(found, bool) else found if isinstance(found, int) else float(found)
         except (TypeError, ValueError):
             found = None
         if found is None and clause.op not in ("=", "!="):

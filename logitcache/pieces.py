@@ -1,9 +1,7 @@
 """Some traces of some shards, cut and written as shards of another cache, side by side in several processes."""
 
-import hashlib
 import io
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -15,15 +13,14 @@ from pathlib import Path
 from threading import Thread
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from logitcache import shard, topk
 from logitcache.cache import Cache
 from logitcache.errors import CacheError, InputError, LogitcacheError, ShardCorruptError
 from logitcache.files import publish
+from logitcache.manifest import Identity
 from logitcache.schema import SCHEMA, Trace
-from logitcache.sections import NAMES
 from logitcache.shard import EncodedTrace, Shard, ShardIndex
 from logitcache.writer import CacheWriter
 
@@ -80,11 +77,7 @@ class Piece:
     def traces(self, opened: Shard) -> Iterator[Trace]:
         """Its traces, decoded one at a time."""
         for row in self.rows:
-            try:
-                trace = opened.trace(row)
-            except CacheError as e:
-                path = self.cache / shard.DIRECTORY / f"{self.index.name}.arrow"
-                raise ShardCorruptError(f"{path}: trace {self.index.trace_ids[row]}: {e}") from e
+            trace = opened.trace(row)
             yield trace if self.correct is None else replace(trace, correct=self.correct[row])
 
 
@@ -158,40 +151,32 @@ def _rewrite(group: Sequence[Piece], number: int, *, writer: CacheWriter, cut: C
     piece, identity = group[0], writer.identity
     if cut is None and len(group) == 1 and 2 * len(piece.rows) >= piece.index.rows:
         return _copy(piece, number, writer.directory)
-    encoded = [EncodedTrace.of(cut(t) if cut else t, identity) for piece in group for t in piece.traces(piece.open())]
+    encoded = [trace for piece in group for trace in _encoded(piece, cut, identity)]
     # Fewer traces, of rows as they were, still come from where they came from.
     provenance = piece.index.provenance if cut is None and len(group) == 1 else writer.provenance
     return shard.write(writer.directory, number, encoded, identity, provenance)
 
 
+def _encoded(piece: Piece, cut: Cut | None, identity: Identity) -> Iterator[EncodedTrace]:
+    opened = piece.open()
+    for trace in piece.traces(opened):
+        try:
+            yield EncodedTrace.of(cut(trace) if cut else trace, identity)
+        except CacheError as e:
+            raise ShardCorruptError(f"{opened.path}: trace {trace.trace_id}: {e}") from e
+
+
 def _copy(piece: Piece, number: int, directory: Path) -> ShardIndex:
     """Traces of a shard with the bytes of their blocks, and the table that those need."""
-    opened, index, rows = piece.open(), piece.index, piece.rows
-    counts, tail_mass = Counter[str | bool | None](), 0.0
-    for trace in piece.traces(opened):
-        tail_mass += float(np.exp(trace.log_tail.astype(np.float64)).sum())
-        counts.update({"rows": len(trace.rows), "ids": len(trace.ids), trace.correct: 1, **trace.sections.sizes()})
-    batch = piece.batch(opened).take(pa.array(rows, pa.int64()))
+    opened = piece.open()
+    batch = piece.batch(opened).take(pa.array(piece.rows, pa.int64()))
+    records = batch.drop_columns(["token_logprob", "token_rank", "text", "metadata"]).to_pylist()
+    encoded = [EncodedTrace.counted(*pair) for pair in zip(records, piece.traces(opened), strict=True)]
     buffer = io.BytesIO()
     with pa.ipc.new_file(buffer, opened.batch.schema) as file:
         file.write_batch(batch)
     data = buffer.getbuffer()
-    made = replace(
-        index,
-        name=f"unit-{number:06d}",
-        rows=len(rows),
-        bytes=len(data),
-        sha256=hashlib.sha256(data).hexdigest(),
-        trace_ids=[index.trace_ids[row] for row in rows],
-        prompt_ids=[index.prompt_ids[row] for row in rows],
-        token_lengths=[index.token_lengths[row] for row in rows],
-        taught_rows=counts["rows"],
-        entries=counts["ids"],
-        block_bytes=sum(len(block.as_buffer()) for block in batch.column("topk")),
-        tail_mass=tail_mass,
-        section_tokens={name: counts[name] for name in NAMES},
-        verdicts={"correct": counts[True], "incorrect": counts[False]},
-    )
+    made = shard.index_of(number, data, encoded, piece.index.provenance)
     publish(directory / f"{made.name}.arrow", data)
     shard.publish_index(directory, made)
     return made

@@ -30,7 +30,9 @@ def steps_of(
     prob_N, pin_prob_ER = np.exp(logprob_N), np.exp(pin_ER)
     most = _MAX_STEPS - PIN_ZERO if len(pin_ER) else _MAX_STEPS
     grid, step_N, pin_step_ER = 0, above_N, pin_above_ER
-    for grid in _GRIDS:
+    # Rows that were read from the finer grid stay on it, so that writing them again loses nothing.
+    grids = _GRIDS[1:] if not exact and _lie_on(_GRIDS[1], above_N) and not _lie_on(_GRIDS[0], above_N) else _GRIDS
+    for grid in grids:
         step_N, pin_step_ER = np.rint(above_N * 2**grid), np.rint(pin_above_ER * 2**grid)
         reach_R = np.rint((top_R - last_R) * 2**grid)
         if reach_R.max() > most:  # e^-256 of the top's mass or less: nothing left to lose
@@ -41,6 +43,14 @@ def steps_of(
         if exact or _rounding_kl(prob_N, error_N, starts, pin_prob_ER, pin_error_ER).mean() <= _GRID_KL:
             break
     return grid, step_N.astype(np.uint32), pin_step_ER.astype(np.int32)
+
+
+def _lie_on(grid: int, above_N: np.ndarray) -> bool:
+    """Whether all values do, but for float32's rounding of a log-probability; most that do not show it at once."""
+    return all(
+        np.abs(scaled - np.rint(scaled)).max(initial=0) < 0.01
+        for scaled in (part * 2.0**grid for part in (above_N[:256], above_N))
+    )
 
 
 def _rounding_kl(

@@ -1,7 +1,9 @@
 """One shard: an Arrow IPC file of traces and, published after it, the JSON that describes it."""
 
+import base64
 import hashlib
 import io
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache import codec
-from logitcache.errors import FormatVersionError, ShardCorruptError
+from logitcache.errors import FormatVersionError, LogitcacheError, ShardCorruptError
 from logitcache.files import publish, publish_json, read_json
 from logitcache.manifest import FORMAT_VERSION, Identity
 from logitcache.schema import SCHEMA, SECTION_FIELDS, Trace, from_batch, to_record
@@ -58,21 +60,31 @@ class EncodedTrace:
     @classmethod
     def of(cls, trace: Trace, identity: Identity) -> "EncodedTrace":
         """Encodes a trace the moment it ends: its rows take about a fifth of what they did."""
-        rows = trace.rows
-        tail_mass = float(np.exp(rows.log_tail.astype(np.float64)).sum())
-        block = codec.encode(rows, exact=identity.exact, pinned=identity.pin_tokens)
-        return cls(to_record(trace, block), len(rows), len(rows.ids), tail_mass)
+        block = codec.encode(trace.rows, exact=identity.exact, pinned=identity.pin_tokens)
+        return cls.counted(to_record(trace, block), trace)
+
+    @classmethod
+    def counted(cls, record: dict[str, Any], trace: Trace) -> "EncodedTrace":
+        """A trace whose record there is already."""
+        tail_mass = float(np.exp(trace.log_tail.astype(np.float64)).sum())
+        return cls(record, len(trace.rows), len(trace.ids), tail_mass)
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
     """A shard mapped into memory."""
 
+    path: Path
     batch: pa.RecordBatch
     table: FrequencyTable | None
 
     def trace(self, row: int) -> Trace:
-        return from_batch(self.batch, row, self.table)
+        """Raises: ShardCorruptError, or FormatVersionError, naming the shard and the trace."""
+        try:
+            return from_batch(self.batch, row, self.table)
+        except (LogitcacheError, ValueError) as e:
+            kind = FormatVersionError if isinstance(e, FormatVersionError) else ShardCorruptError
+            raise kind(f"{self.path}: trace {self.batch.column('trace_id')[row]}: {e}") from e
 
 
 def write(
@@ -83,20 +95,30 @@ def write(
     Raises: WriteError where the disk refuses; nothing of the shard is left then.
     """
     table = _share_table(traces, identity)
-    schema = SCHEMA.with_metadata({TABLE_KEY: table.to_bytes()} if table else None)
+    # Metadata is text to strict readers of Arrow.
+    schema = SCHEMA.with_metadata({TABLE_KEY: base64.b64encode(table.to_bytes())} if table else None)
     arrow = pa.Table.from_pylist([t.record for t in traces], schema=schema).combine_chunks()
     buffer = io.BytesIO()
     with pa.ipc.new_file(buffer, schema) as writer:
         writer.write_table(arrow)
     data = buffer.getbuffer()
-    name = f"unit-{number:06d}"
-    index = ShardIndex(
-        name=name,
+    index = index_of(number, data, traces, provenance)
+    publish(directory / f"{index.name}.arrow", data)
+    publish_index(directory, index)
+    return index
+
+
+def index_of(
+    number: int, data: bytes | memoryview, traces: Sequence[EncodedTrace], provenance: dict[str, Any]
+) -> ShardIndex:
+    """The index of shard ``number``, whose Arrow file has the bytes ``data``."""
+    return ShardIndex(
+        name=f"unit-{number:06d}",
         rows=len(traces),
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
-        trace_ids=arrow["trace_id"].to_pylist(),
-        prompt_ids=arrow["prompt_id"].to_pylist(),
+        trace_ids=[t.record["trace_id"] for t in traces],
+        prompt_ids=[t.record["prompt_id"] for t in traces],
         token_lengths=[len(t.record["token_ids"]) for t in traces],
         taught_rows=sum(t.taught_rows for t in traces),
         entries=sum(t.entries for t in traces),
@@ -109,9 +131,6 @@ def write(
         },
         provenance=provenance,
     )
-    publish(directory / f"{name}.arrow", data)
-    publish_index(directory, index)
-    return index
 
 
 def publish_index(directory: Path, index: ShardIndex) -> None:
@@ -179,5 +198,9 @@ def read(directory: Path, index: ShardIndex, checked: bool = False) -> Shard:
             f"{path}: {reader.num_record_batches} batches of columns {reader.schema.names}, expected one of those of a "
             f"shard; {way_out}"
         )
-    table = (reader.schema.metadata or {}).get(TABLE_KEY)
-    return Shard(reader.get_batch(0), FrequencyTable.from_bytes(table) if table else None)
+    try:
+        text = (reader.schema.metadata or {}).get(TABLE_KEY)
+        table = FrequencyTable.from_bytes(base64.b64decode(text, validate=True)) if text else None
+    except ValueError as e:
+        raise ShardCorruptError(f"{path}: its frequency table is no base64 ({e}); {way_out}") from e
+    return Shard(path, reader.get_batch(0), table)

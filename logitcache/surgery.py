@@ -52,9 +52,11 @@ class SliceReport:
     before: Size
     after: Size
     verdicts: dict[str, int]  # traces found correct and incorrect, of those left
+    unjudged: int  # of those left, traces that the verifier gave no verdict; 0 without one
 
     def text(self) -> str:
-        judged = ", ".join(f"{count:,} {name}" for name, count in self.verdicts.items() if count)
+        counts = self.verdicts | {"without a verdict": self.unjudged}
+        judged = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
         return f"{self.out}: {self.before} -> {self.after}" + (f" ({judged})" if judged else "")
 
 
@@ -155,13 +157,15 @@ def slice_cache(
             what = f"rows of {', '.join(sections or ())} in the {after.traces:,} traces" if after.traces else "traces"
             raise InputError(f"{cache}: the slice leaves no {what}; loosen {shlex.join(words)}")
     judged = {name: sum(s.verdicts[name] for s in made) for name in ("correct", "incorrect")}
-    return SliceReport(out, Size.of(opened.shards), after, judged)
+    unjudged = after.traces - sum(judged.values()) if verifier else 0
+    return SliceReport(out, Size.of(opened.shards), after, judged, unjudged)
 
 
 def merge(caches: Sequence[Path], out: Path, *, allow: Sequence[str] = (), workers: int | None = None) -> MergeReport:
     """Writes all traces of ``caches`` as the cache ``out``, one that stands in several once, as the first has it.
 
-    Shards keep their bytes and where they came from; those with traces that an earlier one has are rewritten.
+    Shards keep their bytes and where they came from; those with traces that an earlier one has are rewritten. Whole
+    shards are held against their checksum only: `verify` looks into their traces.
 
     Args:
         allow: fields of the identity, such as engine or engine_args.max_model_len, that may differ; the value of the
@@ -201,17 +205,25 @@ def merge(caches: Sequence[Path], out: Path, *, allow: Sequence[str] = (), worke
 def split(cache: Path, parts: Sequence[tuple[Path, float]], *, workers: int | None = None) -> SplitReport:
     """Writes a cache for each part, so that all traces of a prompt are in one of them.
 
-    Where a prompt goes depends on its id and the shares alone: another cache of the same prompts is split alike.
+    Where a prompt goes depends on its id and the shares alone: another cache of the same prompts is split alike. Whole
+    shards are held against their checksum only: `verify` looks into their traces.
+
+    Each part appears whole or not at all, once all are written, the last one first: after a stop just then, such as a
+    kill, the last few may stand. They are whole; to go on, remove them or give new names.
 
     Args:
         parts: where each goes and its share of the prompts, about; shares that sum to less than 1 leave some out.
+            Directories lie beside each other, none in another.
         workers: as for ``slice_cache``.
     Raises: InputError for shares that are none, and for a part that gets no prompt; else as ``slice_cache``.
     """
     outs, shares = [out for out, _ in parts], [share for _, share in parts]
     if not parts or len({out.resolve() for out in outs}) < len(outs):
         raise InputError("give split a directory and a share for each part, no directory twice")
-    if min(shares) <= 0 or sum(shares) > 1 + 1e-9:
+    places = {out.resolve() for out in outs}
+    if inner := [out for out in outs if not places.isdisjoint(out.resolve().parents)]:
+        raise InputError(f"{inner[0]} lies in another part; give each a directory outside the others")
+    if not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
         raise InputError(f"shares {', '.join(f'{s:g}' for s in shares)}: each above 0, and 1 at most together")
     opened = _open(cache, *outs)
     bounds = np.cumsum([0, *shares])

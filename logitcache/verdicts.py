@@ -58,8 +58,8 @@ def verdict(kind: str, answer_text: str, gold: str | None, metadata: dict[str, A
         answer_text: the text of the answer section.
         gold: the prompt's gold answer; some of reasoning-gym's tasks have none and score by metadata.
         metadata: of the prompt.
-    Returns: None where there is no gold answer, or where scoring failed; that is counted in ``unscored`` and the first
-        reason is given in a warning.
+    Returns: None where there is no gold answer, or where scoring failed; that is counted in this process's ``unscored``
+        and the first reason is given in a warning.
     """
     if kind == "gym":
         entry = metadata.get("gym")
@@ -67,7 +67,7 @@ def verdict(kind: str, answer_text: str, gold: str | None, metadata: dict[str, A
             return _unscored(kind, "the prompt is none of reasoning-gym: its metadata has no gym.source_dataset")
         texts = _gym_answers(answer_text, gold)
         return _asked(kind, texts=texts, gold=gold, entry=entry) if texts else False
-    if gold is None:
+    if gold is None or not gold.strip():
         return None
     gold = next(iter(_marks(gold)), gold)
     final, marked = _find_final(answer_text)

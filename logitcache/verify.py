@@ -108,7 +108,7 @@ def _verify_shard(path: Path, identity: Identity) -> tuple[list[Problem], list[s
         try:
             faults = list(_faults(opened.trace(row), index.token_lengths[row], identity))
         except (LogitcacheError, ValueError) as e:
-            faults = [str(e)]
+            faults = [str(e.__cause__ or e)]  # which names neither shard nor trace, as Problem does
         problems += [Problem(index.name, trace_id, what) for what in faults]
     return problems, columns["trace_id"]
 
@@ -133,6 +133,12 @@ def _faults(trace: Trace, length: int, identity: Identity) -> Iterator[str]:
         for pin in identity.pin_tokens:
             if (held := np.count_nonzero(rows.ids == pin)) != len(rows):
                 yield f"column topk: id {pin} stands in {held} of {len(rows)} rows, the cache keeps it in each"
+        key_N = (np.repeat(np.arange(len(rows)), rows.counts) << 32) + rows.ids
+        K = rows.counts[0] if (rows.counts == rows.counts[0]).all() else len(key_N)
+        key_N = np.sort(key_N.reshape(-1, K)).ravel()  # rows of one length by themselves: a sixth of the time
+        if len(repeats := np.flatnonzero(key_N[1:] == key_N[:-1])):
+            row, repeated = divmod(int(key_N[repeats[0]]), 1 << 32)
+            yield f"column topk: row {row} holds id {repeated} twice"
         mass = np.add.reduceat(np.exp(rows.logprobs.astype(np.float64)), rows.offsets[:-1]) + np.exp(rows.log_tail)
         worst = int(np.abs(mass - 1).argmax())
         if not abs(mass[worst] - 1) <= _MASS_SLACK:

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -12,8 +11,7 @@ from typing import Any
 import logitcache
 from logitcache import manifest, shard
 from logitcache.cache import Cache
-from logitcache.errors import NotACacheError
-from logitcache.files import exclusive, publish, sync_directory
+from logitcache.files import publish, whole_directory
 from logitcache.manifest import Identity
 from logitcache.schema import Trace
 from logitcache.shard import EncodedTrace, ShardIndex
@@ -52,7 +50,7 @@ class CacheWriter:
         self.directory.mkdir(exist_ok=True)
         source, target = cache.path / shard.DIRECTORY / f"{index.name}.arrow", self.directory / f"{name}.arrow"
         try:
-            os.link(source, target)
+            os.link(source.resolve(), target)  # a link to a link would dangle
         except OSError:  # another file system, or one without links
             publish(target, source.read_bytes())
         shard.publish_index(self.directory, replace(index, name=name))
@@ -71,19 +69,9 @@ def new_cache(out: Path, identity: Identity, source: str, traces_per_shard: int 
         source: where the traces come from, for people; stands in each index.
     Raises: NotACacheError where ``out`` holds something already; CacheBusyError where another process makes it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise NotACacheError(f"{out} holds something already; give --out a new directory")
-    place = out.absolute()
-    part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")
-    with exclusive(lock, str(out)), contextlib.ExitStack() as stack:
-        stack.callback(lock.unlink, missing_ok=True)
-        shutil.rmtree(part, ignore_errors=True)  # what a kill left
-        stack.callback(shutil.rmtree, part, ignore_errors=True)
-        part.mkdir(parents=True)
+    with whole_directory(out) as part:
         manifest.write(part, identity)
         writer = CacheWriter(part / shard.DIRECTORY, identity, source, traces_per_shard)
         yield writer
         writer.flush()
         writer.directory.mkdir(exist_ok=True)
-        part.rename(place)
-        sync_directory(place.parent)

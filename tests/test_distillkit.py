@@ -213,6 +213,42 @@ def test_packed_texts_that_nothing_tells_apart_are_refused(tmp_path, tokenizer) 
         import_distillkit(source, tmp_path / "c", tokenizer=tokenizer)
 
 
+@pytest.mark.parametrize(
+    ("name", "values", "what"),
+    [
+        ("input_ids", pa.array(["w3 w4"]), "column input_ids: string, expected lists of whole numbers"),
+        ("input_ids", pa.array([7]), "column input_ids: int64, expected lists of whole numbers"),
+        ("input_ids", pa.array([[3.5] * 30]), "column input_ids: list<.*: double>, expected lists of whole numbers"),
+        ("labels", pa.array(["w3 w4"]), "column labels: string, expected lists of whole numbers"),
+        ("labels", pa.array([-100]), "column labels: int64, expected lists of whole numbers"),
+        ("labels", pa.array([[-100] * 29]), "column labels: 29 values for 30 tokens"),
+        ("bytepacked_indices", pa.array([[1] * 29]), "expected lists of lists of whole numbers"),
+        ("bytepacked_indices", pa.array([[[1] * 11] * 28]), "29 rows of values for 28 rows of ids"),
+        ("bytepacked_indices", pa.array([[[1.5] * 11] * 29]), "expected lists of lists of whole numbers"),
+    ],
+)
+def test_columns_of_another_kind_or_length_are_refused(tmp_path, tokenizer, name, values, what) -> None:
+    source = write_capture(tmp_path / "s", texts(1))
+    table = pq.read_table(source / "data_0.parquet")
+    table = table.drop([name] if name in table.column_names else []).append_column(name, values)
+    pq.write_table(table, source / "data_0.parquet")
+    with pytest.raises(InputError, match=f"data_0.parquet, row 0: .*{what}"):
+        import_distillkit(source, tmp_path / "c", tokenizer=tokenizer)
+
+
+def test_raw_columns_of_another_kind_are_refused_and_lists_of_a_fixed_size_are_read(tmp_path, tokenizer) -> None:
+    (tmp_path / "s").mkdir()
+    file, made = tmp_path / "s" / "a.parquet", np.array(texts(1)[0])
+    ids, values = top(made, 6)
+    table = {"input_ids": [made], "token_ids": [ids.tolist()], "top_values": pa.array(["text"])}
+    pq.write_table(pa.table(table), file)
+    with pytest.raises(InputError, match="a.parquet, row 0: column top_values: string, expected lists of lists of num"):
+        import_distillkit(tmp_path / "s", tmp_path / "c", tokenizer=tokenizer)
+    sized = pa.array([values.tolist()], pa.list_(pa.list_(pa.float32(), 6)))
+    pq.write_table(pa.table(table | {"top_values": sized}), file)
+    assert import_distillkit(tmp_path / "s", tmp_path / "c", tokenizer=tokenizer).kept == 6
+
+
 def test_what_is_no_capture_is_refused(tmp_path, tokenizer) -> None:
     with pytest.raises(InputError, match="no .parquet files in it"):
         import_distillkit(tmp_path, tmp_path / "c", tokenizer=tokenizer)

@@ -1,5 +1,6 @@
 import glob
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -8,8 +9,9 @@ import pytest
 
 from logitcache import export
 from logitcache.cache import Cache
-from logitcache.errors import InputError, ShardCorruptError, WriteError
+from logitcache.errors import CacheBusyError, InputError, NotACacheError, ShardCorruptError, WriteError
 from logitcache.export import export_parquet
+from logitcache.files import whole_directory
 from logitcache.schema import SCHEMA
 from tests import tiny
 
@@ -48,6 +50,7 @@ def test_the_columns_are_those_of_a_shard_and_plain_lists(cache, tmp_path) -> No
         "list<element: list<element: float>>",
         "list<element: float>",
     ]
+    assert schema.field("tail").metadata[b"unit"] == b"log of the mass outside ids, nats"
     assert json.loads(schema.metadata[b"logitcache.identity"])["teacher"] == "tiny"
     columns = pq.ParquetFile(tmp_path / "out" / "unit-000000.parquet").metadata.row_group(0)
     assert {columns.column(i).compression for i in range(columns.num_columns)} == {"ZSTD"}
@@ -71,8 +74,29 @@ def test_pandas_opens_the_files(cache, tmp_path) -> None:
 
 
 def test_a_directory_that_holds_something_is_refused(cache, tmp_path) -> None:
-    with pytest.raises(InputError, match="holds something already"):
-        export_parquet(cache.path, cache.path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine").write_text("mine")
+    with pytest.raises(NotACacheError, match="holds something already"):
+        export_parquet(cache.path, tmp_path / "out")
+
+
+def test_a_place_inside_the_cache_is_refused(cache, tmp_path) -> None:
+    (tmp_path / "link").symlink_to(cache.path / "shards")
+    for out in (cache.path, cache.path / "shards" / "out", tmp_path / "link" / "out"):
+        with pytest.raises(InputError, match="lies in the cache .*; give --out a directory outside it"):
+            export_parquet(cache.path, out)
+
+
+def test_an_export_beside_another_to_the_same_place_is_refused(cache, tmp_path) -> None:
+    with whole_directory(tmp_path / "out"), pytest.raises(CacheBusyError, match="out is written by another process"):
+        export_parquet(cache.path, tmp_path / "out")
+
+
+def test_the_empty_directory_one_stands_in_becomes_the_export(cache, tmp_path, monkeypatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    assert export_parquet(cache.path, Path(".")).files == 3
+    assert len(list((tmp_path / "out").iterdir())) == 3
 
 
 def test_a_damaged_shard_leaves_nothing_behind(cache, tmp_path) -> None:

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -6,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from logitcache import filters
 from logitcache.codec import encode
 from logitcache.errors import InputError
 from logitcache.filters import Filter
@@ -16,7 +18,7 @@ from tests import tiny
 METADATA = [
     {"level": 1, "kind": "sum", "from": {"seed": 3, "deep": {"er": "x"}}, "hard": False},
     {"level": 5, "kind": "two words", "from": {"seed": 4}, "hard": True},
-    {"level": "7", "kind": 3, "a.b": 9},
+    {"level": "7", "kind": 3, "a.b": 9, "large": 10**400},
     {},
 ]
 
@@ -78,6 +80,8 @@ def batch() -> pa.RecordBatch:
         ("meta.from.seed<4", [0]),
         ("meta.from.deep.er=x", [0]),
         ("meta.a.b=9", [2]),
+        ("meta.large>1e300", [2]),
+        ("meta.large=5", []),
         ("meta.hard", [1]),
         ("not meta.hard", [0]),
         ("meta.hard=false", [0]),
@@ -139,8 +143,20 @@ def test_a_metadata_name_that_no_trace_has_is_refused_with_the_nearest(batch) ->
     assert [mask.tolist() for mask in Filter.parse("meta.a.b=9").select(batches)] == [[False], [False, True, False]]
     with pytest.raises(InputError, match=r"meta.levle: no trace has it; did you mean meta.level\?"):
         Filter.parse("meta.levle>1 and correct").select(batches)
+    with_null = batch.slice(0, 1).set_column(
+        (place := SCHEMA.get_field_index("metadata")), SCHEMA.field(place), pa.array(['{"n": null, "in": {"m": null}}'])
+    )
+    for name in ("n", "in.m"):
+        assert Filter.parse(f"meta.{name}=none").select([with_null])[0].tolist() == [True], "there, and null"
     with pytest.raises(InputError, match="the prompts have no metadata"):
         Filter.parse("meta.level>1").select([batch.slice(3, 1)])
+
+
+def test_metadata_is_parsed_once_a_trace(batch, monkeypatch) -> None:
+    parsed = []
+    monkeypatch.setattr(filters.json, "loads", lambda text, loads=json.loads: parsed.append(text) or loads(text))
+    Filter.parse("meta.level>=1 and meta.hard").select([batch.slice(0, 2)])
+    assert len(parsed) == 2
 
 
 @given(st.text(alphabet="correct not and tokens meta.x<>=!'\" 19.\n\\", max_size=40))

@@ -17,8 +17,8 @@ import yaml
 
 from logitcache import manifest
 from logitcache.cache import Cache
-from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, ShardCorruptError
-from logitcache.hub import card, pull, push
+from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, ShardCorruptError, WriteError
+from logitcache.hub import _reaching, card, pull, push
 from tests import tiny
 
 constants = pytest.importorskip("huggingface_hub.constants")
@@ -69,6 +69,9 @@ class Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(data)
 
+    def visibility(self, repo: str) -> dict[str, bool]:
+        return {"private": self.server.private[repo]} if repo in self.server.private else {}
+
     def handle_any(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
         if self.headers.get("Authorization") != f"Bearer {TOKEN}":
@@ -103,7 +106,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer({})
         commit, tree = self.server.tree(repo, revision)
         if verb == "revision":
-            return self.answer({"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in tree]})
+            return self.answer(
+                {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in tree]} | self.visibility(repo)
+            )
         if verb == "tree":
             files = [{"type": "file", "path": n, "size": len(d), "oid": blob(d)} for n, d in tree.items()]
             return self.answer(files)
@@ -235,7 +240,91 @@ def test_a_shard_that_was_damaged_on_the_hub_is_not_pulled(hub, cache, tmp_path)
     tree["shards/unit-000001.arrow"] = tree["shards/unit-000001.arrow"][:-1] + b"x"
     with pytest.raises(ShardCorruptError, match="me/traces: unit-000001: .* checksum"):
         pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out.part"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["manifest.json", "shards/unit-000001.arrow"])
+def test_what_was_damaged_on_the_way_is_fetched_again_and_nothing_else(hub, cache, tmp_path, monkeypatch, name) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    from huggingface_hub import HfApi
+
+    download = HfApi.snapshot_download
+
+    def damage(self, repo, **options):
+        download(self, repo, **options)
+        path = Path(options["local_dir"]) / name
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    monkeypatch.setattr(HfApi, "snapshot_download", damage)
+    with pytest.raises(ShardCorruptError, match=f"me/traces: {Path(name).stem}.*; run the same command again"):
+        pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    monkeypatch.setattr(HfApi, "snapshot_download", download)
+    hub.read.clear()
+    pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    shard = ["shards/unit-000001.arrow", "shards/unit-000001.json"]
+    assert sorted(hub.read) == (["manifest.json"] if name == "manifest.json" else shard)
+    assert [t.trace_id for t in Cache.open(tmp_path / "out")] == cache.trace_ids
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_finished_during_a_push_waits_for_the_next(hub, cache, monkeypatch) -> None:
+    from logitcache import hub as module
+
+    def late(*_) -> None:
+        for suffix in (".arrow", ".json"):
+            shutil.copy(cache.path / f"shards/unit-000000{suffix}", cache.path / f"shards/unit-000002{suffix}")
+
+    monkeypatch.setattr(module, "_refuse_another", late)
+    push(cache.path, "me/traces", token=TOKEN)
+    assert not any("unit-000002" in path for path in hub.tree("me/traces", "main")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("private", "said"), [(True, "is private; leave out"), (False, "is public; give")])
+def test_a_repository_that_others_see_otherwise_than_asked_is_refused(hub, cache, private, said) -> None:
+    push(cache.path, "me/traces", token=TOKEN, private=private)
+    hub.sent.clear()
+    with pytest.raises(InputError, match=f"me/traces {said} --public"):
+        push(cache.path, "me/traces", token=TOKEN, private=not private)
+    assert hub.sent == []
+
+
+@pytest.mark.slow
+def test_a_damaged_manifest_on_the_hub_is_named_by_its_repository(hub, cache, tmp_path) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    tree = hub.repos["me/traces"]["main"][-1]
+    tree["manifest.json"] = tree["manifest.json"][:-1] + b"\xff"
+    with pytest.raises(ShardCorruptError, match="^me/traces/manifest.json: not the bytes"):
+        push(cache.path, "me/traces", token=TOKEN)
+    with pytest.raises(ShardCorruptError, match="^me/traces: manifest.json: not the bytes"):
+        pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+
+
+@pytest.mark.slow
+def test_a_card_that_is_no_utf8_is_kept_there_and_refused_here(hub, cache) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    hub.repos["me/traces"]["main"][-1]["README.md"] = b"\xff mine"
+    push(cache.path, "me/traces", token=TOKEN)
+    assert hub.tree("me/traces", "main")[1]["README.md"] == b"\xff mine"
+    (cache.path / "README.md").write_bytes(b"\xff here")
+    with pytest.raises(InputError, match="README.md: a card must be UTF-8; save it so"):
+        push(cache.path, "me/traces", token=TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), WriteError, "this machine refuses .*; mend that"),
+        (OSError(28, "No space left on device"), WriteError, "this machine refuses .*; free some space"),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), LogitcacheError, "cannot be reached"),
+        (ConnectionResetError(104, "Connection reset by peer"), LogitcacheError, "cannot be reached"),
+    ],
+)
+def test_errors_of_this_machine_are_not_blamed_on_the_network(error, kind, said) -> None:
+    with pytest.raises(kind, match=f"me/traces: .*{said}") as raised, _reaching("me/traces"):
+        raise error
+    assert type(raised.value) is kind
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from logitcache import manifest, shard
+from logitcache.block import seal, unseal
 from logitcache.cache import Cache
 from logitcache.derive import SECTIONS
 from logitcache.errors import CacheBusyError, IdentityError, InputError, NotACacheError, ShardCorruptError
@@ -292,6 +293,13 @@ def test_a_verifier_judges_anew_and_where_sees_it(tmp_path, path) -> None:
     assert verify(tmp_path / "right", workers=1) == []
 
 
+def test_traces_that_a_verifier_cannot_judge_are_counted(tmp_path, path) -> None:
+    made = [replace(t, text="The answer is 7", answer="7" if i % 3 else None) for i, t in enumerate(Cache.open(path))]
+    write(tmp_path / "c", made, tiny.identity())
+    assert "(16 correct, 8 without a verdict)" in slice_cache(tmp_path / "c", tmp_path / "a", verifier="exact").text()
+    assert "without" not in slice_cache(tmp_path / "c", tmp_path / "b", top_k=4).text(), "nobody was asked"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -426,8 +434,18 @@ def test_traces_scored_on_different_crops_do_not_mix(tmp_path) -> None:
     for name in ("left:0.5", "right:0.5"):
         write(tmp_path / name, tiny.traces(2, 2), replace(tiny.identity(), derived=[f"score --crop {name}"]))
     merge([tmp_path / "left:0.5", tmp_path / "left:0.5"], tmp_path / "alike")
-    with pytest.raises(IdentityError, match=r"derived = \['score --crop left:0.5'\], .*merge caches .* scored alike"):
+    with pytest.raises(IdentityError, match=r"derived = \['score --crop left:0.5'\], .*merge caches whose derived"):
         merge([tmp_path / "left:0.5", tmp_path / "right:0.5"], tmp_path / "out")
+
+
+def test_imports_that_differ_are_refused_with_what_was_done_to_each(tmp_path) -> None:
+    for name, words in (("a", "import --from distillkit"), ("b", "import --from distillkit --exact-part-only")):
+        write(
+            tmp_path / name, tiny.traces(2, 2), replace(tiny.identity(), derived=[words, f"slice --limit {len(name)}"])
+        )
+    message = r"derived = \['import --from distillkit', .* \['import --from distillkit --exact-part-only', .*differs in"
+    with pytest.raises(IdentityError, match=message):
+        merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
 
 def test_an_allowed_difference_is_written_down(tmp_path) -> None:
@@ -499,6 +517,8 @@ def test_shares_are_about_what_was_asked(tmp_path) -> None:
     [
         ([0.7, 0.4], "1 at most together"),
         ([0.5, 0.0], "each above 0"),
+        ([0.5, float("nan")], "each above 0"),
+        ([1.5], "1 at most"),
         ([0.999, 0.001], r"b: its share of 0.001 gets none of the 12 prompts"),
         ([], "for each part"),
     ],
@@ -508,6 +528,8 @@ def test_a_split_that_cannot_be_is_refused_before_anything_is_written(tmp_path, 
         split(path, [(tmp_path / name, share) for name, share in zip("ab", shares, strict=False)])
     with pytest.raises(InputError, match="no directory twice"):
         split(path, [(tmp_path / "a", 0.5), (tmp_path / "a", 0.5)])
+    with pytest.raises(InputError, match="a/b lies in another part"):
+        split(path, [(tmp_path / "a" / "b", 0.5), (tmp_path / "a", 0.5)])
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
@@ -559,9 +581,28 @@ def test_a_block_that_cannot_be_decoded_is_named_by_shard_and_trace(tmp_path, pa
     def fails(*_):
         raise ShardCorruptError("a top-k block does not match its checksum")
 
-    monkeypatch.setattr(shard.Shard, "trace", fails)
-    with pytest.raises(ShardCorruptError, match=r"unit-000000\.arrow: trace 0{32}: a top-k block"):
-        slice_cache(path, tmp_path / "out", top_k=4)
+    monkeypatch.setattr(shard, "from_batch", fails)
+    for run in (lambda: slice_cache(path, tmp_path / "out", top_k=4), lambda: Cache.open(path)[0]):
+        with pytest.raises(ShardCorruptError, match=r"unit-000000\.arrow: trace 0{32}: a top-k block"):
+            run()
+
+
+@pytest.mark.parametrize("top_p", [None, 0.9])
+def test_a_row_that_holds_an_id_twice_is_found_and_refused_by_shard_and_trace(tmp_path, top_p) -> None:
+    """Such a block decodes, but no encoder of ours makes one."""
+    made = [replace(t, rows=trim(t.rows, top_p=top_p, min_k=2)) for t in tiny.traces(2, 2)]
+    encoded = [shard.EncodedTrace.of(t, tiny.identity()) for t in made]
+    header, columns = unseal(encoded[1].record["topk"])
+    delta_N, second = columns.id_N.copy(), made[1].row_offsets[3] + 1
+    repeated, delta_N[second] = int(delta_N[second - 1]), 0
+    encoded[1].record["topk"] = seal(header, columns._replace(id_N=delta_N), 1)
+    manifest.create_or_match(tmp_path / "c", tiny.identity())
+    shard.write(tmp_path / "c" / shard.DIRECTORY, 0, encoded, tiny.identity(), {})
+    (problem,) = verify(tmp_path / "c", workers=1)
+    assert str(problem) == f"unit-000000: trace {1:032x}: column topk: row 3 holds id {repeated} twice"
+    with pytest.raises(ShardCorruptError, match=rf"unit-000000\.arrow: trace {1:032x}: a row holds an id twice"):
+        slice_cache(tmp_path / "c", tmp_path / "out", sections=("prompt", "reasoning"))
+    assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """Several processes, one cache; the last test has real engines and real kills."""
 
+import os
 import random
 import signal
 import subprocess
@@ -131,18 +132,21 @@ def test_three_workers_killed_twenty_times_make_each_trace_once(embedded_teacher
     """Real processes with real engines, ended by SIGKILL: at any moment, and moments after they published something."""
     out, rng, count, traces = tmp_path / "c", random.Random(0), 3, 480
     settings = (
-        "--max-tokens 32 --unit-size 2 --top-k 16 --engine-arg max_num_seqs=2 --engine-arg max_model_len=512 "
+        "--max-tokens 16 --unit-size 2 --top-k 16 --engine-arg max_num_seqs=2 --engine-arg max_model_len=512 "
         "--engine-arg enforce_eager=true --engine-arg kv_cache_memory_bytes=50000000"
     )
     command = [
         str(Path(sys.executable).with_name("logitcache")), "generate", f"gym:gsm_symbolic?size={traces}&seed=5",
         "--teacher", str(embedded_teacher), "--out", str(out), *settings.split(),
     ]  # fmt: skip
+    # Three engines on a few cores: threads that are bound to a core and wait by spinning would starve each other.
+    one_core = os.environ | {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     logs = [(tmp_path / f"{index}.log").open("ab") for index in range(count)]
     engines: list[psutil.Process] = []
 
     def start(index: int) -> subprocess.Popen:
-        return subprocess.Popen([*command, "--worker", f"{index}/{count}"], stdout=logs[index], stderr=logs[index])
+        worker = [*command, "--worker", f"{index}/{count}"]
+        return subprocess.Popen(worker, stdout=logs[index], stderr=logs[index], env=one_core)
 
     def units(index: int) -> int:
         return sum(int(p.stem[5:]) % count == index for p in (out / "shards").glob("unit-*.json"))
