@@ -279,6 +279,7 @@ def test_the_operator_keeps_the_rules_of_torch_library():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_torch_compile_keeps_it_whole(backend):
     hidden_NH, weight_VH, _, targets = problem(dtype=torch.float32)

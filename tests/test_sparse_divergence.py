@@ -336,6 +336,7 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="the interpreter does not compile")
 def test_the_kernel_compiles_for_an_h100_without_spills_and_with_128_bit_loads(own_cache):
     check_compiled(compile_rows(90))

@@ -137,6 +137,7 @@ MATH = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("text", "gold", "right"), MATH)
 def test_math_compares_by_value(text, gold, right):
     assert verdict("math", text, gold, {}) is right
