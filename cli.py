@@ -261,26 +261,86 @@ def score(
 
 @app.command(short_help="Distil a student from a cache.")
 def train(
-    cache: Annotated[Path, typer.Argument(help="What `logitcache generate` wrote.")],
+    caches: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="CACHE...", help="What `logitcache generate` wrote. Of several, each trace counts once."),
+    ] = None,
+    *,
     student: Annotated[str, typer.Option(help="Model folder or hub id, with the teacher's tokenizer.")],
     out: Annotated[Path, typer.Option(help="The run: a new directory, or one to go on with.")],
-    view: Annotated[str, typer.Option(help="What the student sees of each trace.")] = "full",
+    mix: Annotated[
+        list[str] | None,
+        typer.Option(metavar="CACHE=SHARE", help="A cache and its share of the tokens, such as a=0.7. Repeatable."),
+    ] = None,
+    view: Annotated[
+        str, typer.Option(help="What the student sees of each trace, and learns from it: see above.")
+    ] = "full",
     sections: Annotated[
         str, typer.Option(help="Whose tokens it is taught: any of prompt,reasoning,answer.")
     ] = "prompt,reasoning,answer",
+    where: Annotated[
+        str | None, typer.Option(help="Learn from traces such as 'correct and tokens<=8192' only. [default: all]")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Ids of a row; the rest joins the tail. [default: all]")] = None,
     held_out: Annotated[
         float, typer.Option(help="Share of the prompts kept for evaluation; none is on both sides.")
     ] = 0.05,
+    divergence: Annotated[
+        str | None,
+        typer.Option(
+            help="forward_kl, reverse_kl, jsd, skewed_forward_kl, skewed_reverse_kl or tv. [default: forward_kl]"
+        ),
+    ] = None,
+    tail: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of the mass outside a row: bucket (one more outcome), support (both sides renormalised "
+            "on the row's ids) or sampled (the token the teacher said carries it). [default: bucket]"
+        ),
+    ] = None,
+    beta: Annotated[float | None, typer.Option(help="The teacher's share of jsd's mixture. [default: 0.5]")] = None,
+    alpha: Annotated[float | None, typer.Option(help="Skew of the skewed divergences. [default: 0.1]")] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Of both sides; other than 1 with --tail support only. [default: 1]")
+    ] = None,
+    ce_weight: Annotated[
+        float | None, typer.Option(help="Of the cross-entropy with the teacher's tokens, added. [default: 0]")
+    ] = None,
+    section_weight: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SECTION=WEIGHT", help="Of the loss there, such as answer=2. Repeatable. [default: 1]"),
+    ] = None,
+    lora_rank: Annotated[
+        int | None, typer.Option(help="Train a LoRA adapter of this rank, by peft. [default: all weights]")
+    ] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="Its scale. [default: twice the rank]")] = None,
     dtype: Annotated[
         str | None, typer.Option(help="bf16 (float32 weights, bfloat16 arithmetic) or fp32. [default: bf16 on CUDA]")
     ] = None,
+    attention: Annotated[
+        str | None, typer.Option(help="As transformers names it, such as flash_attention_2. [default: the model's]")
+    ] = None,
     tokens_per_batch: Annotated[
-        int | None, typer.Option(help="Tokens a device is fed at a time. [default: 4096]")
+        int | None,
+        typer.Option(help="Tokens of whole traces that a device takes at a time, whatever the view cuts. [default: 4096]"),
+    ] = None,
+    packing: Annotated[
+        bool | None,
+        typer.Option(help="Feed traces behind one another instead of padded. [default: with flash attention]"),
+    ] = None,
+    gradient_checkpointing: Annotated[
+        bool | None, typer.Option("--gradient-checkpointing", help="Trade time for memory: run each layer twice.")
+    ] = None,
+    compile_: Annotated[
+        bool | None, typer.Option("--compile", help="torch.compile the student, all but its head.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="[default: 3]")] = None,
     max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimiser steps. [default: off]")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="[default: 1e-4]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of traces. [default: 0]")] = None,
+    report_to: Annotated[
+        str | None, typer.Option(help="wandb, tensorboard, trackio or another that transformers knows. [default: none]")
+    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option(
@@ -290,24 +350,94 @@ def train(
         ),
     ] = None,
 ) -> None:
-    """A student learns the teacher's distributions from CACHE, by forward KL; the teacher is never loaded.
+    """A student learns the teacher's distributions from a cache; the teacher is never loaded.
 
-    OUT then holds the model with its tokenizer and run.json. Run the same command again to go on after a stop.
+    OUT then holds the model with its tokenizer and run.json. Run the same command again to go on after a stop. Under
+    torchrun or accelerate every process takes its share of each step, with the same result.
 
-    Example: logitcache train math-cache --student Qwen/Qwen3-0.6B --out math-student --epochs 2
+    \b
+    VIEW is one of the first seven, and any of the last three behind it (+):
+    full             all tokens, every cached row
+    lsp:P            the first P of all tokens
+    reasoning-lsp:P  the first P of the reasoning; then the answer, by CE
+    trsd:DIST        the answer's rows after the reasoning's first part
+    left:P           all of a cache of `score --crop left:P`
+    middle:P         all of a cache of `score --crop middle:P`
+    right:P          all of a cache of `score --crop right:P`
+    both-ends:P      the first and the last P/2 of the rows
+    random-mask:P    P of the rows, the same in every epoch
+    token-matched    as many rows of each section as its smallest has
+
+    Examples:
+
+    logitcache train math-cache --student Qwen/Qwen3-0.6B --out math-student --epochs 2
+
+    logitcache train math-cache --student Qwen/Qwen3-0.6B --out half --view lsp:0.5 --sections reasoning --where correct
     """
     from logitcache.report import describe_run
-    from logitcache.student.run import TrainOptions
+    from logitcache.student.options import TrainOptions
     from logitcache.student.run import train as run
 
+    given = {
+        name: value for name, value in locals().items() if name in TrainOptions.__dataclass_fields__ and name != "cache"
+    }
     options = TrainOptions(
-        cache, student, out, view, tuple(name.strip() for name in sections.split(",")), held_out, dtype,
-        tokens_per_batch, epochs, max_steps, learning_rate, seed, _pairs("--set", set_),
+        **given | {"sections": _names(sections)}, cache=_caches(caches, mix), compile=compile_,
+        section_weights=_numbers("--section-weight", section_weight) or None, set=_pairs("--set", set_),
     )  # fmt: skip
     finished = run(options)
     typer.echo(describe_run(finished, out))
     if finished["status"] == "stopped":
         raise typer.Exit(_signal_code(finished["signal"]))
+
+
+@app.command("eval", short_help="Hold a student against its teacher, on held-out traces.")
+def eval_(
+    cache: ACache,
+    student: Annotated[
+        str, typer.Option(help="A run, one of its checkpoints, a model folder, a LoRA adapter or a hub id.")
+    ],
+    held_out: Annotated[
+        float | None, typer.Option(help="Share of the prompts, as in train. [default: the run's, or 0.05]")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="All traces, not those held out only.")] = False,
+    where: Annotated[str | None, typer.Option(help="Only traces such as 'correct'. [default: all of them]")] = None,
+    view: Annotated[str, typer.Option(help="What the student sees of each trace.")] = "full",
+    sections: Annotated[str, typer.Option(help="Of which tokens: any of prompt,reasoning,answer.")] = (
+        "prompt,reasoning,answer"
+    ),
+    tokens_per_batch: Annotated[int, typer.Option(help="Tokens fed at a time.")] = 4096,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32. [default: bf16 on CUDA]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """KL, top-1 agreement, calibration and the tail, by section and by place in the completion.
+
+    Example: logitcache eval math-cache --student math-student
+    """
+    from logitcache.report import describe_evaluation
+    from logitcache.student.evaluate import EvalOptions, evaluate_run
+
+    found = evaluate_run(
+        EvalOptions(cache, student, held_out, everything, where, view, _names(sections), tokens_per_batch, dtype)
+    )
+    typer.echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
+
+
+@app.command(short_help="Set runs side by side.")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Directories that train wrote, finished or not.")],
+    out: Annotated[Path | None, typer.Option(help="A directory for curves.png. [default: no picture]")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """What runs were set to where they differ, how far they came, and what it cost.
+
+    Example: logitcache compare full lsp-50 answer-only --out figures
+    """
+    from logitcache.report import describe_comparison
+    from logitcache.student.compare import compare as run
+
+    found = run(runs, out)
+    typer.echo(json.dumps(found, indent=1) if as_json else describe_comparison(found))
 
 
 @app.command(short_help="Say what a cache holds.")
@@ -571,6 +701,33 @@ def _generate_options(
         worker=_worker(worker),
         **options,
     )
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name.strip() for name in text.split(","))
+
+
+def _numbers(option: str, given: list[str] | None) -> dict[str, float]:
+    """NAME=NUMBER settings."""
+    numbers = {}
+    for item in given or []:
+        name, _, number = item.rpartition("=")
+        try:
+            numbers[name or "?"] = float(number)
+        except ValueError:
+            name = ""
+        if not name:
+            raise InputError(f"{option} {item!r}: write NAME=NUMBER")
+    return numbers
+
+
+def _caches(given: list[str] | None, mix: list[str] | None) -> Any:
+    """Caches each taken whole, or with shares: `--mix a=0.7 b=0.3` and `--mix a=0.7 --mix b=0.3` mean the same."""
+    if not mix:
+        if not given:
+            raise InputError("give a cache to learn from, or several, or --mix CACHE=SHARE")
+        return [Path(name) for name in given]
+    return {Path(name): share for name, share in _numbers("--mix", [*mix, *(given or [])]).items()}
 
 
 def _markers(text: str | None) -> Any:

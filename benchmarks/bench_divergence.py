@@ -3,25 +3,29 @@
     python benchmarks/bench_divergence.py                   the whole table on the GPU, appended to results/<gpu>.csv
     python benchmarks/bench_divergence.py --device cpu      the same table, small
     python benchmarks/bench_divergence.py --json            an object a line
-    python benchmarks/bench_divergence.py --plot out.svg    the newest run in results/<machine>.csv, with matplotlib
+    python benchmarks/bench_divergence.py --plot out.png    the newest run in results/<machine>.csv, with matplotlib
+    python benchmarks/bench_divergence.py --table           the same as a table in Markdown
 
-Needs torch, and triton on a GPU. Others are measured where they are installed and skipped by name where they are not.
-All implementations of a case take turns, so that a slow moment of the machine hits each of them. Extra memory is the
-peak beyond inputs and gradients: the allocator's on a GPU, the resident set's on Linux CPUs.
+Needs torch, and triton on a GPU. Others are measured where they are installed; what is missing, fails or takes too long
+is skipped by name, and what leaves the GPU unusable is skipped by a fresh process. All implementations of a case take
+turns, so that a slow moment of the machine hits each of them; `of_torch` is the median of the quotients of the turns.
+Extra memory is the peak beyond inputs and gradients: the allocator's on a GPU, the resident set's on Linux CPUs.
 """
 
 import argparse
-import csv
 import gc
 import importlib
 import json
+import os
 import platform
+import signal
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -31,6 +35,9 @@ from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+sys.path.append(str(ROOT / "benchmarks"))  # some other package may own the name `benchmarks`
+
+from divergence_report import plot, save, table  # noqa: E402
 
 from logitcache.kernels import linear  # noqa: E402
 from logitcache.kernels.linear import linear_sparse_divergence  # noqa: E402
@@ -42,7 +49,8 @@ PEAK = {"H100": 790e12, "H200": 790e12}  # bf16 FLOP/s that long matrix products
 BANDWIDTH = 3.0e12  # bytes/s an H100 streams
 GPU_SHAPES = [(4096, 128256), (2048, 128256), (4096, 151936), (2304, 262144)]
 GPU_ROWS = [8192, 2048, 16384]
-CPU_CASES = [(512, 576, 49152), (2048, 576, 49152), (512, 2048, 49152), (512, 1024, 128256)]
+CPU_SHAPES = [(512, 576, 49152), (2048, 576, 49152), (512, 2048, 49152), (2048, 2048, 49152), (512, 1024, 128256)]
+PATIENCE = 60.0  # seconds for the first two steps of an implementation, which compile
 
 
 @dataclass(frozen=True)
@@ -62,10 +70,13 @@ class Result:
     ms: list[float] = field(default_factory=list)
     extra_mib: float | None = None
     floor_ms: float | None = None
+    of_torch: float | None = None
 
     def row(self) -> dict:
         low, median, high = (
-            (statistics.quantiles(self.ms, n=10)[i] for i in (1, 4, 7)) if len(self.ms) > 1 else self.ms * 3
+            (statistics.quantiles(self.ms, n=10, method="inclusive")[i] for i in (1, 4, 7))
+            if len(self.ms) > 1
+            else self.ms * 3
         )
         share = self.floor_ms / median if self.floor_ms else None
         return {
@@ -76,7 +87,12 @@ class Result:
             "ms_p80": round(high, 3),
             "extra_mib": None if self.extra_mib is None else round(self.extra_mib, 1),
             "floor_share": None if share is None else round(share, 3),
+            "of_torch": None if self.of_torch is None else round(self.of_torch, 3),
         }
+
+
+class Lost(Exception):
+    """A CUDA error that this process cannot recover from; the argument is the implementation's name."""
 
 
 class Problem:
@@ -131,6 +147,7 @@ def implementations(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]
         return lambda: naive(p.hidden_NH, p.weight_VH, p.targets, divergence).backward()
 
     def torch_compiled() -> Step:
+        torch.compiler.reset()  # after 8 shapes of one function dynamo would fall back to eager
         compiled, padded = torch.compile(_naive, dynamic=False), p.targets.padded()
         return lambda: compiled(p.hidden_NH, p.weight_VH, *padded, p.targets.log_tail, divergence).backward()
 
@@ -233,66 +250,102 @@ def _kib(status: Path, name: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
 
 
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    def late(*_):
+        raise TimeoutError(f"no result after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def excuse(name: str, error: Exception, device: str) -> None:
+    """Say why an implementation is left out. Raises: Lost where the GPU does not answer any more."""
+    text = str(error).strip().splitlines() or [""]
+    short = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {text[0]}"
+    say(f"  {name}: skipped, {short}")
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception:
+            raise Lost(name) from error
+
+
 def run_case(
-    case: Case, device: str, reps: int, steps: dict[str, Callable[[Problem], Step]] | None = None
+    case: Case,
+    device: str,
+    reps: int,
+    steps: dict[str, Callable[[Problem], Step]] | None = None,
+    skip: tuple[str, ...] = (),
+    until: float = float("inf"),
 ) -> list[Result]:
-    """Every implementation, or the given steps, in turns."""
+    """Every implementation, or the given steps, in turns; turns end early at `until`, a time of `time.monotonic`."""
     problem, clock = Problem(case, device), Clock(device)
     made: list[tuple[Result, Step]] = []
     makers = implementations(problem) if steps is None else [(n, lambda s=s: s(problem)) for n, s in steps.items()]
     for name, make in makers:
+        if name in skip or time.monotonic() > until:
+            say(f"  {name}: skipped, {'as asked' if name in skip else 'out of time'}")
+            continue
         try:
-            step = make()
-            step()  # compile, allocate workspaces
-            made.append((Result(name, case, extra_mib=clock.extra_mib(step, problem)), step))
-        except ImportError as error:
-            say(f"  {name}: skipped, {error}")
-        except torch.OutOfMemoryError:
-            say(f"  {name}: out of memory")
-        except Exception as error:  # another project's failure must not end the run
-            if name == "logitcache":
-                raise
-            say(f"  {name}: failed, {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+            with patience(PATIENCE):
+                step = make()
+                step()  # compile, allocate workspaces
+                made.append((Result(name, case, extra_mib=clock.extra_mib(step, problem)), step))
+        except Exception as error:  # nobody's failure ends the run
+            excuse(name, error, device)
         problem.clear()
         if device == "cuda":
             torch.cuda.empty_cache()
-    for turn in range(reps):
+    turn, slow = 0, float("inf")
+    while turn < reps and made and (turn == 0 or time.monotonic() < until):
         for result, step in made[turn % len(made) :] + made[: turn % len(made)]:
+            if turn > 1 and result.ms[0] > slow:
+                continue
             try:
-                if sum(result.ms) < 30e3:  # a slow one gets fewer turns
-                    result.ms.append(clock.time(step))
-            except torch.OutOfMemoryError:
-                say(f"  {result.impl}: out of memory")
+                result.ms.append(clock.time(step))
+            except Exception as error:
+                excuse(result.impl, error, device)
+                made = [(other, its) for other, its in made if other is not result]
             problem.clear()
-    flop = 6 * case.N * case.V * case.H
-    bare = [min(r.ms) for r, _ in made if r.impl == "matrix products"]
+        turn += 1
+        slow = 4 * min((result.ms[0] for result, _ in made), default=0.0)  # who takes that long has two turns
+    results = [result for result, _ in made]
+    by_name = {result.impl: result for result in results}
+    bare, base = by_name.get("matrix products"), by_name.get("torch")
     rate = peak() if device == "cuda" else None
-    floor_ms = flop / rate * 1e3 if rate else min(bare, default=None)
-    for result, _ in made:
-        result.floor_ms = floor_ms
-    return [result for result, _ in made if result.ms]
+    for result in results:
+        result.floor_ms = 6 * case.N * case.V * case.H / rate * 1e3 if rate else min(bare.ms) if bare else None
+        if base:
+            result.of_torch = statistics.median(a / b for a, b in zip(result.ms, base.ms, strict=False))
+    return results
 
 
 def peak() -> float | None:
     return next((rate for name, rate in PEAK.items() if name in torch.cuda.get_device_name()), None)
 
 
-def sweeps(reps: int) -> Iterator[list[Result]]:
+def sweeps(reps: int, until: float) -> Iterator[list[Result]]:
     """Chunks, the dtype of dW, k, every divergence; and the row kernel alone by warps and vectors."""
     base = Case(8192, 4096, 128256)
 
     def ours(**more) -> Callable[[Problem], Step]:
         return lambda p: lambda: linear_sparse_divergence(p.hidden_NH, p.weight_VH, p.targets, **more).backward()
 
-    yield run_case(base, "cuda", reps, {f"logitcache chunk={c}": ours(chunk_rows=c) for c in (512, 1024, 2048, 4096)})
+    tables = [(base, {f"logitcache chunk={c}": ours(chunk_rows=c) for c in (512, 1024, 2048, 4096)})]
     dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-    yield run_case(base, "cuda", reps, {f"logitcache dW {n}": ours(accumulate=d) for n, d in dtypes.items()})
-    tails = {f"logitcache {d}": ours(divergence=d) for d in DIVERGENCES}
-    tails["logitcache support"] = ours(tail="support")
-    tails["logitcache with cross-entropy"] = ours(ce_weight=0.1)
-    yield run_case(base, "cuda", reps, tails)
-    for k in (1, 8, 256):
-        yield run_case(Case(8192, 4096, 128256, k), "cuda", reps, {"logitcache": ours()})
+    tables.append((base, {f"logitcache dW={name}": ours(accumulate=dtype) for name, dtype in dtypes.items()}))
+    kinds = {f"logitcache divergence={d}": ours(divergence=d) for d in DIVERGENCES}
+    kinds |= {"logitcache tail=support": ours(tail="support"), "logitcache ce=0.1": ours(ce_weight=0.1)}
+    tables.append((base, kinds))
+    tables += [(replace(base, k=k), {f"logitcache k={k}": ours()}) for k in (1, 8, 64, 256)]
+    for case, steps in tables:
+        yield run_case(case, "cuda", reps, steps, until=until)
     from logitcache.kernels.sparse_divergence import sparse_divergence_
 
     for vocab in (128256, 151936):
@@ -307,7 +360,11 @@ def sweeps(reps: int) -> Iterator[list[Result]]:
                 def step(tile=tile, problem=problem, logits_NV=logits_NV):
                     sparse_divergence_(logits_NV, problem.targets, Objective.of(), **tile)
 
-                result.ms = [clock.time(step) for _ in range(reps + 3)][3:]
+                try:
+                    result.ms = [clock.time(step) for _ in range(reps + 3)][3:]
+                except Exception as error:
+                    excuse(result.impl, error, "cuda")
+                    continue
                 result.floor_ms = 2 * logits_NV.nbytes / BANDWIDTH * 1e3
                 results.append(result)
         yield results
@@ -320,13 +377,15 @@ def say(text: str) -> None:
 def show(results: list[Result]) -> None:
     case = results[0].case
     print(f"\n{case.divergence}  N={case.N} H={case.H} V={case.V} k={case.k} {case.dtype}")
-    print(f"{'':34}{'ms median':>12}{'p20':>10}{'p80':>10}{'extra MiB':>12}{'of floor':>10}")
+    heads = f"{'ms median':>12}{'p20':>10}{'p80':>10}{'of torch':>10}{'extra MiB':>12}{'of floor':>10}"
+    print(f"{'':34}{heads}")
     for row in (r.row() for r in results):
-        extra = "" if row["extra_mib"] is None else f"{row['extra_mib']:.0f}"
-        share = "" if row["floor_share"] is None else f"{row['floor_share']:.1%}"
-        print(
-            f"{row['impl']:34}{row['ms_median']:12.2f}{row['ms_p20']:10.2f}{row['ms_p80']:10.2f}{extra:>12}{share:>10}"
+        ratio, extra, share = (
+            "" if row[name] is None else f"{row[name]:{spec}}"
+            for name, spec in (("of_torch", ".2f"), ("extra_mib", ".0f"), ("floor_share", ".1%"))
         )
+        times = f"{row['ms_median']:12.2f}{row['ms_p20']:10.2f}{row['ms_p80']:10.2f}"
+        print(f"{row['impl']:34}{times}{ratio:>10}{extra:>12}{share:>10}", flush=True)
 
 
 def machine(device: str) -> str:
@@ -337,47 +396,17 @@ def machine(device: str) -> str:
     return f"{name.replace(' ', '-').lower()}-{torch.get_num_threads()}-cores"
 
 
-def save(rows: list[dict], device: str) -> Path:
-    path = ROOT / "benchmarks" / "results" / f"{machine(device)}.csv"
-    path.parent.mkdir(exist_ok=True)
+def stamp(device: str, date: str) -> dict[str, str]:
+    """What a figure depends on beside its case: when, which sources, where, and with what."""
     try:
         from triton import __version__ as triton_version
     except ImportError:
         triton_version = ""
     commit = subprocess.run(
-        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        ["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
     ).stdout.strip()
-    stamp = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "commit": commit, "machine": machine(device)}
-    stamp |= {"torch": torch.__version__, "triton": triton_version}
-    new = not path.exists()
-    with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, [*stamp, *rows[0]])
-        if new:
-            writer.writeheader()
-        writer.writerows({**stamp, **row} for row in rows)
-    return path
-
-
-def plot(source: Path, out: Path) -> None:
-    """Bars of the newest run: time over the floor's, one group a case."""
-    import matplotlib.pyplot as plt
-
-    with source.open() as file:
-        rows = list(csv.DictReader(file))
-    rows = [r for r in rows if r["date"] == rows[-1]["date"] and "=" not in r["impl"]]
-    cases = list(dict.fromkeys(f"N={r['N']}\nH={r['H']}\nV={r['V']}" for r in rows))
-    names = list(dict.fromkeys(r["impl"] for r in rows))
-    figure, axes = plt.subplots(figsize=(2 + 1.6 * len(cases), 4), layout="constrained")
-    for number, name in enumerate(names):
-        mine = [r for r in rows if r["impl"] == name]
-        at = [cases.index(f"N={r['N']}\nH={r['H']}\nV={r['V']}") + 0.8 * (number / len(names) - 0.5) for r in mine]
-        axes.bar(at, [float(r["ms_median"]) for r in mine], 0.8 / len(names), align="edge", label=name)
-    axes.set_xticks(range(len(cases)), cases)
-    axes.set_ylabel("forward + backward, ms")
-    axes.set_yscale("log")
-    axes.legend(fontsize="small")
-    axes.set_title(f"{rows[0]['machine']}, torch {rows[0]['torch']}", fontsize="medium")
-    figure.savefig(out)
+    stamps = {"date": date, "commit": commit, "machine": machine(device)}
+    return stamps | {"torch": torch.__version__, "triton": triton_version}
 
 
 def main() -> None:
@@ -385,48 +414,68 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="an object a line, and nothing else on stdout")
     parser.add_argument("--reps", type=int, default=9, help="turns of every implementation")
-    parser.add_argument("--budget", type=float, default=420.0, help="seconds after which no new case starts")
+    parser.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing new starts")
     parser.add_argument("--divergence", choices=DIVERGENCES, default="forward_kl")
     parser.add_argument("--case", type=int, nargs=3, action="append", metavar=("N", "H", "V"), help="these cases only")
-    parser.add_argument("--no-save", action="store_true", help="append nothing to results/")
+    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave an implementation out")
+    parser.add_argument("--csv", type=Path, help="append to, or draw, this file, not results/<machine>.csv")
+    parser.add_argument("--no-save", action="store_true", help="append nothing")
     parser.add_argument("--plot", type=Path, help="draw the newest saved run into this file instead of measuring")
+    parser.add_argument("--table", action="store_true", help="print the newest saved run in Markdown")
+    parser.add_argument("--resume", nargs=2, metavar=("DATE", "DONE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.plot:
-        plot(ROOT / "benchmarks" / "results" / f"{machine(options.device)}.csv", options.plot)
+    path = options.csv or ROOT / "benchmarks" / "results" / f"{machine(options.device)}.csv"
+    if options.plot or options.table:
+        if options.plot:
+            plot(path, options.plot)
+        print(table(path) if options.table else f"drew the newest run of {path}")
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here; --device cpu measures the same table small")
-    started, rows = time.monotonic(), []
-
-    def report(results: list[Result]) -> None:
-        rows.extend(result.row() for result in results)
-        if options.json:
-            for result in results:
-                print(json.dumps(result.row()), flush=True)
-        else:
-            show(results)
-
     if options.case:
         shapes = [tuple(case) for case in options.case]
     elif options.device == "cuda":
         shapes = [(n, h, v) for n in GPU_ROWS for h, v in GPU_SHAPES]
     else:
-        shapes = CPU_CASES
+        shapes = CPU_SHAPES
+    until = time.monotonic() + options.budget
     dtype = "bfloat16" if options.device == "cuda" else "float32"
+    cases = [Case(*shape, dtype=dtype, divergence=options.divergence) for shape in shapes]
     work: list[Callable[[], Iterator[list[Result]]]] = [
-        lambda s=s: iter([run_case(Case(*s, dtype=dtype, divergence=options.divergence), options.device, options.reps)])
-        for s in shapes
+        lambda c=c: iter([run_case(c, options.device, options.reps, skip=tuple(options.skip), until=until)])
+        for c in cases
     ]
     if options.device == "cuda" and not options.case:
-        work.insert(len(GPU_SHAPES), lambda: sweeps(options.reps))  # after N = 8192, before the rest
-    for number, some in enumerate(work):
-        for results in some():
-            report(results)
-        if time.monotonic() - started > options.budget and number + 1 < len(work):
-            say(f"stopped after {options.budget:.0f} s, {len(work) - number - 1} cases left out: raise --budget")
+        work.insert(len(GPU_SHAPES), lambda: sweeps(options.reps, until))  # after N = 8192, before the rest
+    date, done = options.resume or (datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), 0)
+    stamps, ours = stamp(options.device, date), True
+    for number in range(int(done), len(work)):
+        if time.monotonic() > until:
+            say(f"stopped after {options.budget:.0f} s, {len(work) - number} cases left out: raise --budget")
             break
-    if rows and not options.no_save:
-        say(f"appended to {save(rows, options.device)}")
+        try:
+            for results in work[number]():
+                ours &= any(result.impl.startswith(("logitcache", "row kernel")) for result in results)
+                if not results:
+                    continue
+                rows = [result.row() for result in results]
+                if options.json:
+                    print(*map(json.dumps, rows), sep="\n", flush=True)
+                else:
+                    show(results)
+                if not options.no_save:  # at once: what comes later cannot take it back
+                    save(path, [stamps | row for row in rows])
+        except Lost as lost:
+            name, left = str(lost), until - time.monotonic()
+            if name.startswith(("logitcache", "row kernel")):
+                raise
+            say(f"  {name} left the GPU unusable: a fresh process goes on without it")
+            again = ["--skip", name, "--budget", f"{left:.0f}", "--resume", date, str(number)]
+            os.execv(sys.executable, [sys.executable, *sys.argv, *again])
+    if not options.no_save:
+        say(f"appended to {path}")
+    if not ours and "logitcache" not in options.skip:
+        raise SystemExit("logitcache itself failed in some case: see above")
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ On a CPU a batch of N <= H rows needs no buffer: its logits lie in the memory of
 
 import functools
 import logging
+from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
@@ -18,10 +19,11 @@ from logitcache.kernels.reference import Objective, RowValues, SparseTargets, re
 
 logger = logging.getLogger(__name__)
 
-# N taught rows, H hidden, V vocabulary, C rows of a chunk.
+# N taught rows, H hidden, V vocabulary, C rows of a chunk, S ids of a slice of the vocabulary.
 
 CUDA_ROWS, CUDA_BYTES = 2048, 512 << 20  # beyond 2048 rows the products gain nothing
 CPU_ROWS, CPU_BYTES = 512, 256 << 20
+BORROW_BYTES = 4 << 20  # of a slice of logits' gradients that dW is about to overwrite
 FLOAT32_CHUNKS = 16  # bf16 dW is rounded once a chunk: above this many, accumulate in float32
 
 
@@ -65,6 +67,9 @@ def linear_sparse_divergence(
     objective = Objective.of(divergence, tail, beta, alpha, temperature, softcap, logit_scale)
     hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, targets)
     ce_weights_N = resolve_ce_weights(targets, objective, ce_weight, ce_weights_N)
+    for name, row_weights in (("weights_N", weights_N), ("ce_weights_N", ce_weights_N)):
+        if row_weights is not None and row_weights.shape != (len(targets),):
+            raise ValueError(f"{name} is {list(row_weights.shape)}, targets ask for {[len(targets)]}")
     grad = torch.is_grad_enabled()
     loss, *_ = _linear_sparse_divergence(
         hidden_NH,
@@ -110,31 +115,42 @@ def linear_sparse_metrics(
     """Per-row values for evaluation, in the same chunks and without gradients.
 
     Returns: tensors [N]: `forward_kl` (bucketed, nats), `ce` (nats, 0 where there is no label), `log_tail` (the
-    student's log mass outside the support), all float32; `argmax` int64, the student's best id; `top1` bool, whether
-    it is also the teacher's best id.
+    student's log mass outside the support), `log_top` (the student's log-probability of its best id),
+    `teacher_log_top` (the teacher's of that id, -inf outside the support), all float32; `argmax` int64, the student's
+    best id; `top1` bool, whether it is also the teacher's best id, false where the support is empty.
     """
     objective = Objective.of(softcap=softcap, logit_scale=logit_scale)
     hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, targets)
     vocab = _real_rows(weight_VH, vocab_size)
     if check:
         targets.check(vocab)
-    chunks = _Chunks(hidden_NH, weight_VH[:vocab], None if bias_V is None else bias_V[:vocab], targets, chunk_rows)
-    best_N, parts = [], []
+    # The best id stands in the label's place: its cross-entropy is -log_top, and the label's lies `behind` it.
+    label_N = torch.full_like(targets.offsets[1:], -1) if targets.labels is None else targets.labels
+    best_N = torch.empty_like(targets.offsets[1:])
+    bias_V = None if bias_V is None else bias_V[:vocab]
+    chunks = _Chunks(hidden_NH, weight_VH[:vocab], bias_V, replace(targets, labels=best_N), chunk_rows)
+    behind_N = hidden_NH.new_empty(len(targets), dtype=torch.promote_types(hidden_NH.dtype, torch.float32))
+    parts = []
     for start, stop in chunks.spans:
         logits_CV = chunks.logits(start, stop)
-        best_N.append(logits_CV.argmax(dim=1))
+        best_N[start:stop] = (objective.logits(logits_CV) if logit_scale < 0 else logits_CV).argmax(dim=1)
+        pair_C2 = torch.stack([best_N[start:stop], label_N[start:stop].clamp(min=0)], dim=1)
+        z_C2 = objective.logits(logits_CV.gather(1, pair_C2).to(behind_N.dtype))
+        behind_N[start:stop] = z_C2[:, 0] - z_C2[:, 1]
         parts.append(chunks.divergence_(start, stop, objective, grad=False))
     values = _cat(parts, hidden_NH)
-    argmax_N = torch.cat(best_N) if best_N else targets.offsets[:0]
     ids_NK, logp_NK, valid_NK = targets.padded()
-    slot_N = logp_NK.masked_fill(~valid_NK, -torch.inf).argmax(dim=1, keepdim=True)
-    top_N = ids_NK.masked_fill(~valid_NK, -1).gather(1, slot_N)[:, 0]
+    logp_NK = logp_NK.masked_fill(~valid_NK, -torch.inf)
+    top_N = ids_NK.masked_fill(~valid_NK, -1).gather(1, logp_NK.argmax(dim=1, keepdim=True))[:, 0]
+    is_best_NK = valid_NK & (ids_NK == best_N[:, None])
     return {
         "forward_kl": values.divergence_N,
-        "ce": values.ce_N,
+        "ce": (values.ce_N + behind_N).masked_fill(label_N < 0, 0.0),
         "log_tail": values.log_tail_N,
-        "argmax": argmax_N,
-        "top1": argmax_N == top_N,
+        "log_top": -values.ce_N,
+        "teacher_log_top": logp_NK.masked_fill(~is_best_NK, -torch.inf).amax(dim=1),
+        "argmax": best_N,
+        "top1": best_N == top_N,
     }
 
 
@@ -332,9 +348,11 @@ def _linear_sparse_divergence(
         if need_bias:
             grad_bias_V[:vocab] += grad_CV.sum(dim=0, dtype=wide)
         if need_weight and chunks.borrowed:
-            for vocab_slice in range(0, vocab, 4096):
-                slice_VN = grad_CV.t()[vocab_slice : vocab_slice + 4096].clone()
-                torch.mm(slice_VN, hidden_NH, out=grad_weight_VH[vocab_slice : min(vocab_slice + 4096, vocab)])
+            slice_SN = grad_CV.new_empty(max(BORROW_BYTES // (n * grad_CV.itemsize), 256), n)
+            for grad_SN, grad_SH in zip(
+                grad_CV.t().split(len(slice_SN)), grad_weight_VH[:vocab].split(len(slice_SN)), strict=True
+            ):
+                torch.mm(slice_SN[: len(grad_SN)].copy_(grad_SN), hidden_NH, out=grad_SH)
         elif need_weight:
             _add_product(grad_weight_VH[:vocab], grad_CV, hidden_NH[start:stop], first=start == 0)
     values = _cat(parts, hidden_NH)

@@ -165,9 +165,13 @@ class Objective:
         return cls(divergence, tail, float(mix), float(temperature), softcap, float(logit_scale))
 
     def logits(self, raw: Tensor) -> Tensor:
-        """z = softcap(scale * raw), as the student's own forward has it."""
-        z = raw if self.logit_scale == 1.0 else raw * self.logit_scale
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+        """z = softcap(scale * raw), as the student's own forward has it, but a raw -inf stays -inf: a masked id."""
+        if self.logit_scale == 1.0 and self.softcap is None:
+            return raw
+        z = raw * self.logit_scale
+        if self.softcap is not None:
+            z = self.softcap * torch.tanh(z / self.softcap)
+        return z.masked_fill(raw == -math.inf, -math.inf)
 
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The divergence's term of every bucket, differentiable in log_q."""
@@ -232,7 +236,8 @@ def sparse_divergence(
     value exceeds the KL by the entropy of the teacher's tail), valid only where that token was sampled at T = 1 without
     filters. The loss carries T^2, so gradients keep their size at any temperature. A bucket to which the teacher gives
     no mass counts as e^-30 in the logarithm of reverse_kl. Where the support is all V ids, or all other logits are
-    -inf, there is no tail.
+    -inf, there is no tail. A logit of -inf is a masked id, also under a softcap, which would give it e^-softcap: it has
+    no probability and no gradient. A row without a support has no divergence; its `sampled` tail is a cross-entropy.
 
     Args:
         logits_NV: floating [N, V], before `logit_scale` and `softcap`. Computed in float32, or float64 if it is.
@@ -324,6 +329,8 @@ def sparse_divergence_(
 
     No second buffer, but one with a softcap. With grad=False the logits are destroyed. Targets are taken as checked.
     """
+    capped = objective.softcap is not None or objective.logit_scale < 0
+    masked_NV = logits_NV == -math.inf if capped else None
     if objective.logit_scale != 1.0:
         logits_NV.mul_(objective.logit_scale)
     chain_NV = None
@@ -331,6 +338,8 @@ def sparse_divergence_(
         logits_NV.div_(objective.softcap).tanh_()
         chain_NV = 1 - logits_NV * logits_NV if grad else None
         logits_NV.mul_(objective.softcap)
+    if masked_NV is not None:
+        logits_NV.masked_fill_(masked_NV, -math.inf)
     ids_NK, log_p_NK, valid_NK = targets.padded()
     log_p_NK, hidden_NK = log_p_NK.to(logits_NV.dtype), ~valid_NK
     label_N, outside_N = _labels(targets, ids_NK, valid_NK)

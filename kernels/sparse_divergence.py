@@ -8,6 +8,10 @@ Formulas and names are those of `reference.py`, which defines them. No atomics: 
 
 # pyright: reportCallIssue=false, reportOperatorIssue=false
 
+import logging
+import os
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -15,8 +19,11 @@ from torch import Tensor
 
 from logitcache.kernels.reference import Objective, RowValues, SparseTargets
 
+logger = logging.getLogger(__name__)
+
 # N rows, V vocabulary, K entries of a row (a power of two), E entries of all rows, R x L a tile: R vectors of 16 bytes.
 
+TILES = ((4, 2), (8, 2), (16, 1), (16, 2), (32, 1), (32, 2))  # warps and vectors a thread that compile without spills
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that an online maximum over nothing but -inf makes no NaN
 LOG_FLOOR = tl.constexpr(-30.0)
 SAME_LOG = tl.constexpr(1e-5)
@@ -158,7 +165,7 @@ def _row_kernel(
     inside_K = slot_K < tl.load(offsets_ptr + row + 1) - begin
     id_K = tl.load(ids_ptr + begin + slot_K, mask=inside_K, other=-1).to(tl.int32)
     valid_K = (id_K >= 0) & (id_K < V)
-    log_p_K = tl.load(logprobs_ptr + begin + slot_K, mask=inside_K, other=0.0)
+    log_p_K = tl.load(logprobs_ptr + begin + slot_K, mask=inside_K, other=0.0).to(tl.float32)
     raw_K = tl.load(logits_ptr + id_K, mask=valid_K, other=0.0).to(tl.float32)
     z_K, tanh_K = _logits(raw_K, scale, softcap, SCALE, SOFTCAP)
     raw_label = tl.load(logits_ptr + label, mask=label >= 0, other=0.0).to(tl.float32)
@@ -215,7 +222,7 @@ def _row_kernel(
             dense = -q_tail * c
         else:
             tl.static_assert(TAIL == "bucket")
-            loss_tail, h_tail = _terms(tl.load(log_tail_ptr + row), log_q_tail, mix, DIVERGENCE)
+            loss_tail, h_tail = _terms(tl.load(log_tail_ptr + row).to(tl.float32), log_q_tail, mix, DIVERGENCE)
             value += tl.where(complete, 0.0, loss_tail)
             h_tail = tl.where(complete, 0.0, h_tail)
             c += h_tail
@@ -246,10 +253,37 @@ def _row_kernel(
             tl.store(logits_ptr + label, entry.to(logits_ptr.dtype.element_ty), mask=outside)
 
 
-def tile(vocab: int, dtype: torch.dtype, num_warps: int | None = None, vectors: int = 2) -> tuple[int, int, int]:
+def tile(
+    vocab: int, dtype: torch.dtype, num_warps: int | None = None, vectors: int | None = None
+) -> tuple[int, int, int]:
     """Vectors a tile, elements a vector, warps: pinned. Wide rows get one block an SM, for L2 to hold them all."""
     warps = num_warps or (32 if vocab >= 32768 else 16 if vocab >= 8192 else 4)
-    return 32 * warps * vectors, 16 // dtype.itemsize, warps
+    return 32 * warps * (vectors or 2), 16 // dtype.itemsize, warps
+
+
+_fastest: dict[tuple, tuple[int, int]] = {}
+
+
+def autotuned(key: tuple, logits_NV: Tensor, launch: Callable[[int, int], None]) -> tuple[int, int]:
+    """The fastest of TILES, measured on these logits once a process and key; needs as much memory again, once.
+
+    Opt-in by the environment, LOGITCACHE_AUTOTUNE=1: tiles add up in different orders, so processes that choose
+    differently differ in the last bits. The pinned tile needs no such run and is the same everywhere.
+    """
+    if key not in _fastest:
+        kept_NV = logits_NV.clone()
+        times = {each: milliseconds(lambda each=each: launch(*each)) for each in TILES}
+        logits_NV.copy_(kept_NV)
+        _fastest[key] = min(times, key=times.__getitem__)
+        found = ", ".join(f"{warps}x{vectors} {ms:.3f}" for (warps, vectors), ms in times.items())
+        logger.info("row kernel %s: warps x vectors, ms of %d rows: %s", key, len(logits_NV), found)
+    return _fastest[key]
+
+
+def milliseconds(step: Callable[[], None]) -> float:
+    from triton.testing import do_bench
+
+    return do_bench(step, warmup=5, rep=25, return_mode="median")  # pyright: ignore[reportReturnType]
 
 
 @torch.no_grad()
@@ -264,7 +298,7 @@ def sparse_divergence_(
     most_k: int | None = None,
     padding: bool = False,
     num_warps: int | None = None,
-    vectors: int = 2,
+    vectors: int | None = None,
 ) -> RowValues:
     """`reference.sparse_divergence_` on a CUDA device: bfloat16, float16 or float32 logits become their gradient.
 
@@ -274,6 +308,7 @@ def sparse_divergence_(
         logits_NV: [N, V], unit column stride. Targets as checked by `SparseTargets.check`: ids >= V are dropped here.
         most_k: entries of the longest row, where known; finding it waits for the device.
         padding: the columns from V to the next multiple of 16 exist and may be written: vector loads for any V.
+        num_warps, vectors: the tile; None: pinned, or chosen by `autotuned` where LOGITCACHE_AUTOTUNE=1.
     Raises: ValueError for column strides other than 1, rows of more than 4096 entries, padding that is not there.
     """
     n, vocab = logits_NV.shape
@@ -294,18 +329,35 @@ def sparse_divergence_(
     values = RowValues(*torch.empty(3, n, device=logits_NV.device))
     if n == 0:
         return values
-    r, lanes, warps = tile(vocab, logits_NV.dtype, num_warps, vectors)
-    nothing = targets.log_tail
-    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device, whatever its arguments are on
+    nothing, both = targets.log_tail, (weights_N, ce_weights_N)
+    # The kernel reads rows one after the other, whatever the strides of what it is given.
+    offsets, ids, logprobs, log_tail_N, label_N, weights_N, ce_weights_N = (
+        (nothing if tensor is None else tensor).contiguous()
+        for tensor in (targets.offsets, targets.ids, targets.logprobs, nothing, targets.labels, *both)
+    )
+    constants = {
+        "DIVERGENCE": objective.divergence,
+        "TAIL": objective.tail,
+        "LABELS": targets.labels is not None,
+        "WEIGHTS": both[0] is not None,
+        "CE_WEIGHTS": both[1] is not None,
+        "SOFTCAP": objective.softcap is not None,
+        "SCALE": objective.logit_scale != 1.0,
+        "GRAD": grad,
+        "K": max(triton.next_power_of_2(most_k), 16),
+    }
+
+    def launch(num_warps: int | None, vectors: int | None) -> None:
+        r, lanes, warps = tile(vocab, logits_NV.dtype, num_warps, vectors)
         _row_kernel[(n,)](
             logits_NV,
-            targets.offsets,
-            targets.ids,
-            targets.logprobs,
-            targets.log_tail,
-            nothing if targets.labels is None else targets.labels,
-            nothing if weights_N is None else weights_N,
-            nothing if ce_weights_N is None else ce_weights_N,
+            offsets,
+            ids,
+            logprobs,
+            log_tail_N,
+            label_N,
+            weights_N,
+            ce_weights_N,
             *values,
             stride,
             vocab,
@@ -314,20 +366,18 @@ def sparse_divergence_(
             objective.temperature,
             objective.softcap or 1.0,
             objective.logit_scale,
-            DIVERGENCE=objective.divergence,
-            TAIL=objective.tail,
-            LABELS=targets.labels is not None,
-            WEIGHTS=weights_N is not None,
-            CE_WEIGHTS=ce_weights_N is not None,
-            SOFTCAP=objective.softcap is not None,
-            SCALE=objective.logit_scale != 1.0,
-            GRAD=grad,
-            K=max(triton.next_power_of_2(most_k), 16),
+            **constants,
             R=r,
             L=lanes,
             num_warps=warps,
             enable_fp_fusion=True,
         )
+
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device, whatever its arguments are on
+        if os.environ.get("LOGITCACHE_AUTOTUNE") == "1" and num_warps is None and vectors is None:
+            key = (vocab, str(logits_NV.dtype), str(logits_NV.device), *constants.values())
+            num_warps, vectors = autotuned(key, logits_NV, launch)
+        launch(num_warps, vectors)
     return values
 
 

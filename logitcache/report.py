@@ -3,6 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+# What an evaluation measures, as tables call it, and how they write it.
+_MEASURES = {"kl": ("KL", ",.4f"), "top1": ("top-1", ".2%"), "ce": ("CE", ",.4f"), "ece": ("ECE", ".2%")}
+
 
 def describe(facts: dict[str, Any]) -> str:
     """The text of ``logitcache info``, from ``Cache.info()``."""
@@ -43,3 +46,83 @@ def describe_run(run: dict[str, Any], out: Path) -> str:
         f"top-1 agreement {before['top1']:.1%} -> {after['top1']:.1%}; {run['steps']} steps, "
         f"{run['tokens_fed']:,} tokens in {run['seconds']:.1f} s, {run['tokens_per_second']:,.0f} tokens/s"
     )
+
+
+def describe_evaluation(found: dict[str, Any]) -> str:
+    """The text of ``logitcache eval``, from what ``evaluate_run`` returns."""
+    which = "all" if found["held_out"] is None else f"held out: {found['held_out']:.3g} of the prompts"
+    which += f", where {found['where']}" if found["where"] else ""
+    step = "" if found["step"] is None else f" at step {found['step']:,}"
+    head = (
+        f"{found['student']}{step} on {found['traces']:,} traces of {found['cache']} ({which}); view {found['view']} on "
+        f"{', '.join(found['taught'])}; {found['dtype']}, {found['seconds']:.1f} s"
+    )
+    parts = {"all": found} | found["sections"]
+    parts |= {f"{10 * i}-{10 * i + 10}%": part for i, part in enumerate(found["positions"])}
+    table = [["", "rows", *(name for name, _ in _MEASURES.values()), "tail of teacher", "of student"]]
+    for name, part in parts.items():
+        if part["rows"] or part["ce"] is not None:
+            measured = [_shown(part[key], form) for key, (_, form) in _MEASURES.items()]
+            tails = [_shown(part["tail"][side], ".2%") for side in ("teacher", "student")]
+            table.append([name, f"{part['rows']:,}", *measured, *tails])
+    legend = "KL, CE in nats; tail: mean mass outside the teacher's support; 0-10%: tenths of the completion"
+    return "\n".join([head, *_columns(table), legend])
+
+
+def describe_comparison(found: dict[str, Any]) -> str:
+    """The text of ``logitcache compare``, from what ``compare`` returns: a column a run."""
+    runs = found["runs"]
+    rows = {
+        "status": [run["status"] for run in runs],
+        "steps": [_shown(run["steps"], ",") for run in runs],
+        "tokens fed": [_shown(run["tokens_fed"], ",") for run in runs],
+        "tokens taught": [_shown(run["tokens_taught"], ",") for run in runs],
+        "seconds": [_shown(run["seconds"], ",.1f") for run in runs],
+        "tokens/s": [_shown(run["tokens_per_second"], ",.0f") for run in runs],
+    }
+    costs = [run["cost"] or {} for run in runs]
+    if any(costs):
+        rows["FLOPs"] = [_shown(cost.get("flops"), ".3e") for cost in costs]
+        rows["peak memory, bytes"] = [_shown(cost.get("peak_memory"), ",") for cost in costs]
+        spent = [cost.get("seconds") or {} for cost in costs]
+        for part in dict.fromkeys(name for each in spent for name in each):
+            rows[f"  {part}, s"] = [_shown(each.get(part), ",.1f") for each in spent]
+    for when, key in (("before", "eval_before"), ("last", "eval_after")):
+        measured = [run[key] or {} for run in runs]
+        for name, (label, form) in _MEASURES.items():
+            if any(each.get(name) is not None for each in measured):
+                rows[f"{label} {when}"] = [_shown(each.get(name), form) for each in measured]
+    sections = [(run["eval_after"] or {}).get("sections", {}) for run in runs]
+    for name in dict.fromkeys(name for each in sections for name in each):
+        rows[f"  KL of {name}"] = [_shown(each.get(name, {}).get("kl"), ",.4f") for each in sections]
+    rows["  at step"] = [_shown(run["eval_step"], ",") for run in runs]
+    lines = _columns([["", *(run["name"] for run in runs)], *([name, *values] for name, values in rows.items())])
+    if differs := found["differs"]:
+        settings = [[name, *(_short(value) for value in values)] for name, values in differs.items()]
+        lines += ["", *_columns([["differing settings", *(run["name"] for run in runs)], *settings])]
+    elif len(runs) > 1:
+        lines += ["", "the runs' settings are the same"]
+    if unlike := found["held_out_differs"]:
+        lines.append(f"evaluated on different traces: {', '.join(unlike)}; `logitcache eval` measures all on the same")
+    if unlike := found["loss_differs"]:
+        lines.append(f"training losses are of different objectives: {', '.join(unlike)}; compare held-out KL instead")
+    return "\n".join([*lines, *(f"curves: {path}" for path in found["files"])])
+
+
+def _columns(table: list[list[str]]) -> list[str]:
+    """Lines of a table, its first column on the left and the others on the right."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    return [
+        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        for row in table
+    ]
+
+
+def _shown(value: float | None, form: str) -> str:
+    return "-" if value is None else f"{value:{form}}"
+
+
+def _short(value: Any, longest: int = 40) -> str:
+    """A setting as a person reads it; of a path that is too long, its end."""
+    text = "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) <= longest else "..." + text[3 - longest :]

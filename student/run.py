@@ -1,73 +1,47 @@
 """One training run: its options, its directory, and what it leaves behind."""
 
 import contextlib
-import difflib
-import enum
 import hashlib
 import json
 import platform
-import types
 import typing
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import PrinterCallback
+from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 import logitcache
 from logitcache.cache import Cache
 from logitcache.console import Stop
 from logitcache.errors import StudentError, TrainingError, WriteError
 from logitcache.files import exclusive, publish
-from logitcache.manifest import first_difference
-from logitcache.student.data import TraceDataset, split
-from logitcache.student.model import find_head, load_student
-from logitcache.student.trainer import DistillConfig, DistillTrainer, Report
-from logitcache.student.views import SECTIONS, View
+from logitcache.manifest import Identity, first_difference
+from logitcache.student.config import DistillConfig
+from logitcache.student.data import Lessons, Mixture, TraceDataset, matching
+from logitcache.student.head import plain
+from logitcache.student.model import add_lora, load_student
+from logitcache.student.options import TrainOptions, configure
+from logitcache.student.order import split
+from logitcache.student.progress import Report
+from logitcache.student.trainer import DistillTrainer
+from logitcache.student.views import View
 
 RUN_FILE = "run.json"
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """One call of ``logitcache train``. None takes the default of DistillConfig, or what `dtype` says."""
-
-    cache: Path
-    student: str
-    out: Path
-    view: str = "full"
-    sections: tuple[str, ...] = tuple(SECTIONS)
-    held_out: float = 0.05
-    dtype: str | None = None  # "bf16": float32 weights under bfloat16 autocast; "fp32"; None: bf16 on CUDA
-    tokens_per_batch: int | None = None
-    epochs: float | None = None
-    max_steps: int | None = None
-    learning_rate: float | None = None
-    seed: int | None = None
-    set: dict[str, Any] = field(default_factory=dict)  # any other field of DistillConfig
-
-
-# Fields that `--set` must not touch, and what to use instead.
-_FIXED = {
-    "output_dir": "--out",
-    "per_device_train_batch_size": "tokens_per_batch",
-    "per_device_eval_batch_size": "tokens_per_batch",
-    "auto_find_batch_size": "tokens_per_batch",
-    "train_sampling_strategy": "seed: the order is a function of it",
-    "dataloader_drop_last": "tokens_per_batch: every trace is used",
-    "label_smoothing_factor": "nothing: there are no labels to smooth",
-    "remove_unused_columns": "nothing",
-    "average_tokens_across_devices": "nothing: they are, always",
-    "bf16": "--dtype",
-    "fp16": "--dtype bf16",
-    "resume_from_checkpoint": "the same command again: it resumes",
+# Settings that do not change the weights a run ends with: it may be taken up with others.
+_FREE = {
+    "save_minutes",
+    "tokens_per_batch",
+    "gradient_accumulation_steps",
+    "gradient_checkpointing",
+    "packing",
+    "compile",
 }
-# Fields that do not change the weights a run ends with: a run may be taken up with others.
-_FREE = {"save_minutes", "tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing"}
 _FREE_PREFIXES = ("dataloader_", "logging_", "log_", "save_", "eval_", "ddp_", "report_to", "run_name", "disable_tqdm")
 
 
@@ -85,21 +59,26 @@ def train(options: TrainOptions) -> dict[str, Any]:
 
 
 def _train(options: TrainOptions) -> dict[str, Any]:
-    cache, view, config = Cache.open(options.cache), View(options.view, tuple(options.sections)), configure(options)
-    taught, held = split(cache.prompt_ids, options.held_out)
-    wanted = _record(options, config, cache)
+    caches = {path: Cache.open(path) for path in options.caches}
+    view, config = View(options.view, tuple(options.sections)), configure(options)
+    for path, cache in caches.items():
+        view.check(cache.identity, str(path))
+    taught, held = _sides(options, caches)
+    wanted = _record(options, config, caches)
     before = _claim(options.out, wanted)
     if before.get("status") == "finished":
         return before | {"again": True}
-    student, tokenizer = load_student(options.student, cache.identity)
-    vocab = find_head(student).module.weight.shape[0]
-    data, held_data = TraceDataset(cache, taught, view, vocab), TraceDataset(cache, held, view, vocab)
-    for side, name in ((data, "training"), (held_data, "held-out")):
-        if not any(len(side[i].positions) for i in range(len(side))):
-            raise StudentError(
-                f"{options.cache}: no {name} trace has rows of {', '.join(view.sections)}; teach other sections, or "
-                "generate with --prompt-logits for those of the prompt"
-            )
+    student, tokenizer = _load(options, config, next(iter(caches.values())).identity)
+    vocab = plain(student).get_output_embeddings().weight.shape[0]
+    data = _join(options, [TraceDataset(c, taught[p], view, vocab, options.top_k) for p, c in caches.items()])
+    # The same for every run of a cache, whatever it learns from: of whole traces and all their rows.
+    held_data = Mixture([TraceDataset(c, held[p], None, vocab) for p, c in caches.items()])
+    if not _teaches(data):
+        raise StudentError(
+            f"{', '.join(map(str, caches))}: no training trace has rows of {', '.join(view.sections)}; teach other "
+            f"sections{'' if str(view) == 'full' else f', or another view than {view}'}, or generate with --prompt-logits "
+            "for those of the prompt"
+        )
 
     main = config.process_index == 0
     with contextlib.ExitStack() as stack:
@@ -118,8 +97,7 @@ def _train(options: TrainOptions) -> dict[str, Any]:
         if main:
             _publish(options.out, run)
         _fit(trainer)
-        run |= trainer.counts | {"steps": trainer.state.global_step}
-        run["tokens_per_second"] = run["tokens_fed"] / max(run["seconds"], 1e-9)
+        run |= trainer.spent() | {"steps": trainer.state.global_step}
         if trainer.state.global_step < trainer.state.max_steps:
             return run | {"status": "stopped", "signal": stop.signal}
         stop.patient = False
@@ -130,6 +108,43 @@ def _train(options: TrainOptions) -> dict[str, Any]:
         if main:
             _publish(options.out, run)
     return run
+
+
+def _sides(options: TrainOptions, caches: dict[Path, Cache]) -> tuple[dict[Path, np.ndarray], dict[Path, np.ndarray]]:
+    """Of each cache the traces to learn from, and those held out; a prompt that stands in several is on one side."""
+    prompt_ids = [prompt for cache in caches.values() for prompt in cache.prompt_ids]
+    held = np.isin(np.arange(len(prompt_ids)), split(prompt_ids, options.held_out)[1])
+    sides: tuple[dict[Path, np.ndarray], dict[Path, np.ndarray]] = ({}, {})
+    start = 0
+    for path, cache in caches.items():
+        held_i, start = held[start : start + len(cache)], start + len(cache)
+        wanted = np.ones(len(cache), bool) if options.where is None else matching(cache, options.where)
+        sides[0][path], sides[1][path] = (wanted & ~held_i).nonzero()[0], held_i.nonzero()[0]
+        if not len(sides[0][path]):
+            raise StudentError(
+                f"{path}: no trace is left to learn from"
+                + (f" where {options.where}" if options.where else ": all its prompts are held out")
+            )
+    return sides
+
+
+def _load(options: TrainOptions, config: DistillConfig, identity: Identity) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The student, ready to learn; of one with an adapter only that learns, and the rest need not be float32."""
+    if options.lora_rank is None:
+        return load_student(options.student, identity, attention=options.attention)
+    student = Path(options.student).resolve() if Path(options.student).exists() else options.student
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model, tokenizer = load_student(student, identity, dtype, options.attention)
+    return add_lora(model, options.lora_rank, options.lora_alpha), tokenizer
+
+
+def _join(options: TrainOptions, parts: list[TraceDataset]) -> Lessons:
+    shares = list(options.caches.values())
+    return parts[0] if len(parts) == 1 else Mixture(parts, None if None in shares else typing.cast(list[float], shares))
+
+
+def _teaches(data: Lessons) -> bool:
+    return any(len(data[i].positions) for i in range(len(data)))
 
 
 def _fit(trainer: DistillTrainer) -> None:
@@ -147,81 +162,29 @@ def _fit(trainer: DistillTrainer) -> None:
         ) from e
 
 
-def configure(options: TrainOptions) -> DistillConfig:
-    """Raises: StudentError for an option that does not exist or does not fit, with the nearest good one."""
-    if options.dtype not in (None, "bf16", "fp32"):
-        raise StudentError(f"--dtype {options.dtype!r}: choose bf16 or fp32")
-    accelerator = torch.accelerator.is_available()
-    given = {
-        "tokens_per_batch": options.tokens_per_batch,
-        "num_train_epochs": options.epochs,
-        "max_steps": options.max_steps,
-        "learning_rate": options.learning_rate,
-        "seed": options.seed,
-    }
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= {
-        "bf16": options.dtype == "bf16" or (options.dtype is None and torch.cuda.is_available()),
-        "use_cpu": not accelerator,
-        "dataloader_pin_memory": accelerator,
-    }
-    given |= {name: _parse(name, value) for name, value in options.set.items()}
-    try:
-        return DistillConfig(output_dir=str(options.out), **given)
-    except ValueError as e:
-        raise StudentError(f"training arguments: {' '.join(str(e).split())}") from e
-
-
-def _parse(name: str, value: Any) -> Any:
-    """The value of a DistillConfig field as the field's type reads it, from text or from what JSON made of it."""
-    kinds = {f.name: f.type for f in fields(DistillConfig) if f.init}
-    if name in _FIXED:
-        raise StudentError(f"--set {name}: this is not yours to set; use {_FIXED[name]}")
-    if name not in kinds:
-        near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)[0]
-        raise StudentError(f"--set {name}: there is no such training argument; did you mean {near!r}?")
-    text = value if isinstance(value, str) else json.dumps(value)
-    kind = kinds[name]
-    options = (
-        typing.get_args(kind)
-        if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union
-        else (kind,)
-    )
-    if text.lower() in ("none", "null") and (type(None) in options):
-        return None
-    for option in options:
-        base = typing.get_origin(option) or option
-        with contextlib.suppress(ValueError):
-            if base is bool and text.lower() in ("true", "false"):
-                return text.lower() == "true"
-            if base in (int, float):
-                return base(text)
-            if base in (dict, list) and isinstance(found := json.loads(text), base):
-                return found
-            if isinstance(base, type) and issubclass(base, enum.Enum):
-                return base(text)
-    choices = [m.value for o in options if isinstance(o, type) and issubclass(o, enum.Enum) for m in o]
-    if choices:
-        near = difflib.get_close_matches(text, choices, n=1, cutoff=0.0)[0]
-        raise StudentError(f"--set {name}={text}: did you mean {near!r}? All: {', '.join(choices)}")
-    if str in options:
-        return text
-    raise StudentError(f"--set {name}={text}: expected {getattr(kind, '__name__', kind)}")
-
-
-def _record(options: TrainOptions, config: DistillConfig, cache: Cache) -> dict[str, Any]:
+def _record(options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache]) -> dict[str, Any]:
     """All that decides the weights a run ends with, in the order in which a difference is named."""
-    traces = hashlib.blake2b("\n".join(sorted(cache.trace_ids)).encode(), digest_size=16).hexdigest()
+    record: dict[str, Any] = {"caches": len(caches)}
+    for number, (path, cache) in enumerate(caches.items(), 1):
+        traces = hashlib.blake2b("\n".join(sorted(cache.trace_ids)).encode(), digest_size=16).hexdigest()
+        own = {"cache": asdict(cache.identity), "traces": {"count": len(cache), "digest": traces}}
+        own |= {} if (share := options.caches[path]) is None else {"share": share}
+        record |= {name if number == 1 else f"{name}_{number}": value for name, value in own.items()}
     student = Path(options.student)
     loose = [n for n in options.set if n in _FREE or n.startswith(_FREE_PREFIXES)]
-    return {
-        "cache": asdict(cache.identity),
-        "traces": {"count": len(cache), "digest": traces},
+    return record | {
         "student": str(student.resolve() if student.exists() else options.student),
-        "view": options.view,
+        "view": str(View(options.view)),
         "sections": list(options.sections),
+        "where": options.where,
+        "top_k": options.top_k,
         "held_out": options.held_out,
         "bf16": config.bf16,
+        "lora_rank": options.lora_rank,
+        "lora_alpha": options.lora_alpha,
+        **config.objective(),
+        "ce_weight": config.ce_weight,
+        "section_weights": config.section_weights,
         "tokens_per_step": config.tokens_per_step,
         "epochs": config.num_train_epochs,
         "max_steps": config.max_steps,

@@ -4,15 +4,10 @@ The loss of an optimiser step is the sum over its taught rows, on all ranks and 
 number.
 """
 
-import contextlib
 import json
 import math
-import shutil
-import sys
 import time
-import types
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,68 +15,29 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import (
-    IntervalStrategy,
-    PreTrainedModel,
-    SchedulerType,
-    Trainer,
-    TrainerCallback,
-    TrainerState,
-    TrainingArguments,
-)
-from transformers.trainer_utils import SaveStrategy
+from transformers import IntervalStrategy, PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.integrations import TensorBoardCallback
 
-from logitcache.console import Progress, Stop
-from logitcache.errors import TrainingError
-from logitcache.student.data import Batch, StepSampler, TraceDataset, collate, count_steps
+from logitcache.console import Stop
+from logitcache.errors import StudentError, TrainingError
+from logitcache.student.checkpoints import drop_after, latest_checkpoint
+from logitcache.student.config import DistillConfig
+from logitcache.student.cost import Costs, work
+from logitcache.student.data import Batch, Lessons, collate, loader
 from logitcache.student.evaluate import evaluate
-from logitcache.student.model import find_head, lesson_loss
+from logitcache.student.head import attach_head, check_packing, plain
+from logitcache.student.order import StepSampler
+from logitcache.student.views import SECTIONS
 
 COUNTS_FILE = "counts.json"
-
-
-@dataclass
-class DistillConfig(TrainingArguments):
-    """TrainingArguments with what a student needs, and defaults that suit it. Batches are measured in tokens."""
-
-    tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens a device is fed at a time, about."})
-    save_minutes: float | None = field(
-        default=10.0, metadata={"help": "Minutes between checkpoints; None: save_strategy rules."}
-    )
-    learning_rate: float = 1e-4
-    warmup_steps: float = 0.05  # of all steps
-    lr_scheduler_type: SchedulerType | str = "cosine"
-    logging_steps: float = 1
-    logging_nan_inf_filter: bool = False  # it would hide what stops the run here
-    eval_strategy: IntervalStrategy | str = "epoch"
-    save_strategy: SaveStrategy | str = "no"
-    save_total_limit: int | None = 2
-    report_to: str | list[str] | None = "none"
-    disable_tqdm: bool | None = True
-    log_level: str = "error"
-    remove_unused_columns: bool = False
-    use_cache: bool = True  # of the saved config, for those who generate with it; training passes False itself
-    seed: int = 0
-    accelerator_config: dict | str | None = field(default_factory=lambda: {"even_batches": False})
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.tokens_per_batch < 1 or self.gradient_accumulation_steps < 1:
-            raise ValueError("tokens_per_batch and gradient_accumulation_steps must be at least 1")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            raise ValueError("num_train_epochs or max_steps must be above 0")
-
-    @property
-    def tokens_per_step(self) -> int:
-        """Of an optimiser step over all ranks: with the seed and the cache, all that its traces depend on."""
-        return self.tokens_per_batch * self.gradient_accumulation_steps * self.world_size
+PACKS = ("flash", "flex")  # attention that skips what packed traces must not see
 
 
 class DistillTrainer(Trainer):
     """A Trainer whose examples are lessons and whose loss is the divergence from a cache's rows.
 
-    Any Trainer argument goes; `train_dataset` and `eval_dataset` are TraceDatasets. Evaluation gives eval_kl and
-    eval_top1.
+    Any Trainer argument goes; `train_dataset` and `eval_dataset` are TraceDatasets or Mixtures of them, the model one
+    of transformers, or peft's adapter on one. Evaluation gives eval_kl, eval_top1, eval_ece and eval_rows.
     """
 
     args: DistillConfig
@@ -89,35 +45,56 @@ class DistillTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
 
-    def __init__(self, model: PreTrainedModel, args: DistillConfig, train_dataset: TraceDataset, **options: Any):
+    def __init__(self, model: PreTrainedModel, args: DistillConfig, train_dataset: Lessons, **options: Any):
+        if options.get("eval_dataset") is None:
+            args.eval_strategy = IntervalStrategy.NO
         if args.n_gpu > 1:  # no DataParallel: one process drives one device, torchrun starts more of them
             args._n_gpu = 1
+        self.head = attach_head(model, **args.objective())
+        causal = plain(model)
+        _check_sampled(train_dataset, args.tail)
+        self.packed = args.packing
+        if self.packed is None:
+            self.packed = any(name in (causal.config._attn_implementation or "") for name in PACKS)
+        elif self.packed:
+            check_packing(causal)
+        if args.gradient_checkpointing:  # Trainer would do so too, but only after its cost was counted
+            causal.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
-        self.head = head = find_head(model)
+        if args.compile:
+            causal.base_model.compile(dynamic=True)
+        if self.is_deepspeed_enabled:
+            _register_head(model, self.head.module)
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+        self.work = work(model, training=True)
+        self.costs = Costs(args.device)
+        self.counts = {"tokens_fed": 0, "tokens_taught": 0, "flops": 0}
         self.stop: Stop | None = None
-        self.counts = {"tokens_fed": 0, "tokens_taught": 0, "seconds": 0.0}
         self.last_evaluation: tuple[int | None, dict[str, Any]] = (None, {})  # at which step, what evaluate() found
-
-        # The loss is made inside the forward, so that what wraps the model (DDP, FSDP, autocast) wraps the head.
-        def forward(self: PreTrainedModel, *inputs: Any, lesson: Batch | None = None, **named: Any) -> Any:
-            return type(self).forward(self, *inputs, **named) if lesson is None else lesson_loss(self, head, lesson)
-
-        model.forward = types.MethodType(forward, model)
+        self._suspects: list[tuple[Tensor, list[str]]] = []  # losses of the step's batches, and their traces
         self.add_callback(_Flow(self))
+        for callback in self.callback_handler.callbacks:
+            # It would learn of the output folder when training begins, and an evaluation may come before.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(Path(args.output_dir or ".") / "tensorboard")
 
-    def get_train_dataloader(self) -> DataLoader:
-        # Not prepared by accelerate, which would deal batches out to ranks: the sampler knows ranks and accumulation.
-        self.sampler = StepSampler(
-            self.train_dataset,
+    def make_sampler(self) -> StepSampler:
+        return StepSampler(
+            self.train_dataset.pool,
             self.args.tokens_per_batch,
             seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
             accumulation=self.args.gradient_accumulation_steps,
             rank=self.args.process_index,
             world=self.args.world_size,
         )
-        return self.train_dataset.loader(
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Not prepared by accelerate, which would deal batches out to ranks: the sampler knows ranks and accumulation.
+        self.sampler = self.make_sampler()
+        return loader(
+            self.train_dataset,
             self.sampler,
+            self.packed,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -128,32 +105,82 @@ class DistillTrainer(Trainer):
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
         """The step's micro-batches, and the taught rows of the whole step over all ranks."""
-        self._step_began = time.monotonic()
+        self.costs.switch("data")
         samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        counts = torch.tensor(
-            [sum(len(b["taught"]) for b in samples), sum(b["tokens"] for b in samples)], device=device
-        )
+        self.costs.switch("other")
+        taught = [sum(len(b["taught"]) for b in samples), sum(b["tokens"] for b in samples)]
+        flops = sum(self.work.flops(b["shapes"], len(b["taught"])) for b in samples)
+        counts = torch.tensor([*taught, flops], device=device)
         self._reduce(counts)
-        self.counts["tokens_taught"] += int(counts[0])
-        self.counts["tokens_fed"] += int(counts[1])
+        for name, count in zip(("tokens_taught", "tokens_fed", "flops"), counts.tolist(), strict=True):
+            self.counts[name] += count
         return samples, counts[0].clamp(min=1)
+
+    def training_step(self, *inputs: Any, **named: Any) -> Tensor:
+        with self.costs.time("backward"):  # the forward takes its share out of it
+            return super().training_step(*inputs, **named)
 
     def compute_loss(
         self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Sum over this batch's rows by the step's rows, times the ranks, over which gradients are averaged.
-
-        Raises: TrainingError naming the traces of a batch whose loss is no number.
-        """
-        loss = model(lesson=inputs)
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {self.state.global_step + 1}, in a batch of traces "
-                f"{', '.join(inputs['trace_ids'])}; lower the learning rate, or use --dtype fp32"
-            )
+        """Sum over this batch's rows by the step's rows, times the ranks, over which gradients are averaged."""
+        with self.costs.time("forward"):
+            loss = model(lesson=self._weighted(inputs))
+        self._suspects.append((loss.detach(), inputs["trace_ids"]))
         rows = len(inputs["taught"]) if num_items_in_batch is None else num_items_in_batch
         loss = loss * (self.args.world_size / max(rows, 1))
         return (loss, None) if return_outputs else loss
+
+    def _weighted(self, batch: Batch) -> Batch:
+        """The batch with the configuration's weights on what its view weighs."""
+        kd, ce = batch["kd"], batch["ce"]
+        if self.args.ce_weight:
+            ce = self.args.ce_weight * (kd > 0) + (0 if ce is None else ce)
+        if self.args.section_weights:
+            weight_S = kd.new_tensor([self.args.section_weights.get(name, 1.0) for name in SECTIONS])
+            weight_N = weight_S[batch["sections"]]
+            kd, ce = kd * weight_N, None if ce is None else ce * weight_N
+        return batch | {"kd": kd, "ce": ce}
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Before the weights change.
+
+        Raises: TrainingError naming the traces of a step whose loss or gradient is no number.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        losses = torch.stack([loss.float() for loss, _ in self._suspects])
+        good = torch.isfinite(losses).tolist()
+        bad = [traces for (_, traces), fine in zip(self._suspects, good, strict=True) if not fine]
+        what = "loss" if bad else "gradient"
+        bad = bad or [traces for _, traces in self._suspects]
+        self._suspects.clear()
+        if what == "loss" or (norm is not None and not math.isfinite(norm)):
+            raise TrainingError(
+                f"the {what} is no finite number at step {self.state.global_step + 1}, in a batch of traces "
+                f"{', '.join(name for names in bad for name in names)}; lower the learning rate, or use --dtype fp32"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], *inputs: Any, **named: Any) -> None:
+        """Losses go with what they have cost so far, the x axis of a comparison."""
+        if "loss" in logs:
+            logs = logs | self.counts | {"seconds": self.seconds}
+        super().log(logs, *inputs, **named)
+
+    def spent(self) -> dict[str, Any]:
+        """What training has cost so far: tokens and FLOPs of all ranks, seconds and peak bytes of this one."""
+        costs, seconds = self.costs.state_dict(), self.seconds
+        tokens = {name: self.counts[name] for name in ("tokens_fed", "tokens_taught")}
+        return tokens | {
+            "seconds": seconds,
+            "tokens_per_second": tokens["tokens_fed"] / max(seconds, 1e-9),
+            "cost": {"flops": self.counts["flops"], "peak_memory": costs["peak_memory"], "seconds": costs["seconds"]},
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Spent in steps so far, not in evaluations and checkpoints."""
+        return sum(self.costs.seconds.values())
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -162,12 +189,12 @@ class DistillTrainer(Trainer):
         found = evaluate(
             self.model,
             self.eval_dataset if eval_dataset is None else eval_dataset,
-            head=self.head,
+            measure=lambda batch: self.model(lesson=batch, metrics=True),
             tokens_per_batch=self.args.tokens_per_batch,
             autocast=torch.bfloat16 if self.args.bf16 else None,
         )
         self.last_evaluation = (self.state.global_step, found)
-        metrics = {"kl": found["kl"], "loss": found["kl"], "top1": found["top1"], "rows": found["rows"]}
+        metrics = {"loss": found["kl"], **{name: found[name] for name in ("kl", "top1", "ece", "rows")}}
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
         self.log(metrics)
@@ -186,11 +213,14 @@ class DistillTrainer(Trainer):
             return super().train(None, trial, ignore_keys_for_eval)
         path = Path(resume_from_checkpoint)
         if (path / COUNTS_FILE).exists():
-            self.counts = json.loads((path / COUNTS_FILE).read_text())
+            kept = json.loads((path / COUNTS_FILE).read_text())
+            self.counts = kept["counts"]
+            self.costs.load_state_dict(kept["costs"])
         state = TrainerState.load_from_json(str(path / "trainer_state.json"))
-        epoch_steps = count_steps(self.train_dataset.lengths, self.args.tokens_per_step)
         if state.global_step >= (
-            self.args.max_steps if self.args.max_steps > 0 else math.ceil(self.args.num_train_epochs * epoch_steps)
+            self.args.max_steps
+            if self.args.max_steps > 0
+            else math.ceil(self.args.num_train_epochs * self.make_sampler().steps)
         ):
             self._load_from_checkpoint(str(path))  # Trainer would take one step more
             self.state = state
@@ -200,11 +230,50 @@ class DistillTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
         if _internal_call and output_dir and self.args.should_save:
-            (Path(output_dir) / COUNTS_FILE).write_text(json.dumps(self.counts))
+            kept = {"counts": self.counts, "costs": self.costs.state_dict()}
+            (Path(output_dir) / COUNTS_FILE).write_text(json.dumps(kept))
 
     def _reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         if self.args.world_size > 1:
             dist.all_reduce(tensor, op)
+
+
+# Sampling parameters that leave the teacher's distribution at temperature 1 as it is, and values of others that do.
+_HARMLESS = {"max_tokens", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"}
+_NEUTRAL = {
+    "temperature": 1,
+    "top_p": 1,
+    "min_p": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+}
+
+
+def _check_sampled(data: Lessons, tail: str) -> None:
+    """Raises: StudentError where the tail `sampled` is asked for tokens that the teacher did not draw at temperature 1."""
+    for part in getattr(data, "parts", [data]) if tail == "sampled" else []:
+        identity, sections = part.cache.identity, getattr(part.view, "sections", ())
+        others = [n for n, v in identity.sampling.items() if n not in _HARMLESS and v != _NEUTRAL.get(n)]
+        what = (
+            "its tokens were scored, not sampled" if "temperature" not in identity.sampling
+            else f"its tokens were sampled with {others[0]} = {identity.sampling[others[0]]}" if others
+            else "no prompt was sampled: leave the prompt out of --sections" if identity.prompt_logits and "prompt" in sections
+            else None
+        )  # fmt: skip
+        if what:
+            raise StudentError(
+                f"tail sampled: {part.cache.path}: {what}; it needs tokens drawn at temperature 1 without a filter: "
+                "take --tail bucket"
+            )
+
+
+def _register_head(model: PreTrainedModel, head: nn.Module) -> None:
+    """ZeRO-3 gathers a weight for its own module's forward; the head's is used by the model's."""
+    from deepspeed.runtime.zero import register_external_parameter  # pyright: ignore[reportMissingImports]
+
+    for weight in head.parameters(recurse=False):
+        register_external_parameter(model, weight)
 
 
 class _Flow(TrainerCallback):
@@ -217,9 +286,15 @@ class _Flow(TrainerCallback):
         # Trainer's own set_epoch misses a batch sampler that accelerate did not wrap, and a resumed epoch.
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
+    def on_pre_optimizer_step(self, args, state, control, **_: Any) -> None:
+        self.trainer.costs.switch("optimizer")
+
+    def on_optimizer_step(self, args, state, control, **_: Any) -> None:
+        self.trainer.costs.switch("other")
+
     def on_step_end(self, args, state, control, **_: Any) -> None:
         t = self.trainer
-        t.counts["seconds"] += time.monotonic() - t._step_began
+        t.costs.stop()
         stop = t.stop is not None and t.stop.signal is not None
         due = args.save_minutes is not None and time.monotonic() - self.saved > args.save_minutes * 60
         flags = torch.tensor([stop, due], dtype=torch.int32, device=args.device)
@@ -234,60 +309,3 @@ class _Flow(TrainerCallback):
 
     def on_save(self, args, state, control, **_: Any) -> None:
         self.saved = time.monotonic()
-
-
-class Report(TrainerCallback):
-    """Steps, speed and losses for a person; the training loop's own dictionaries stay in its history."""
-
-    def __init__(self, trainer: DistillTrainer):
-        self.trainer, self.fed = trainer, 0
-        self.progress: Any = None
-
-    def on_train_begin(self, args, state, control, **_: Any) -> None:
-        self.fed = self.trainer.counts["tokens_fed"]
-        self.progress = Progress(sys.stderr, state.max_steps - state.global_step, "steps").__enter__()
-        data, held, done = self.trainer.train_dataset, self.trainer.eval_dataset, state.global_step
-        self.progress.say(
-            f"{len(data)} traces to learn from, {len(held)} held out; {state.max_steps} steps of about "
-            f"{args.tokens_per_step:,} tokens" + (f", {done} of them done" if done else "")
-        )
-
-    def on_log(self, args, state, control, **found: Any) -> None:
-        if self.progress is not None and "loss" in found["logs"]:
-            self.progress.what = f"steps, loss {found['logs']['loss']:.3f}"
-
-    def on_step_end(self, args, state, control, **_: Any) -> None:
-        fed = self.trainer.counts["tokens_fed"]
-        self.progress.add(1, fed - self.fed)
-        self.fed = fed
-
-    def on_evaluate(self, args, state, control, **found: Any) -> None:
-        metrics = found["metrics"]
-        if self.progress is not None and metrics.get("eval_kl") is not None:
-            self.progress.say(
-                f"epoch {state.epoch:.2g}, step {state.global_step}: held-out KL {metrics['eval_kl']:.4f} nats a row, "
-                f"top-1 {metrics['eval_top1']:.1%}"
-            )
-
-    def on_train_end(self, args, state, control, **_: Any) -> None:
-        self.progress.__exit__(None, None, None)
-
-
-def latest_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint that was written whole: its state is written after all else."""
-    for path in sorted(run.glob("checkpoint-*"), key=_step, reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text())
-            return str(path)
-    return None
-
-
-def drop_after(run: Path, whole: str | None) -> None:
-    """Removes checkpoints that were cut short, so that the rotation never takes one for the newest."""
-    for path in run.glob("checkpoint-*"):
-        if whole is None or _step(path) > _step(Path(whole)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.rpartition("-")[2])

@@ -22,3 +22,26 @@ def embedded_teacher() -> Path:
     from benchmarks.embedded import embedded_teacher
 
     return embedded_teacher(Path(__file__).parents[1] / "demo" / "teacher")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder with a tiny cache and a tiny student."""
+    from tests import tiny
+
+    home = tmp_path_factory.mktemp("home")
+    tiny.write_cache(home / "cache")
+    tiny.save_model(home / "model")
+    return home
+
+
+@pytest.fixture
+def options(home, tmp_path):
+    """TrainOptions of a run of 8 steps in 2 epochs; keywords change it."""
+    from logitcache.student.options import TrainOptions
+
+    def make(out: str = "run", **changes) -> TrainOptions:
+        given = {"cache": home / "cache", "held_out": 0.2, "tokens_per_batch": 130, "epochs": 2, "learning_rate": 1e-2}
+        return TrainOptions(student=str(home / "model"), out=tmp_path / out, **given | changes)
+
+    return make

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,87 @@ def test_plain_vllm_and_generate_make_as_many_tokens_of_the_same_prompts(embedde
     assert plain["of_plain_rounds"] == [1.0]
     assert ours["k"] == 64
     assert ours["of_plain"] == pytest.approx(ours["tokens_per_s"] / plain["tokens_per_s"])
+
+
+DIVERGENCE = ["bench_divergence", "--device", "cpu", "--reps", "3", "--case", "24", "16", "500"]
+
+
+def test_a_head_with_a_divergence_is_measured_saved_and_drawn(tmp_path: Path) -> None:
+    into = ["--csv", str(tmp_path / "here.csv")]
+    rows = run(*DIVERGENCE, *into, "--case", "8", "32", "500", "--skip", "torch.compile")
+    assert [row["N"] for row in rows] == [24] * 4 + [8] * 4
+    assert {row["impl"] for row in rows} >= {"logitcache", "torch", "matrix products"}
+    for row in rows:
+        assert row.keys() >= {"impl", "divergence", "N", "H", "V", "k", "ms_median", "extra_mib", "floor_share"}
+        assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
+    run(*DIVERGENCE, *into, "--skip", "torch.compile", "--divergence", "jsd")
+    lines = (tmp_path / "here.csv").read_text().splitlines()
+    assert len(lines) == 1 + 8 + 4, "runs are appended"
+
+    command = [sys.executable, "-m", f"benchmarks.{DIVERGENCE[0]}", *into, "--plot", str(tmp_path / "a.png"), "--table"]
+    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
+    assert "| logitcache |" in printed
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_that_fails_or_hangs_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from benchmarks import bench_divergence as bench
+
+    made = []
+
+    def broken():
+        raise TypeError("got an unexpected keyword argument")
+
+    def missing():
+        raise ImportError("No module named 'liger_kernel'")
+
+    def later():
+        def step():
+            made.append(0)
+            if len(made) > 3:
+                raise RuntimeError("illegal access\nsecond line")
+
+        return step
+
+    peers = {"broken": broken, "missing": missing, "later": later, "hanging": lambda: lambda: time.sleep(60)}
+    ours = bench.implementations
+    monkeypatch.setattr(bench, "implementations", lambda p: [*peers.items(), next(ours(p))])
+    monkeypatch.setattr(bench, "PATIENCE", 4.0)
+    results = bench.run_case(bench.Case(8, 16, 500, k=8, dtype="float32"), "cpu", reps=3)
+    assert [result.impl for result in results] == ["logitcache"]
+    assert len(results[0].ms) == 3
+    said = capsys.readouterr().err
+    for line in (
+        "broken: skipped, TypeError: got an unexpected keyword argument",
+        "missing: skipped, ImportError: No module named 'liger_kernel'",
+        "later: skipped, RuntimeError: illegal access\n",
+        "hanging: skipped, TimeoutError: no result after 4 s",
+    ):
+        assert line in said
+
+
+def test_what_does_not_fit_the_budget_is_left_out_by_name(capsys) -> None:
+    from benchmarks import bench_divergence as bench
+
+    assert bench.run_case(bench.Case(8, 16, 500, k=8, dtype="float32"), "cpu", reps=3, until=0.0) == []
+    assert "logitcache: skipped, out of time" in capsys.readouterr().err
+
+
+def test_a_peer_that_takes_the_gpu_with_it_is_left_out_by_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_divergence as bench
+
+    def lost(*_, **__):
+        raise bench.Lost("liger linear jsd")
+
+    again = []
+    monkeypatch.setattr(bench, "run_case", lost)
+    monkeypatch.setattr(bench.os, "execv", lambda _, command: again.append(command))
+    monkeypatch.setattr(
+        sys, "argv", ["bench_divergence.py", "--device", "cpu", "--no-save", "--case", "8", "16", "500"]
+    )
+    bench.main()
+    assert again[0][1:8] == sys.argv
+    options = again[0][8:]
+    assert options[:2] == ["--skip", "liger linear jsd"]
+    assert 0 < int(options[3]) <= 400
+    assert options[-1] == "0"

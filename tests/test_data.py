@@ -1,23 +1,16 @@
+import functools
 import pickle
 
 import numpy as np
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, Qwen3Config
 
 from logitcache.errors import StudentError
-from logitcache.student.data import (
-    StepSampler,
-    TraceDataset,
-    _take,
-    collate,
-    cut,
-    epoch_order,
-    evaluation_batches,
-    groups,
-    share,
-    split,
-)
-from logitcache.student.views import View
+from logitcache.student.data import Mixture, TraceDataset, _take, collate, groups, loader, matching
+from logitcache.student.head import check_packing, taught_hidden
+from logitcache.student.order import StepSampler
+from logitcache.student.views import NOT_TAUGHT, View
 from logitcache.topk import SparseRows
 from tests import tiny
 
@@ -27,86 +20,6 @@ def data(tmp_path_factory):
     return TraceDataset(tiny.write_cache(tmp_path_factory.mktemp("cache") / "cache"))
 
 
-def prompts(count: int) -> list[str]:
-    return [f"prompt {i}" for i in range(count)]
-
-
-def test_no_prompt_is_on_both_sides_of_the_split():
-    ids = prompts(5000) * 3
-    taught, held = split(ids, 0.1)
-    assert sorted([*taught, *held]) == list(range(15_000))
-    assert not {ids[i] for i in taught} & {ids[i] for i in held}
-    assert len(held) == pytest.approx(1500, rel=0.15)
-
-
-def test_a_prompt_keeps_its_side_as_the_cache_grows_and_in_any_order():
-    few, many = prompts(100), prompts(1000)[::-1]
-    held_few = {few[i] for i in split(few, 0.1)[1]}
-    held_many = {many[i] for i in split(many, 0.1)[1]}
-    assert held_few == held_many & set(few)
-
-
-@pytest.mark.parametrize("count", [2, 3, 5, 10])
-@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5, 0.999])
-def test_neither_side_is_ever_empty(count, fraction):
-    assert all(len(side) for side in split(prompts(count), fraction))
-
-
-def test_a_single_prompt_cannot_be_split():
-    with pytest.raises(StudentError, match="holds 1 prompt"):
-        split(["a", "a"], 0.05)
-    with pytest.raises(StudentError, match="between 0 and 1"):
-        split(prompts(5), 1.0)
-
-
-def test_the_order_is_a_function_of_seed_epoch_and_traces_alone(data):
-    order = epoch_order(data.keys, 0, 0)
-    assert sorted(order) == list(range(len(data)))
-    assert order.tolist() == epoch_order(data.keys, 0, 0).tolist()
-    assert order.tolist() != epoch_order(data.keys, 0, 1).tolist()
-    assert order.tolist() != epoch_order(data.keys, 1, 0).tolist()
-    backwards = TraceDataset(data.cache, data.indices[::-1])
-    assert data.indices[order].tolist() == backwards.indices[epoch_order(backwards.keys, 0, 0)].tolist()
-
-
-@pytest.mark.parametrize("tokens", [1, 50, 128, 10_000])
-def test_every_epoch_has_every_trace_once_in_as_many_steps_none_of_them_empty(data, tokens):
-    sampler = StepSampler(data, tokens)
-    for epoch in range(5):
-        steps = sampler.step_traces(epoch)
-        assert len(steps) == sampler.steps == len(sampler)
-        assert all(len(step) for step in steps)
-        assert sorted(np.concatenate(steps)) == list(range(len(data)))
-
-
-def test_cut_balances_tokens_even_beside_a_giant():
-    lengths = np.array([10, 10, 5000, 10, 10, 10, 10, 10])
-    assert [s.stop - s.start for s in cut(lengths, 8)] == [1] * 8
-    even = np.full(100, 7)
-    assert {s.stop - s.start for s in cut(even, 10)} == {10}
-
-
-@pytest.mark.parametrize(("accumulation", "world"), [(4, 1), (1, 4), (2, 2)])
-def test_ranks_and_accumulation_share_the_same_steps_out(data, accumulation, world):
-    whole = StepSampler(data, 200)
-    ranks = [StepSampler(data, 50, accumulation=accumulation, rank=r, world=world) for r in range(world)]
-    for sampler in [whole, *ranks]:
-        sampler.set_epoch(3)
-    batches = [list(r) for r in ranks]
-    assert {len(b) for b in batches} == {len(whole) * accumulation}
-    for step, traces in enumerate(whole):
-        shared = [i for b in batches for part in b[step * accumulation : (step + 1) * accumulation] for i in part]
-        assert sorted(shared) == sorted(traces)
-
-
-def test_share_balances_tokens_and_leaves_parts_empty_when_traces_run_out():
-    lengths = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1])
-    parts = share(lengths, 3)
-    assert sorted(np.concatenate(parts)) == list(range(9))
-    assert max(int(lengths[part].sum()) for part in parts) <= 16, "at most a third more than 15"
-    assert sorted(len(part) for part in share(lengths[:2], 4)) == [0, 0, 1, 1]
-
-
 def test_groups_of_alike_length_cover_all_and_save_padding():
     lengths = np.array([500, 480, 470, 120, 110, 100, 100, 90])
     runs = groups(lengths)
@@ -114,12 +27,6 @@ def test_groups_of_alike_length_cover_all_and_save_padding():
     assert len(runs) == 2
     assert sum((run.stop - run.start) * int(lengths[run.start]) for run in runs) == 3 * 500 + 5 * 120
     assert groups(np.zeros(0, np.int64)) == []
-
-
-def test_evaluation_batches_hold_every_trace_once_over_all_ranks_within_the_budget(data):
-    batches = [b for rank in range(3) for b in evaluation_batches(data.lengths, 100, rank, 3)]
-    assert sorted(i for b in batches for i in b) == list(range(len(data)))
-    assert all(len(b) * data.lengths[b].max() <= 100 for b in batches)
 
 
 def test_a_batch_names_for_each_taught_position_the_row_of_the_next_token(data):
@@ -144,7 +51,7 @@ def test_a_batch_names_for_each_taught_position_the_row_of_the_next_token(data):
 def test_a_batch_of_traces_with_nothing_to_teach_is_a_dummy(data):
     nothing = TraceDataset(data.cache, view=View(sections=("answer",)))[0]
     nothing = type(nothing)(
-        nothing.trace_id, nothing.input_ids[:0], nothing.positions[:0], nothing.rows[:0], *[np.zeros(0)] * 4
+        nothing.trace_id, nothing.input_ids[:0], nothing.positions[:0], nothing.rows[:0], *[np.zeros(0)] * 5
     )
     for examples in ([], [nothing]):
         batch = collate(examples)
@@ -177,7 +84,103 @@ def test_a_dataset_survives_pickling_and_workers_give_the_same_batches(data):
 
 @pytest.mark.slow
 def test_loader_workers_give_the_same_batches(data):
-    alone, workers = data.loader(StepSampler(data, 100)), data.loader(StepSampler(data, 100), num_workers=2)
+    alone, workers = (loader(data, StepSampler(data.pool, 100), num_workers=n) for n in (0, 2))
     for a, b in zip(alone, workers, strict=True):
         assert a["trace_ids"] == b["trace_ids"]
         assert torch.equal(a["logprobs"], b["logprobs"])
+
+
+def test_an_index_beyond_the_last_is_the_same_trace_in_a_later_epoch(data):
+    ranges = TraceDataset(data.cache, view=View("trsd:0.1-0.9"))
+    lengths = {len(ranges[epoch * len(ranges) + 5].input_ids) for epoch in range(20)}
+    assert len(lengths) > 1
+    assert ranges[3 * len(ranges) + 5].input_ids.tolist() == ranges.example(5, 3).input_ids.tolist()
+    assert data[7 * len(data) + 5].trace_id == data[5].trace_id
+
+
+def test_a_token_without_a_row_has_an_empty_one(data):
+    rows = data.cache[0].rows
+    taken = _take(rows, np.array([2, NOT_TAUGHT, 4, NOT_TAUGHT]))
+    assert taken.counts.tolist() == [rows.counts[2], 0, rows.counts[4], 0]
+    assert taken.log_tail.tolist() == [rows.log_tail[2], 0, rows.log_tail[4], 0]
+    assert taken.ids.tolist() == [*rows[2:3].ids, *rows[4:5].ids]
+
+
+def test_fewer_ids_are_the_likeliest_and_the_rest_joins_the_tail(data):
+    few, all_of = TraceDataset(data.cache, top_k=3)[0].rows, data[0].rows
+    assert set(few.counts) == {3}
+    for row in (0, 5):
+        assert few[row : row + 1].ids.tolist() == all_of[row : row + 1].ids[:3].tolist()
+        rest = np.exp(all_of[row : row + 1].logprobs[3:]).sum() + np.exp(all_of.log_tail[row])
+        assert np.exp(few.log_tail[row]) == pytest.approx(rest, rel=1e-5)
+    with pytest.raises(StudentError, match="keeps 8 ids a row"):
+        TraceDataset(data.cache, top_k=9)
+
+
+def test_several_caches_are_one_dataset(data, tmp_path):
+    other = TraceDataset(tiny.write_cache(tmp_path / "other", tiny.traces(10, 5, seed=1)), view=View("trsd:0.1-0.9"))
+    both = Mixture([data, other])
+    assert len(both) == 34
+    assert both[5].trace_id == data[5].trace_id
+    late = both[2 * 34 + 24 + 3]
+    assert late.input_ids.tolist() == other.example(3, 2).input_ids.tolist()
+    sampler = StepSampler(both.pool, 10_000)
+    assert sum(len(batch["trace_ids"]) for batch in loader(both, sampler)) == 34
+    with pytest.raises(StudentError, match="give each a number above 0"):
+        Mixture([data, other], [0.5, 0.0])
+    foreign = tiny.write_cache(tmp_path / "foreign", tokenizer_hash="0" * 32)
+    with pytest.raises(StudentError, match="token ids mean different tokens"):
+        Mixture([data, TraceDataset(foreign)])
+
+
+def test_traces_are_chosen_by_a_filter(data):
+    found = matching(data.cache, "tokens<=20")
+    assert found.tolist() == (data.cache.lengths <= 20).tolist()
+
+
+FAMILIES = {
+    "llama": LlamaConfig,
+    "qwen3": Qwen3Config,
+    "gemma3": functools.partial(
+        Gemma3TextConfig, layer_types=["sliding_attention", "full_attention"], sliding_window=4, head_dim=16
+    ),
+}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_traces_do_not_see_each_other(data, family, attention):
+    torch.manual_seed(0)
+    config = FAMILIES[family](
+        vocab_size=tiny.VOCAB, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, attn_implementation=attention,
+    )  # fmt: skip
+    student = AutoModelForCausalLM.from_config(config).eval()
+    check_packing(student)
+    examples = [data[i] for i in (3, 0, 7, 9)]
+    packed, padded = collate(examples, packed=True), collate(examples)
+    assert packed["groups"][0].shape == (1, packed["tokens"]), "no padding"
+    assert sum(g.numel() for g in padded["groups"]) > packed["tokens"]
+    assert packed["shapes"] == [(1, n) for n in sorted((len(e.input_ids) for e in examples), reverse=True)]
+    with torch.no_grad():
+        together, apart = taught_hidden(student, packed), taught_hidden(student, padded)
+        alone = torch.cat(
+            [taught_hidden(student, collate([e])) for e in sorted(examples, key=lambda e: -len(e.input_ids))]
+        )
+    torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
+    torch.testing.assert_close(apart, alone, rtol=0, atol=2e-6)
+
+
+def test_a_model_that_cannot_tell_packed_traces_apart_is_refused(monkeypatch):
+    student = tiny.model()
+    forward = student.model.forward
+    monkeypatch.setattr(
+        student.model, "forward", lambda *a, position_ids=None, **k: forward(*a, **k | {"position_ids": None})
+    )
+    with pytest.raises(StudentError, match="lets packed traces see each other; train with --no-packing"):
+        check_packing(student)
+
+
+def test_an_empty_packed_batch_is_a_dummy():
+    batch = collate([], packed=True)
+    assert batch["groups"][0].shape == batch["position_ids"].shape == (1, 1)

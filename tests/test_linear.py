@@ -266,7 +266,42 @@ def test_metrics_are_the_rows_of_the_reference():
             mass = 1 - logits_NV.softmax(dim=1)[r, ids].sum()
             torch.testing.assert_close(found["log_tail"][r].exp(), mass)
             assert top1 == (len(ids) > 0 and int(ids[0]) == int(found["argmax"][r]))
+            best = int(found["argmax"][r])
+            torch.testing.assert_close(found["log_top"][r], logits_NV.log_softmax(dim=1)[r, best])
+            inside = (ids == best).nonzero().flatten().tolist()
+            want = float(targets.logprobs[targets.offsets[r] + inside[0]]) if inside else -torch.inf
+            assert found["teacher_log_top"][r] == want
     assert not any(value.requires_grad for value in found.values())
+
+
+@pytest.mark.parametrize("logit_scale", [0.7, -0.7])
+def test_metrics_know_the_softcap_and_the_sign_of_the_scale(logit_scale):
+    hidden_NH, weight_VH, _, targets = problem()
+    with torch.no_grad():
+        found = linear_sparse_metrics(hidden_NH, weight_VH, targets, softcap=2.0, logit_scale=logit_scale)
+        log_q_NV = (2.0 * torch.tanh(logit_scale * (hidden_NH @ weight_VH.t()) / 2.0)).log_softmax(dim=1)
+    torch.testing.assert_close(found["log_top"], log_q_NV.amax(dim=1))
+    assert torch.equal(found["argmax"], log_q_NV.argmax(dim=1))
+    ce_N = -log_q_NV.gather(1, targets.labels.clamp(min=0)[:, None])[:, 0]
+    torch.testing.assert_close(found["ce"], ce_N.masked_fill(targets.labels < 0, 0.0))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_rows_without_a_support_are_taught_by_their_token_alone(device):
+    hidden_NH, weight_VH, _, targets = problem(dtype=torch.float32, device=device)
+    nothing = torch.zeros_like(targets.log_tail)
+    targets = SparseTargets(torch.zeros_like(targets.offsets), targets.ids, targets.logprobs, nothing, targets.labels)
+    found = linear_sparse_divergence(hidden_NH, weight_VH, targets, ce_weight=1.0)
+    want = torch.nn.functional.cross_entropy(hidden_NH @ weight_VH.t(), targets.labels, reduction="sum")
+    torch.testing.assert_close(found, want)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden_NH, weight_VH)) for x in (found, want)), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+    metrics = linear_sparse_metrics(hidden_NH, weight_VH, targets)
+    torch.testing.assert_close(metrics["ce"].sum(), want)
+    assert not metrics["top1"].any()
+    assert (metrics["forward_kl"] == 0).all()
+    assert (metrics["log_tail"] == 0).all()
+    assert (metrics["teacher_log_top"] == -torch.inf).all()
 
 
 def test_the_operator_keeps_the_rules_of_torch_library():
@@ -311,6 +346,8 @@ def test_a_head_it_cannot_take_is_refused_with_the_way_out():
         linear_sparse_divergence(hidden_NH[:5], weight_VH, targets)
     with pytest.raises(ValueError, match=r"bias_V is \[7\]"):
         linear_sparse_divergence(hidden_NH, weight_VH, targets, bias_V=bias_V[:7])
+    with pytest.raises(ValueError, match=r"ce_weights_N is \[1\], targets ask for \[11\]"):
+        linear_sparse_divergence(hidden_NH, weight_VH, targets, ce_weights_N=torch.ones(1))
     with pytest.raises(ValueError, match="chunk_rows=0"):
         linear_sparse_divergence(hidden_NH, weight_VH, targets, chunk_rows=0)
     with pytest.raises(ValueError, match="head has 40 rows"):

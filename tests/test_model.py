@@ -21,7 +21,8 @@ from logitcache.errors import StudentError
 from logitcache.kernels.reference import sparse_divergence
 from logitcache.manifest import tokenizer_hash
 from logitcache.student.data import TraceDataset, collate, targets
-from logitcache.student.model import find_head, lesson_loss, lesson_metrics, load_student, prune_layers, taught_hidden
+from logitcache.student.head import find_head, lesson_loss, lesson_metrics, taught_hidden
+from logitcache.student.model import load_student, prune_layers
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
 

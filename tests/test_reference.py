@@ -157,6 +157,39 @@ def test_a_perfect_student_has_no_loss_and_no_gradient(divergence, tail, dtype):
     assert grad_NV.abs().max() < tolerance
 
 
+@pytest.mark.parametrize(("divergence", "tail"), MODES)
+def test_a_row_without_a_support_has_no_divergence_and_no_gradient(divergence, tail):
+    _, logits_NV = rows(3, 33)
+    nothing, no_ids = torch.zeros(3), torch.zeros(0)
+    targets = SparseTargets(torch.zeros(4).long(), no_ids.long(), no_ids, nothing, torch.full((3,), -100))
+    found_NV = logits_NV.float()
+    leaf_NV = found_NV.clone().requires_grad_()
+    loss_N = sparse_divergence(leaf_NV, targets, **options(divergence, tail))
+    values = sparse_divergence_(found_NV, targets, Objective.of(**options(divergence, tail)))
+    for value_N in (loss_N, values.divergence_N):
+        assert value_N.abs().max() <= 1e-7  # log(beta + 1 - beta), rounded
+    for grad_NV in (torch.autograd.grad(loss_N.sum(), leaf_NV)[0], found_NV):
+        assert grad_NV.abs().max() <= (1e-7 if grad_NV is not found_NV else 0.0)
+
+
+@pytest.mark.parametrize(("divergence", "tail"), MODES)
+@pytest.mark.parametrize("scale", [1.0, 0.8, -0.8])
+def test_a_masked_id_keeps_no_probability_and_no_gradient_under_a_softcap(divergence, tail, scale):
+    logp_NV, logits_NV = rows(3, 20)
+    targets = teacher(logp_NV, [5, 0, 2])
+    masked_NV = torch.ones(3, 33, dtype=torch.bool)
+    masked_NV[:, :20] = False
+    padded_NV = torch.nn.functional.pad(logits_NV, (0, 13), value=-math.inf).requires_grad_()
+    more = {"softcap": 3.0, "logit_scale": scale, **options(divergence, tail)}
+    loss_N = sparse_divergence(padded_NV, targets, ce_weight=0.5, **more)
+    torch.testing.assert_close(loss_N, sparse_divergence(logits_NV, targets, ce_weight=0.5, **more))
+    (want_NV,) = torch.autograd.grad(loss_N.sum(), padded_NV)
+    found_NV = padded_NV.detach().clone()
+    sparse_divergence_(found_NV, targets, Objective.of(**more), None, torch.full((3,), 0.5))
+    torch.testing.assert_close(found_NV, want_NV, rtol=1e-12, atol=1e-12)
+    assert (found_NV[masked_NV] == 0).all()
+
+
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_temperature_squared_is_in_the_loss_and_in_the_gradient(divergence):
     logp_NV, logits_NV = rows(4, 33)

@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ from logitcache.kernels.reference import DIVERGENCES, TAILS, Objective, SparseTa
 
 # N rows, V vocabulary, K ids of the longest row.
 
+TILES = ((4, 2), (8, 2), (16, 1), (16, 2), (32, 1), (32, 2))  # what may be chosen by autotuning; the last is pinned
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 MODES = [(d, t) for d in DIVERGENCES for t in TAILS if t != "sampled" or d == "forward_kl"]
 DEVICE = "cpu" if INTERPRETED else "cuda"
@@ -58,13 +60,22 @@ def teacher(vocab: int, k: int, seed: int = 0) -> SparseTargets:
     )
 
 
-def compare(divergence, tail, vocab, k, dtype=torch.float32, padding=True, **extra):
-    """Error against float64 <= plain torch's error + 1e-5 (one rounding of `dtype`), support and tail apart."""
+def compare(divergence, tail, vocab, k, dtype=torch.float32, padding=True, mask=None, **extra):
+    """Error against float64 <= plain torch's error + 1e-5 (one rounding of `dtype`), support and tail apart.
+
+    From `mask` on, ids outside the supports have a logit of -inf.
+    """
     from logitcache.kernels.sparse_divergence import sparse_divergence_
 
     exact = teacher(vocab, k)
     generator = torch.Generator().manual_seed(1)
     logits_NV = (2 * torch.randn(5, vocab, generator=generator)).to(dtype)
+    if mask is not None:
+        ids_NK, _, valid_NK = exact.padded()
+        kept_NV = torch.arange(vocab).expand(5, vocab) < mask
+        kept_NV = kept_NV.scatter(1, ids_NK, kept_NV.gather(1, ids_NK) | valid_NK)
+        kept_NV[range(5), exact.labels.clamp(min=0)] = True
+        logits_NV = logits_NV.masked_fill(~kept_NV, -torch.inf)
     weights_N, ce_weights_N = torch.rand(2, 5, generator=generator)
     weights_N[4], ce_weights_N[4] = 0.0, 0.0  # an ignored row
     keywords = {"weights_N": weights_N, "ce_weights_N": ce_weights_N, **options(divergence, tail), **extra}
@@ -121,6 +132,66 @@ class TestInterpretedOrOnAGpu:
     @pytest.mark.parametrize("padding", [False, True])
     def test_the_grid_with_and_without_padding_columns(self, padding):
         compare("forward_kl", "bucket", 1003, 8, padding=padding)
+
+    @pytest.mark.parametrize(("divergence", "tail"), MODES)
+    def test_the_grid_of_rows_without_a_support(self, divergence, tail):
+        from logitcache.kernels.sparse_divergence import sparse_divergence_
+
+        logits_NV = torch.randn(2, 1003, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        nothing = torch.zeros(0, device=DEVICE)
+        label_N = torch.full((2,), -100, device=DEVICE)
+        offsets, log_tail_N = torch.zeros(3, dtype=torch.int64, device=DEVICE), torch.zeros(2, device=DEVICE)
+        targets = SparseTargets(offsets, nothing.long(), nothing, log_tail_N, label_N)
+        values = sparse_divergence_(logits_NV, targets, Objective.of(**options(divergence, tail)))
+        assert values.divergence_N.abs().max() <= 1e-6
+        assert logits_NV.abs().max() == 0.0
+
+    @pytest.mark.parametrize(("divergence", "tail"), MODES)
+    def test_the_grid_of_masked_ids_under_a_softcap(self, divergence, tail):
+        compare(divergence, tail, 1003, 8, mask=500, softcap=5.0)
+        compare(divergence, tail, 33, 8, mask=17, softcap=5.0, logit_scale=-0.7)
+
+    def test_the_grid_takes_tensors_of_any_stride_and_float_dtype(self):
+        from logitcache.kernels.sparse_divergence import sparse_divergence_
+
+        exact = teacher(1003, 8).to(DEVICE)
+        logits_NV = torch.randn(5, 1003, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+        found = []
+        for spread in (lambda t: t, lambda t: torch.stack([t, t - 7], dim=1)[:, 0]):
+            targets = SparseTargets(
+                *map(spread, (exact.offsets, exact.ids, exact.logprobs, exact.log_tail, exact.labels))
+            )
+            weights_N = spread(torch.arange(5.0, device=DEVICE))
+            grad_NV = logits_NV.clone()
+            values = sparse_divergence_(grad_NV, targets, Objective.of(), weights_N, weights_N)
+            found.append((grad_NV, *values))
+        for plain, spread in zip(*found, strict=True):
+            assert torch.equal(plain, spread)
+
+    def test_the_grid_of_tiles_is_tried_once_where_the_environment_asks_for_it(self, monkeypatch):
+        from logitcache.kernels import sparse_divergence as rows
+
+        tried = []
+
+        def milliseconds(step):
+            step()
+            tried.append(len(tried))
+            return abs(len(tried) - 3)  # the third wins
+
+        monkeypatch.setattr(rows, "milliseconds", milliseconds)
+        monkeypatch.setattr(rows, "_fastest", {})
+        targets, logits_NV = teacher(1003, 8).to(DEVICE), torch.randn(5, 1003).to(DEVICE)
+        found = []
+        for asked in ("0", "1", "1"):
+            monkeypatch.setenv("LOGITCACHE_AUTOTUNE", asked)
+            found.append(logits_NV.clone())
+            rows.sparse_divergence_(found[-1], targets, Objective.of())
+            assert len(tried) == (0 if asked == "0" else len(rows.TILES))
+        rows.sparse_divergence_(logits_NV, targets, Objective.of("tv"), num_warps=8)
+        assert len(tried) == len(rows.TILES)  # a tile that was asked for is taken
+        assert list(rows._fastest.values()) == [rows.TILES[2]]
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+        assert torch.equal(found[1], found[2])
 
     def test_the_grid_leaves_masked_logits_alone(self):
         from logitcache.kernels.sparse_divergence import sparse_divergence_
@@ -234,6 +305,21 @@ def test_on_a_gpu_every_tile_gives_the_same_gradient(warps, vectors):
 
 
 @pytest.mark.gpu
+def test_on_a_gpu_autotuning_measures_every_tile_and_keeps_the_gradient(monkeypatch):
+    from logitcache.kernels import sparse_divergence as rows
+
+    targets = teacher(49152, 64).to("cuda")
+    logits_NV = torch.randn(5, 49152, device="cuda")
+    pinned_NV, tuned_NV = logits_NV.clone(), logits_NV.clone()
+    rows.sparse_divergence_(pinned_NV, targets, Objective.of())
+    monkeypatch.setattr(rows, "_fastest", {})
+    monkeypatch.setenv("LOGITCACHE_AUTOTUNE", "1")
+    rows.sparse_divergence_(tuned_NV, targets, Objective.of())
+    assert set(rows._fastest.values()) < set(TILES)
+    torch.testing.assert_close(tuned_NV, pinned_NV, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.gpu
 def test_on_a_gpu_gradients_are_scaled_unless_the_factor_is_one():
     from logitcache.kernels.sparse_divergence import scale_
 
@@ -241,6 +327,12 @@ def test_on_a_gpu_gradients_are_scaled_unless_the_factor_is_one():
     for factor in (1.0, 0.3):
         want = (values.float() * factor).bfloat16()
         assert torch.equal(scale_(values.clone(), torch.tensor(factor, device="cuda")), want)
+
+
+def test_the_tiles_compiled_here_are_those_of_autotuning():
+    from logitcache.kernels import sparse_divergence
+
+    assert sparse_divergence.TILES == TILES
 
 
 def test_wrong_strides_are_refused_before_a_launch():
@@ -263,9 +355,7 @@ CASES = {
     "k=256, cross-entropy": {"k": 256, "CE_WEIGHTS": True, "LABELS": True},
     "k=256, cross-entropy, softcap": {"k": 256, "CE_WEIGHTS": True, "LABELS": True, "SOFTCAP": True, "SCALE": True},
     "no gradient": {"GRAD": False},
-    "small vocabulary": {"vocab": 8000},
-    "16 warps": {"warps": 16},
-    "8 warps": {"warps": 8},
+    **{f"{warps} warps, {vectors} vectors": {"warps": warps, "vectors": vectors} for warps, vectors in TILES[:-1]},
 }
 BUILDS = [(architecture, case, flags) for architecture in (80, 90, 100) for case, flags in CASES.items()]
 BUILDS += [
@@ -274,7 +364,9 @@ BUILDS += [
 ]
 
 
-def compile_rows(architecture: int, vocab=128256, dtype=torch.bfloat16, k=64, warps=None, **flags) -> dict[str, int]:
+def compile_rows(
+    architecture: int, vocab=128256, dtype=torch.bfloat16, k=64, warps=None, vectors=None, **flags
+) -> dict[str, int]:
     """Registers, bytes of spills, 128-bit loads and other wide loads of one compiled row kernel."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -282,7 +374,7 @@ def compile_rows(architecture: int, vocab=128256, dtype=torch.bfloat16, k=64, wa
 
     from logitcache.kernels.sparse_divergence import _row_kernel, tile
 
-    r, lanes, warps = tile(vocab, dtype, warps)
+    r, lanes, warps = tile(vocab, dtype, warps, vectors)
     constants = {
         "DIVERGENCE": "forward_kl",
         "TAIL": "bucket",
@@ -317,6 +409,7 @@ def compile_rows(architecture: int, vocab=128256, dtype=torch.bfloat16, k=64, wa
     registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
     return {
         "warps": warps,
+        "vectors": r // (32 * warps),
         "registers": registers,
         "spilled": stack + len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "loads_128": len(re.findall(r"\bLDG\.E\.128", code)),
@@ -327,7 +420,7 @@ def compile_rows(architecture: int, vocab=128256, dtype=torch.bfloat16, k=64, wa
 def check_compiled(found: dict[str, int], grad: bool = True) -> None:
     assert found["spilled"] == 0
     assert found["registers"] * found["warps"] * 32 <= 65536  # a block fits a multiprocessor
-    assert found["loads_128"] == (6 if grad else 4)  # two vectors in each of: the tiles, the rest, the tiles again
+    assert found["loads_128"] == (3 if grad else 2) * found["vectors"]  # the tiles, the rest, the tiles again
     assert found["loads_16"] <= 4  # the gathers of the support and of the label
 
 
@@ -370,8 +463,11 @@ def test_every_case_compiles_for_every_gpu_without_spills(folder, tmp_path):
 if __name__ == "__main__":
     import triton
 
-    for number, (architecture, case, flags) in enumerate(BUILDS):
-        row = {"triton": triton.__version__, "sm": architecture, "case": case, **compile_rows(architecture, **flags)}
+    def build(architecture: int, case: str, flags: dict) -> dict:
+        found = compile_rows(architecture, **flags)
+        return {"triton": triton.__version__, "sm": architecture, "case": case, **found}
+
+    for number, row in enumerate(ThreadPoolExecutor(2).map(build, *zip(*BUILDS, strict=True))):
         if "--json" in sys.argv:
             print(json.dumps(row))
         else:

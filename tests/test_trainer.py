@@ -1,56 +1,25 @@
 import json
-import os
-import signal
-import subprocess
-import sys
-from pathlib import Path
+from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from logitcache.cache import Cache
 from logitcache.errors import NotACacheError, StudentError, TrainingError
-from logitcache.student.data import TraceDataset, split
+from logitcache.student.config import DistillConfig
+from logitcache.student.data import TraceDataset
 from logitcache.student.evaluate import evaluate
 from logitcache.student.model import load_student
-from logitcache.student.run import TrainOptions, configure, train
-from logitcache.student.trainer import DistillConfig, DistillTrainer, drop_after, latest_checkpoint
+from logitcache.student.options import TrainOptions, configure
+from logitcache.student.order import split
+from logitcache.student.run import train
+from logitcache.student.trainer import DistillTrainer
+from logitcache.student.views import SECTIONS, View
 from tests import tiny
+from tests.runs import history, launch, weights
 from tests.tiny import one_thread  # noqa: F401
-
-ROOT = Path(__file__).parents[1]
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory) -> Path:
-    home = tmp_path_factory.mktemp("home")
-    tiny.write_cache(home / "cache")
-    tiny.save_model(home / "model")
-    return home
-
-
-@pytest.fixture
-def options(home, tmp_path):
-    """A run of 8 steps in 2 epochs; keywords change it."""
-
-    def make(out: str = "run", **changes) -> TrainOptions:
-        given = {"held_out": 0.2, "tokens_per_batch": 130, "epochs": 2, "learning_rate": 1e-2}
-        return TrainOptions(home / "cache", str(home / "model"), tmp_path / out, **given | changes)
-
-    return make
-
-
-def weights(path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(path).state_dict()
-
-
-def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
-
-
-def history(run, name: str) -> list[float]:
-    return [entry[name] for entry in run["history"] if name in entry]
 
 
 def test_a_student_learns_and_is_saved_with_its_tokenizer(options, home):
@@ -167,65 +136,6 @@ def test_accumulated_batches_equal_one_batch(options, accumulation):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
 
 
-def stop_at(monkeypatch, step: int) -> None:
-    """SIGTERM in the middle of that step."""
-    compute_loss = DistillTrainer.compute_loss
-
-    def interrupted(self, *args, **kwargs):
-        if self.state.global_step == step - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return compute_loss(self, *args, **kwargs)
-
-    monkeypatch.setattr(DistillTrainer, "compute_loss", interrupted)
-
-
-# In the first epoch, at its end, in the second.
-@pytest.mark.slow
-@pytest.mark.parametrize("step", [1, 4, 6])
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypatch, step):
-    whole, cut = options("whole"), options("cut")
-    expected = train(whole)
-    assert expected["steps"] == 8
-    with monkeypatch.context() as patch:
-        stop_at(patch, step)
-        stopped = train(cut)
-    assert (stopped["status"], stopped["signal"], stopped["steps"]) == ("stopped", "SIGTERM", step)
-    assert latest_checkpoint(cut.out) == str(cut.out / f"checkpoint-{step}")
-    resumed = train(cut)
-    assert resumed["status"] == "finished"
-    assert same(weights(whole.out), weights(cut.out))
-    assert resumed["eval_before"] == expected["eval_before"]
-    assert resumed["eval_after"] == expected["eval_after"]
-    assert resumed["tokens_fed"] == expected["tokens_fed"]
-    assert history(resumed, "loss") == history(expected, "loss")
-
-
-@pytest.mark.slow
-def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(options):
-    opts = options(max_steps=6, set={"save_strategy": "steps", "save_steps": "3"})
-    expected, record = train(opts), opts.out / "run.json"
-    finished = weights(opts.out)
-    (opts.out / "model.safetensors").unlink()
-    record.write_text(record.read_text().replace('"finished"', '"running"'))
-    resumed = train(opts)
-    assert (resumed["status"], resumed["steps"]) == ("finished", 6)
-    assert resumed["tokens_fed"] == expected["tokens_fed"]
-    assert same(weights(opts.out), finished)
-
-
-def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
-    for step in (2, 4, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
-    assert latest_checkpoint(tmp_path) is None
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epo')
-    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    drop_after(tmp_path, latest_checkpoint(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
-
-
 def test_a_loss_that_is_no_number_stops_the_run_with_the_traces(options, home):
     cache = Cache.open(home / "cache")
     config = DistillConfig(output_dir=str(options().out), use_cpu=True, tokens_per_batch=130, eval_strategy="no")
@@ -233,7 +143,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_traces(options, home):
     run = DistillTrainer(student, config, TraceDataset(cache))
     with torch.no_grad():
         student.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(TrainingError, match=f"loss is nan at step 1, in a batch of traces {0:08x}"):
+    with pytest.raises(TrainingError, match=f"loss is no finite number at step 1, in a batch of traces {0:08x}"):
         run.train()
 
 
@@ -259,43 +169,6 @@ def test_the_five_lines_of_the_library_train_a_student(home, tmp_path):
     assert student(input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, tiny.VOCAB), (
         "the model is still called as ever"
     )
-
-
-TRAIN = """
-import sys, json
-from pathlib import Path
-from logitcache.student.run import TrainOptions, train
-options = json.loads(sys.argv[1])
-run = train(TrainOptions(Path(options.pop("cache")), out=Path(options.pop("out")), **options))
-assert "vllm" not in sys.modules, "the student's side imported vllm"
-print(json.dumps(run, default=str))
-"""
-
-
-def launch(options: TrainOptions, ranks: int = 1) -> dict:
-    """The same in processes of its own, `ranks` of them over gloo."""
-    text = json.dumps({k: v for k, v in options.__dict__.items() if v is not None}, default=str)
-    shared = os.environ | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(20000 + os.getpid() % 20000),
-        "OMP_NUM_THREADS": "1",
-    }
-    processes = []
-    for rank in range(ranks):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-c", TRAIN, text],
-                env=shared | own,
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        )
-    out, err = processes[0].communicate(timeout=240)
-    others = [p.communicate(timeout=60) for p in processes[1:]]
-    assert all(p.returncode == 0 for p in processes), (err.decode()[-3000:], others)
-    return json.loads(out.decode().splitlines()[-1])
 
 
 @pytest.mark.slow
@@ -324,3 +197,199 @@ def test_two_ranks_equal_one_with_accumulation(options):
 @pytest.mark.slow
 def test_training_never_imports_vllm(options):
     assert launch(options())["status"] == "finished"
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_gives_others(options):
+    one, two, other = train(options("one")), train(options("two")), train(options("other", seed=1))
+    assert history(one, "loss") == history(two, "loss") != history(other, "loss")
+    assert one["eval_after"] == two["eval_after"]
+
+
+def one_step(home, view: View | None = None, traces=None, **config) -> tuple[float, dict[str, torch.Tensor]]:
+    """Loss and gradients of one batch of the first traces."""
+    data = TraceDataset(Cache.open(home / "cache"), np.arange(6) if traces is None else traces, view)
+    student = tiny.model()
+    trainer = DistillTrainer(student, DistillConfig(output_dir=str(home / "unused"), use_cpu=True, **config), data)
+    batch = next(iter(trainer.get_train_dataloader()))
+    trainer.optimizer = None
+    student.train()
+    loss = trainer.compute_loss(student, batch)
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in student.named_parameters()}
+
+
+def assert_same(a, b, atol: float = 1e-6) -> None:
+    assert a[0] == pytest.approx(b[0], rel=1e-6)
+    for name in a[1]:
+        torch.testing.assert_close(a[1][name], b[1][name], rtol=0, atol=atol)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"packing": True},
+        {"gradient_checkpointing": True},
+        pytest.param({"compile": True}, marks=pytest.mark.slow),
+        {"section_weights": {"prompt": 1.0, "reasoning": 1, "answer": 1}},
+    ],
+    ids=lambda c: next(iter(c)),
+)
+def test_how_a_batch_is_computed_changes_neither_loss_nor_gradient(home, config):
+    assert_same(one_step(home), one_step(home, **config))
+
+
+def test_weights_are_those_of_a_sum_over_sections_and_of_the_cross_entropy(home):
+    parts = {name: one_step(home, View(sections=(name,)), section_weights={name: 1.0}) for name in SECTIONS}
+    rows = {name: rows_of(home, name) for name in SECTIONS}
+    factor = {"prompt": 0.0, "reasoning": 1.0, "answer": 2.5}
+    mixed = one_step(home, section_weights={"prompt": 0, "answer": 2.5})
+    assert mixed[0] == pytest.approx(
+        sum(factor[n] * parts[n][0] * rows[n] for n in SECTIONS) / sum(rows.values()), rel=1e-5
+    )
+    plain, with_ce = one_step(home), one_step(home, ce_weight=0.5)
+    data = TraceDataset(Cache.open(home / "cache"), np.arange(6))
+    student, total, count = tiny.model(), 0.0, 0
+    for i in range(6):
+        ids = torch.from_numpy(data.cache[i].token_ids.astype(np.int64))[None]
+        total += torch.nn.functional.cross_entropy(student(ids).logits[0, :-1], ids[0, 1:], reduction="sum").item()
+        count += ids.shape[1] - 1
+    assert with_ce[0] - plain[0] == pytest.approx(0.5 * total / count, rel=1e-5)
+
+
+def rows_of(home, section: str) -> int:
+    data = TraceDataset(Cache.open(home / "cache"), np.arange(6), View(sections=(section,)))
+    return sum(len(data[i].positions) for i in range(6))
+
+
+def test_a_token_taught_without_a_row_counts_its_cross_entropy_alone(home):
+    cut, whole = View("reasoning-lsp:0.5", ("answer",)), one_step(home, View("reasoning-lsp:0.5", ("answer",)))
+    data = TraceDataset(Cache.open(home / "cache"), np.arange(6), cut)
+    student, total, count = tiny.model(), 0.0, 0
+    for example in (data[i] for i in range(6)):
+        assert len(example.rows.ids) == 0
+        assert example.ce.all()
+        assert not example.kd.any()
+        logits = student(torch.from_numpy(example.input_ids)[None]).logits[0, example.positions]
+        total += torch.nn.functional.cross_entropy(logits, torch.from_numpy(example.labels), reduction="sum").item()
+        count += len(example.labels)
+    assert whole[0] == pytest.approx(total / count, rel=1e-5)
+
+
+def test_a_batch_with_nothing_to_teach_changes_nothing(home):
+    nothing = tiny.trace(0, [3, 4, 5], tiny.bigram()[[3, 4]])  # too short for an answer's rows
+    path = home / "nothing"
+    tiny.write_cache(path, [nothing, tiny.trace(1, [3, 4, 5], tiny.bigram()[[3, 4]])])
+    data = TraceDataset(Cache.open(path), view=View("trsd:0.5", ("prompt",)))
+    trainer = DistillTrainer(tiny.model(), DistillConfig(output_dir=str(home / "unused"), use_cpu=True), data)
+    loss = trainer.compute_loss(trainer.model, next(iter(trainer.get_train_dataloader())))
+    loss.backward()
+    assert loss.item() == 0
+    assert all(p.grad is None or not p.grad.any() for p in trainer.model.parameters())
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_step_that_is_no_number_names_its_traces_and_leaves_the_weights(home, tmp_path, monkeypatch, what):
+    config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, tokens_per_batch=130, eval_strategy="no")
+    student = tiny.model()
+    run = DistillTrainer(student, config, TraceDataset(Cache.open(home / "cache")))
+    if what == "loss":
+        forward = student.forward
+        monkeypatch.setattr(student, "forward", lambda *a, **k: forward(*a, **k) * float("nan"))
+    else:
+        student.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
+    before = {name: p.clone() for name, p in student.named_parameters()}
+    with pytest.raises(TrainingError, match=rf"the {what} is no finite number at step 1, in a batch of traces {0:08x}"):
+        run.train()
+    assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
+
+
+def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
+    cache = Cache.open(home / "cache")
+    tiny.write_cache(tmp_path / "judged", [replace(t, correct=i % 3 == 0) for i, t in enumerate(cache)])
+    opts = options("mixed", where="correct", top_k=4, epochs=1)
+    with pytest.raises(StudentError, match="cache: no trace is left to learn from where correct"):
+        train(opts)
+    run = train(replace(opts, cache=tmp_path / "judged"))
+    assert 0 < run["tokens_fed"] < 0.6 * train(options("all", epochs=1))["tokens_fed"]
+    assert run["eval_before"]["rows"] == train(options("all", epochs=1))["eval_before"]["rows"], "held out all the same"
+    both = train(replace(options("both", epochs=1), cache={home / "cache": 0.5, tmp_path / "judged": 0.5}))
+    assert (both["caches"], both["share"], both["traces_2"]["count"]) == (2, 0.5, 24)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"temperature": 2.0}, "use temperature=1.0, or tail='support'"),
+        ({"divergence": "reverse_kll"}, "did you mean 'reverse_kl'"),
+        ({"divergence": "tv", "tail": "sampled"}, "needs tail='bucket'"),
+        ({"tail": "sampled"}, "leave the prompt out of --sections"),
+        ({"section_weights": {"answers": 2.0}}, "section weight answers=2.0: give prompt, reasoning, answer"),
+        ({"ce_weight": -1.0}, "give 0 or more"),
+        ({"top_k": 9}, "keeps 8 ids a row; give 1 to 8"),
+        ({"view": "right:0.5"}, "logitcache score --from-cache"),
+        ({"set": {"torch_compile": "true"}}, "use --compile"),
+        ({"report_to": "tensorbord"}, "tensorbord"),
+        ({"attention": "flash_attention_9"}, "flash_attention_9"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_with_the_way_out(options, changes, message):
+    with pytest.raises(StudentError, match=message):
+        train(options(**changes))
+
+
+def test_tails_that_were_not_sampled_plainly_are_refused(home, tmp_path):
+    made = [
+        replace(t, row_start=4, rows=t.rows[3:], token_logprob=t.token_logprob[3:], token_rank=t.token_rank[3:])
+        for t in tiny.traces(24, 12)
+    ]
+    wrong = {
+        "scored, not sampled": {},
+        "temperature = 0.6": {"temperature": 0.6},
+        "top_p = 0.9": {"temperature": 1.0, "top_p": 0.9},
+    }
+    for place, (message, sampling) in enumerate(wrong.items()):
+        tiny.write_cache(tmp_path / str(place), made, sampling=sampling, prompt_logits=False)
+        with pytest.raises(StudentError, match=f"tail sampled.*{message}.*--tail bucket"):
+            train(TrainOptions(tmp_path / str(place), str(home / "model"), tmp_path / "run", tail="sampled"))
+    tiny.write_cache(tmp_path / "good", made, prompt_logits=False)
+    run = train(TrainOptions(tmp_path / "good", str(home / "model"), tmp_path / "run", tail="sampled", max_steps=1))
+    assert run["status"] == "finished"
+
+
+def test_two_tokenizers_are_refused(options, home, tmp_path):
+    tiny.write_cache(tmp_path / "other", tokenizer_hash="0" * 32)
+    with pytest.raises(StudentError, match="their token ids mean different tokens; train on one of them"):
+        train(options(cache=[home / "cache", tmp_path / "other"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tv"])
+def test_every_divergence_brings_the_student_nearer(options, name):
+    run = train(options(divergence=name, epochs=4))
+    assert run["eval_after"]["kl"] < run["eval_before"]["kl"]
+
+
+def test_an_adapter_learns_alone_and_is_loaded_merged(options, home):
+    opts = options(lora_rank=4, epochs=4, learning_rate=3e-2)
+    run = train(opts)
+    assert run["eval_after"]["kl"] < run["eval_before"]["kl"]
+    assert (opts.out / "adapter_model.safetensors").exists()
+    assert not (opts.out / "model.safetensors").exists()
+    cache = Cache.open(home / "cache")
+    student, _ = load_student(opts.out, cache.identity)
+    held = TraceDataset(cache, split(cache.prompt_ids, 0.2)[1])
+    assert evaluate(student, held)["kl"] == pytest.approx(run["eval_after"]["kl"], rel=1e-5)
+
+
+@pytest.mark.slow
+def test_an_adapter_goes_on_where_it_was_stopped(options):
+    whole, cut = options("whole", lora_rank=4, gradient_checkpointing=True), options("cut", lora_rank=4)
+    expected = train(whole)
+    launch(cut, stop=5)
+    assert history(train(cut), "loss") == pytest.approx(history(expected, "loss"), rel=1e-5)
+
+
+def test_a_log_goes_where_it_is_sent(options):
+    opts = options(report_to="tensorboard", set={"max_steps": "2"})
+    train(opts)
+    assert len(list((opts.out / "tensorboard").glob("events.out.tfevents.*"))) > 0

@@ -132,15 +132,13 @@ def traces_of(teacher: PreTrainedModel, count: int, prompts: int, **options) -> 
     return made
 
 
-def write_cache(path: Path, made: list[Trace] | None = None, *, shards: int = 2) -> Cache:
-    """A cache of those traces, 24 of 12 prompts by default, in that many shards."""
-    made = made or traces(24, 12)
-    manifest.create_or_match(path, identity())
+def write_cache(path: Path, made: list[Trace] | None = None, *, shards: int = 2, **fields: Any) -> Cache:
+    """A cache of those traces, 24 of 12 prompts by default, in that many shards, its identity with other `fields`."""
+    made, mine = made or traces(24, 12), replace(identity(), **fields)
+    manifest.create_or_match(path, mine)
     for number in range(shards):
         part = made[number * len(made) // shards : (number + 1) * len(made) // shards]
-        shard.write(
-            path / shard.DIRECTORY, number, [shard.EncodedTrace.of(t, identity()) for t in part], identity(), {}
-        )
+        shard.write(path / shard.DIRECTORY, number, [shard.EncodedTrace.of(t, mine) for t in part], mine, {})
     return Cache.open(path)
 
 
@@ -150,6 +148,8 @@ class Shifted:
 
     view: View
 
-    def __call__(self, trace: Trace) -> Lesson:
-        lesson = self.view(trace)
-        return replace(lesson, row=np.where(lesson.row > 0, lesson.row - 1, NOT_TAUGHT))
+    def __call__(self, trace: Trace, epoch: int = 0) -> Lesson:
+        lesson = self.view(trace, epoch)
+        kept = lesson.row > 0
+        row, target = (np.where(kept, of, NOT_TAUGHT) for of in (lesson.row - 1, lesson.target))
+        return replace(lesson, row=row, target=target, kd=lesson.kd * kept, ce=lesson.ce * kept)

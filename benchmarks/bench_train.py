@@ -1,0 +1,454 @@
+"""A training step: ours from the cache, beside fine-tuning and distillation with the teacher in memory.
+
+    python -m benchmarks.bench_train --cache demo/cache            # SmolLM2-135M; appended to results/train-<machine>.csv
+    python -m benchmarks.bench_train --quick --json                # a student of ten layers, short steps; a minute
+    python -m benchmarks.bench_train --plot out.png                # the newest saved run, with matplotlib
+
+Every implementation trains the same student on the same traces of the same cache, in a process of its own, by the same
+Trainer loop with the same optimiser; all of them take their steps in turns, so that a slow moment hits each.
+
+    logitcache      DistillTrainer on the cache's rows
+    fine-tuning     transformers' Trainer: cross-entropy with the completions' tokens
+    online          the same Trainer, the teacher's forward beside the student's, forward KL of the whole vocabulary in
+                    the completions' rows alone: a plain loop, made as cheap as that goes
+    online (TRL)    trl's GKDTrainer, lmbda=0, beta=0: the same loss; where trl is installed
+
+A step's time has all in it: reading the batch, forward, backward, clipping, AdamW, logging. Memory is the peak while
+training over what the process held with the student loaded, so gradients, AdamW's moments, activations, logits, and a
+resident teacher with them; the resident set's on a CPU, the allocator's on a GPU. KL is the student's on held-out
+traces after as many steps.
+"""
+
+import argparse
+import contextlib
+import csv
+import ctypes
+import gc
+import importlib.util
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+
+from benchmarks.bench_divergence import ROOT, machine, say
+from benchmarks.embedded import embedded_teacher
+from logitcache.cache import Cache
+from logitcache.student.cost import PeakMemory
+from logitcache.student.data import TraceDataset
+from logitcache.student.evaluate import evaluate
+from logitcache.student.model import prune_layers
+from logitcache.student.order import StepSampler, split
+from logitcache.student.trainer import DistillConfig, DistillTrainer
+
+# B traces of a step, T tokens of the longest, N taught rows, V vocabulary.
+
+FINE_TUNING = "fine-tuning"
+GOALS = {"time": 1.10, "memory": 0.60, "data": 0.02}  # of fine-tuning's step, of online's peak, of a step
+Case = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What every arm does."""
+
+    teacher: str
+    student: str
+    cache: str
+    tokens: int  # a step
+    steps: int
+    warm_up: int
+    held_out: int  # traces
+    learning_rate: float = 1e-4
+
+    def traces(self) -> tuple[TraceDataset, TraceDataset]:
+        """To learn from, and held out: of middling length, so that no arm feeds much padding."""
+        cache = Cache.open(Path(self.cache))
+        taught, held = split(cache.prompt_ids, 0.15)
+        low, high = np.quantile(cache.lengths[taught], [0.3, 0.7])
+        middling = taught[(cache.lengths[taught] >= low) & (cache.lengths[taught] <= high)]
+        return TraceDataset(cache, middling), TraceDataset(cache, held[: self.held_out])
+
+    def plan(self, data: TraceDataset) -> Iterator[np.ndarray]:
+        """The traces of every step, as DistillTrainer takes them."""
+        sampler = StepSampler(data.pool, self.tokens, seed=0)
+        epochs = (sampler.step_traces(epoch) for epoch in itertools.count())
+        return itertools.islice(itertools.chain.from_iterable(epochs), self.steps)
+
+    def arguments(self, out: str) -> Case:
+        return {
+            "output_dir": out,
+            "max_steps": self.steps,
+            "learning_rate": self.learning_rate,
+            "lr_scheduler_type": "constant",
+            "warmup_steps": 0,
+            "optim": "adamw_torch",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "eval_strategy": "no",
+            "report_to": "none",
+            "disable_tqdm": True,
+            "use_cpu": not torch.cuda.is_available(),
+            "bf16": torch.cuda.is_available(),
+            "dataloader_pin_memory": False,
+            "seed": 0,
+        }
+
+
+class Steps(torch.utils.data.Dataset):
+    """What the others train on: an item is the traces of a step, tokens and where the completion begins."""
+
+    def __init__(self, load: Load, data: TraceDataset):
+        traces = [[data.cache[int(data.indices[i])] for i in step] for step in load.plan(data)]
+        self.items = [[(t.token_ids.astype(np.int64), t.row_start) for t in step] for step in traces]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> list[tuple[np.ndarray, int]]:
+        return self.items[i]
+
+
+def pad(items: list[list[tuple[np.ndarray, int]]]) -> dict[str, torch.Tensor]:
+    """As a collator for fine-tuning does: ids, mask and labels [B, T], no label where nothing is taught."""
+    (step,) = items
+    shape = len(step), max(len(ids) for ids, _ in step)
+    input_ids, mask, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
+    for row, (ids, start) in enumerate(step):
+        input_ids[row, : len(ids)] = ids
+        mask[row, : len(ids)] = 1
+        labels[row, start : len(ids)] = ids[start:]
+    named = {"input_ids": input_ids, "attention_mask": mask, "labels": labels}
+    return {name: torch.from_numpy(values) for name, values in named.items()}
+
+
+class OnlineTrainer(Trainer):
+    teacher: PreTrainedModel
+
+    def compute_loss(
+        self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        taught = inputs["labels"][:, 1:] != -100
+        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        with torch.no_grad():
+            teacher_NV = self.teacher(**fed, use_cache=False).logits[:, :-1][taught].float().log_softmax(dim=-1)
+        student_NV = model(**fed, use_cache=False).logits[:, :-1][taught].float().log_softmax(dim=-1)
+        return F.kl_div(student_NV, teacher_NV, reduction="sum", log_target=True) / num_items_in_batch
+
+
+def logitcache(load: Load, student: PreTrainedModel, data: TraceDataset, out: str) -> Trainer:
+    config = DistillConfig(**load.arguments(out), tokens_per_batch=load.tokens, save_minutes=None)
+    return DistillTrainer(student, config, data)
+
+
+def others(load: Load, out: str) -> Case:
+    # One item is one step; it must not be shuffled.
+    return load.arguments(out) | {"per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+
+
+def fine_tuning(load: Load, student: PreTrainedModel, data: TraceDataset, out: str) -> Trainer:
+    arguments = TrainingArguments(**others(load, out))
+    return Trainer(student, arguments, train_dataset=Steps(load, data), data_collator=pad)
+
+
+def online(load: Load, student: PreTrainedModel, data: TraceDataset, out: str) -> Trainer:
+    arguments = TrainingArguments(**others(load, out))
+    trainer = OnlineTrainer(student, arguments, train_dataset=Steps(load, data), data_collator=pad)
+    trainer.model_accepts_loss_kwargs = True  # the loss divides by the step's taught rows
+    trainer.teacher = load_model(load.teacher).to(arguments.device).eval()  # pyright: ignore[reportArgumentType]
+    return trainer
+
+
+def online_trl(load: Load, student: PreTrainedModel, data: TraceDataset, out: str) -> Trainer:
+    from trl.experimental.gkd import GKDConfig, GKDTrainer  # pyright: ignore[reportMissingImports]
+
+    off_policy = {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0, "gradient_checkpointing": False}
+    arguments = GKDConfig(**{"bf16": False, **others(load, out)}, **off_policy)
+    return GKDTrainer(
+        student,
+        load_model(load.teacher),
+        arguments,
+        data_collator=pad,
+        train_dataset=Steps(load, data),
+        processing_class=AutoTokenizer.from_pretrained(load.student),
+    )
+
+
+ARMS: dict[str, Callable[[Load, PreTrainedModel, TraceDataset, str], Trainer]] = {
+    "logitcache": logitcache,
+    FINE_TUNING: fine_tuning,
+    "online": online,
+    "online (TRL)": online_trl,
+}
+
+
+def load_model(folder: str) -> PreTrainedModel:
+    """In float32, in memory of its own: what a file is mapped for would be counted when it is first touched."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    for weight in model.parameters():
+        weight.data = weight.data.clone()
+    return model
+
+
+class Turns(TrainerCallback):
+    """Waits for its turn before every step, and says what the step took."""
+
+    def __init__(self, trainer: Trainer, say: Callable[[Case], None], wait: Callable[[], None]):
+        self.say, self.wait, self.data_s, self.fed = say, wait, 0.0, 0
+        batches = trainer.get_batch_samples
+
+        def timed(*inputs: Any) -> Any:
+            began = time.perf_counter()
+            samples, count = batches(*inputs)
+            self.data_s = time.perf_counter() - began
+            shapes = [s for b in samples for s in b.get("shapes", [b["input_ids"].shape] if "input_ids" in b else [])]
+            self.fed = sum(B * T for B, T in shapes)
+            return samples, count
+
+        trainer.get_batch_samples = timed
+        trainer.add_callback(self)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.say({"ready": True})
+        self.go()
+
+    def go(self) -> None:
+        self.wait()
+        self.began = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        wall, processor = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
+        self.say({"seconds": wall, "processor_s": processor, "data_s": self.data_s, "fed": self.fed})
+        self.go()
+
+
+def take_part(arm: str, load: Load) -> None:
+    """One arm, in a process of its own, that steps whenever its standard input says so."""
+    lines = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # libraries print what they like
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    data, held = load.traces()
+    student = load_model(load.student)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    student.to(device)  # pyright: ignore[reportArgumentType]
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to be filled again unseen
+    memory = PeakMemory(device)
+    before = memory.bytes() or 0
+    with tempfile.TemporaryDirectory() as out:
+        trainer = ARMS[arm](load, student, data, out)
+        Turns(trainer, lambda found: print(json.dumps(found), file=lines), lambda: input() and None)
+        trainer.train()
+    peak = memory.bytes()
+    del trainer
+    found: Case = {"peak_mib": None if peak is None else (peak - before) / 2**20}
+    found["kl"] = evaluate(student, held, tokens_per_batch=2048)["kl"]
+    if arm == FINE_TUNING:
+        found["kl_before"] = evaluate(load_model(load.student).to(device), held, tokens_per_batch=2048)["kl"]  # pyright: ignore
+    print(json.dumps(found), file=lines)
+
+
+class Arm:
+    """The other end of `take_part`."""
+
+    def __init__(self, name: str, load: Load):
+        self.name, self.log = name, tempfile.TemporaryFile("w+")
+        command = [sys.executable, "-m", "benchmarks.bench_train", "--arm", name, "--load", json.dumps(asdict(load))]
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, cwd=ROOT)
+
+    def read(self) -> Case:
+        assert self.process.stdout is not None
+        if line := self.process.stdout.readline():
+            return json.loads(line)
+        self.process.wait()
+        self.log.seek(0)
+        sys.exit(f"{self.name} failed:\n{self.log.read()[-4000:]}")
+
+    def turn(self) -> Case:
+        assert self.process.stdin is not None
+        print("go", file=self.process.stdin, flush=True)
+        return self.read()
+
+
+def measure(load: Load, names: list[str]) -> list[Case]:
+    arms = [Arm(name, load) for name in names]
+    try:
+        for arm in arms:
+            arm.read()
+            say(f"{arm.name}: ready")
+        steps: dict[str, list[Case]] = {name: [] for name in names}
+        for i in range(load.steps):
+            for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
+                steps[arm.name].append(arm.turn())
+            say(f"step {i + 1}: " + ", ".join(f"{name} {steps[name][-1]['seconds']:.2f} s" for name in names))
+        ends = {arm.name: arm.turn() for arm in arms}
+    finally:
+        for arm in arms:
+            arm.process.kill()
+            arm.process.wait()
+    return [row(load, name, steps, ends) for name in names]
+
+
+def row(load: Load, name: str, steps: dict[str, list[Case]], ends: dict[str, Case]) -> Case:
+    mine, plain = steps[name][load.warm_up :], steps[FINE_TUNING][load.warm_up :]
+    seconds = [s["seconds"] for s in mine]
+    p20, median, p80 = (statistics.quantiles(seconds, n=10)[i] for i in (1, 4, 7))
+    ratios = {
+        key: statistics.median(a[key] / b[key] for a, b in zip(mine, plain, strict=True))
+        for key in ("seconds", "processor_s")
+    }
+    peak, resident = ends[name]["peak_mib"], ends.get("online", {}).get("peak_mib")
+    return {
+        "case": name,
+        "student": Path(load.student).name,
+        "tokens_a_step": load.tokens,
+        "fed_a_step": round(statistics.mean(s["fed"] for s in mine)),
+        "steps": load.steps,
+        "ms_median": round(1e3 * median, 1),
+        "ms_p20": round(1e3 * p20, 1),
+        "ms_p80": round(1e3 * p80, 1),
+        "of_fine_tuning": round(ratios["seconds"], 3),
+        "processor_of_fine_tuning": round(ratios["processor_s"], 3),
+        "data_share": round(statistics.median(s["data_s"] / s["seconds"] for s in mine), 5),
+        "data_us_a_token": round(1e6 * statistics.median(s["data_s"] / max(s["fed"], 1) for s in mine), 2),
+        "peak_mib": None if peak is None else round(peak),
+        "of_online_peak": None if not (peak and resident) else round(peak / resident, 3),
+        "kl_before": round(ends[FINE_TUNING]["kl_before"], 4),
+        "kl": round(ends[name]["kl"], 4),
+    }
+
+
+def make_student(teacher: Path, out: Path, pruned: bool) -> Path:
+    """A third of the teacher's layers, or that third three times over: as large as the teacher, and not the teacher."""
+    prune_layers(teacher, out)
+    if pruned:
+        return out
+    third = AutoModelForCausalLM.from_pretrained(out)
+    depth = AutoModelForCausalLM.from_pretrained(teacher).config.num_hidden_layers
+    fields = third.config.to_dict() | {"num_hidden_layers": depth}
+    whole = AutoModelForCausalLM.from_config(type(third.config).from_dict(fields), dtype=third.dtype)
+    whole.load_state_dict(third.state_dict(), strict=False)
+    for i, layer in enumerate(whole.model.layers):
+        layer.load_state_dict(third.model.layers[i * len(third.model.layers) // depth].state_dict())
+    whole.save_pretrained(out)
+    return out
+
+
+def save(rows: list[Case]) -> Path:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    path = ROOT / "benchmarks" / "results" / f"train-{machine(device)}.csv"
+    commit = subprocess.run(
+        ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    stamp = {"date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"), "commit": commit, "machine": machine(device)}
+    stamp |= {"torch": torch.__version__, "transformers": transformers.__version__, "trl": trl_version()}
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, [*stamp, *rows[0]])
+        if new:
+            writer.writeheader()
+        writer.writerows({**stamp, **one} for one in rows)
+    return path
+
+
+def trl_version() -> str:
+    with contextlib.suppress(ImportError):
+        return importlib.import_module("trl").__version__
+    return ""
+
+
+def line(case: Case) -> str:
+    peak = "" if case["peak_mib"] is None else f"{case['peak_mib']:>7,} MiB"
+    share = "" if case["of_online_peak"] is None else f"{case['of_online_peak']:.2f} of online's"
+    return (
+        f"{case['case']:<14} {case['ms_median']:>9,.0f} ms ({case['ms_p20']:,.0f} - {case['ms_p80']:,.0f})  "
+        f"{case['of_fine_tuning']:.3f} of fine-tuning's (processors {case['processor_of_fine_tuning']:.3f})  {peak} "
+        f"{share:<16} data {case['data_share']:.2%}  KL {case['kl_before']:.3f} -> {case['kl']:.3f}"
+    )
+
+
+def judge(rows: list[Case]) -> str:
+    ours = next(r for r in rows if r["case"] == "logitcache")
+    found = {"time": ours["of_fine_tuning"], "memory": ours["of_online_peak"], "data": ours["data_share"]}
+    missed = [f"{name} {found[name]} > {goal}" for name, goal in GOALS.items() if found[name] and found[name] > goal]
+    return "the goals are met" if not missed else f"missed: {', '.join(missed)}"
+
+
+def plot(source: Path, out: Path) -> None:
+    """Time, memory and KL of the newest run."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with source.open() as file:
+        rows = list(csv.DictReader(file))
+    rows = [r for r in rows if r["date"] == rows[-1]["date"]]
+    columns = {"ms_median": "ms a step", "peak_mib": "MiB over the loaded student", "kl": "held-out KL, nats a row"}
+    figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
+    for axis, (name, label) in zip(axes, columns.items(), strict=True):
+        axis.bar([r["case"] for r in rows], [float(r[name] or 0) for r in rows], color=["C1"] + ["C7"] * len(rows))
+        axis.set_title(label, fontsize="medium")
+        axis.tick_params(axis="x", labelsize="small", rotation=15)
+    axes[2].axhline(float(rows[0]["kl_before"]), color="C3", linewidth=1, linestyle=":")
+    figure.suptitle(f"{rows[0]['student']}, {rows[0]['tokens_a_step']} tokens a step, {rows[0]['machine']}", fontsize=9)
+    figure.savefig(out, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cache", type=Path, default=ROOT / "demo" / "cache", help="made by the teacher; the demo's")
+    parser.add_argument("--teacher", type=Path, default=ROOT / "demo" / "teacher", help="made where it is missing")
+    parser.add_argument("--tokens", type=int, default=1024, help="a step")
+    parser.add_argument("--steps", type=int, default=14)
+    parser.add_argument("--warm-up", type=int, default=3, help="steps that are not timed")
+    parser.add_argument("--held-out", type=int, default=12, help="traces whose KL is measured")
+    parser.add_argument("--pruned", action="store_true", help="the student has a third of the teacher's layers")
+    parser.add_argument("--quick", action="store_true", help="--pruned, 4 steps of 512 tokens; nothing is saved")
+    parser.add_argument("--json", action="store_true", help="one object a case")
+    parser.add_argument("--plot", type=Path, help="draw the newest saved run into this file instead of measuring")
+    for hidden in ("--arm", "--load"):
+        parser.add_argument(hidden, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.arm:
+        return take_part(args.arm, Load(**json.loads(args.load)))
+    if args.plot:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        return plot(ROOT / "benchmarks" / "results" / f"train-{machine(device)}.csv", args.plot)
+    if args.quick:
+        args.pruned, args.tokens, args.steps, args.warm_up, args.held_out = True, 512, 4, 2, 4
+    names = [name for name in ARMS if "TRL" not in name or trl_version()]
+    with tempfile.TemporaryDirectory() as folder:
+        name = "a third of the teacher" if args.pruned else "as large as the teacher"
+        student = make_student(embedded_teacher(args.teacher), Path(folder) / name, args.pruned)
+        load = Load(
+            str(args.teacher), str(student), str(args.cache), args.tokens, args.steps, args.warm_up, args.held_out
+        )
+        rows = measure(load, names)
+    for case in rows:
+        print(json.dumps(case) if args.json else line(case), flush=True)
+    say(judge(rows))
+    if not args.quick:
+        say(f"appended to {save(rows)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,77 @@
+"""What a run is set to: transformers' TrainingArguments and what a student needs besides."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+
+from logitcache.kernels.reference import Objective
+from logitcache.student.views import SECTIONS
+
+
+@dataclass
+class DistillConfig(TrainingArguments):
+    """TrainingArguments with what a student needs, and defaults that suit it. Batches are measured in tokens.
+
+    beta and temperature are TRL's; alpha is the skew of the skewed divergences. All as
+    `logitcache.kernels.linear_sparse_divergence` has them.
+    Raises: ValueError for values that do not go together.
+    """
+
+    tokens_per_batch: int = field(default=4096, metadata={"help": "Tokens a device is fed at a time, about."})
+    divergence: str = "forward_kl"
+    tail: str = "bucket"
+    beta: float = 0.5
+    alpha: float = 0.1
+    temperature: float = 1.0
+    ce_weight: float = field(default=0.0, metadata={"help": "Of the cross-entropy with the realised tokens."})
+    section_weights: dict[str, float] | None = field(
+        default=None, metadata={"help": "Of the loss in prompt, reasoning and answer; 1 where none is given."}
+    )
+    packing: bool | None = field(
+        default=None, metadata={"help": "Feed traces behind one another. None: where attention is flash or flex."}
+    )
+    compile: bool = field(default=False, metadata={"help": "torch.compile all but the head."})
+    save_minutes: float | None = field(
+        default=10.0, metadata={"help": "Minutes between checkpoints; None: save_strategy rules."}
+    )
+    learning_rate: float = 1e-4
+    warmup_steps: float = 0.05  # of all steps
+    lr_scheduler_type: SchedulerType | str = "cosine"
+    logging_steps: float = 1
+    logging_nan_inf_filter: bool = False  # it would hide what stops the run here
+    eval_strategy: IntervalStrategy | str = "epoch"
+    save_strategy: SaveStrategy | str = "no"
+    save_total_limit: int | None = 2
+    report_to: str | list[str] | None = "none"
+    disable_tqdm: bool | None = True
+    log_level: str = "error"
+    remove_unused_columns: bool = False
+    use_cache: bool = True  # of the saved config, for those who generate with it; training passes False itself
+    seed: int = 0
+    accelerator_config: dict | str | None = field(default_factory=lambda: {"even_batches": False})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.tokens_per_batch < 1 or self.gradient_accumulation_steps < 1:
+            raise ValueError("tokens_per_batch and gradient_accumulation_steps must be at least 1")
+        if self.num_train_epochs <= 0 and self.max_steps <= 0:
+            raise ValueError("num_train_epochs or max_steps must be above 0")
+        if self.torch_compile:
+            raise ValueError("torch_compile would compile the batches' names along: use compile")
+        if not self.ce_weight >= 0:
+            raise ValueError(f"ce_weight is {self.ce_weight}: give 0 or more")
+        for name, weight in (self.section_weights or {}).items():
+            if name not in SECTIONS or not weight >= 0:
+                raise ValueError(f"section weight {name}={weight}: give {', '.join(SECTIONS)} numbers from 0 on")
+        Objective.of(**self.objective())
+
+    def objective(self) -> dict[str, Any]:
+        names = ("divergence", "tail", "beta", "alpha", "temperature")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Of an optimiser step over all ranks: with the seed and the cache, all that its traces depend on."""
+        return self.tokens_per_batch * self.gradient_accumulation_steps * self.world_size
