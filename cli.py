@@ -1,6 +1,7 @@
 """The command line: one function a verb. Heavy imports live inside the functions, so that --help is quick."""
 
 import json
+import os
 import signal
 import sys
 from contextlib import suppress
@@ -263,7 +264,9 @@ def score(
 def train(
     caches: Annotated[
         list[str] | None,
-        typer.Argument(metavar="CACHE...", help="What `logitcache generate` wrote. Of several, each trace counts once."),
+        typer.Argument(
+            metavar="CACHE...", help="What `logitcache generate` wrote. Of several, each trace counts once."
+        ),
     ] = None,
     *,
     student: Annotated[str, typer.Option(help="Model folder or hub id, with the teacher's tokenizer.")],
@@ -322,7 +325,9 @@ def train(
     ] = None,
     tokens_per_batch: Annotated[
         int | None,
-        typer.Option(help="Tokens of whole traces that a device takes at a time, whatever the view cuts. [default: 4096]"),
+        typer.Option(
+            help="Tokens of whole traces that a device takes at a time, whatever the view cuts. [default: 4096]"
+        ),
     ] = None,
     packing: Annotated[
         bool | None,
@@ -378,15 +383,16 @@ def train(
     from logitcache.student.options import TrainOptions
     from logitcache.student.run import train as run
 
-    given = {
-        name: value for name, value in locals().items() if name in TrainOptions.__dataclass_fields__ and name != "cache"
+    given: dict[str, Any] = {
+        name: value for name, value in locals().items() if name in TrainOptions.__dataclass_fields__
     }
+    given["sections"] = _names(sections)
     options = TrainOptions(
-        **given | {"sections": _names(sections)}, cache=_caches(caches, mix), compile=compile_,
+        **given, cache=_caches(caches, mix), compile=compile_,
         section_weights=_numbers("--section-weight", section_weight) or None, set=_pairs("--set", set_),
     )  # fmt: skip
     finished = run(options)
-    typer.echo(describe_run(finished, out))
+    _echo(describe_run(finished, out))
     if finished["status"] == "stopped":
         raise typer.Exit(_signal_code(finished["signal"]))
 
@@ -420,7 +426,7 @@ def eval_(
     found = evaluate_run(
         EvalOptions(cache, student, held_out, everything, where, view, _names(sections), tokens_per_batch, dtype)
     )
-    typer.echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
+    _echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
 
 
 @app.command(short_help="Set runs side by side.")
@@ -701,6 +707,12 @@ def _generate_options(
         worker=_worker(worker),
         **options,
     )
+
+
+def _echo(text: str) -> None:
+    """Says it once, however many processes torchrun started."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(text)
 
 
 def _names(text: str) -> tuple[str, ...]:

@@ -48,8 +48,8 @@ from logitcache.kernels.reference import DIVERGENCES, Objective, SparseTargets  
 PEAK = {"H100": 790e12, "H200": 790e12}  # bf16 FLOP/s that long matrix products reach; elsewhere the products are timed
 BANDWIDTH = 3.0e12  # bytes/s an H100 streams
 GPU_SHAPES = [(4096, 128256), (2048, 128256), (4096, 151936), (2304, 262144)]
-GPU_ROWS = [8192, 2048, 16384]
-CPU_SHAPES = [(512, 576, 49152), (2048, 576, 49152), (512, 2048, 49152), (2048, 2048, 49152), (512, 1024, 128256)]
+GPU_CASES = [(8192, *s) for s in GPU_SHAPES] + [(n, *s) for s in GPU_SHAPES for n in (2048, 16384)]
+CPU_CASES = [(512, 576, 49152), (2048, 576, 49152), (512, 2048, 49152), (2048, 2048, 49152), (512, 1024, 128256)]
 PATIENCE = 60.0  # seconds for the first two steps of an implementation, which compile
 
 
@@ -293,7 +293,7 @@ def run_case(
             say(f"  {name}: skipped, {'as asked' if name in skip else 'out of time'}")
             continue
         try:
-            with patience(PATIENCE):
+            with patience(min(PATIENCE, until - time.monotonic() + 30)):
                 step = make()
                 step()  # compile, allocate workspaces
                 made.append((Result(name, case, extra_mib=clock.extra_mib(step, problem)), step))
@@ -348,7 +348,7 @@ def sweeps(reps: int, until: float) -> Iterator[list[Result]]:
         yield run_case(case, "cuda", reps, steps, until=until)
     from logitcache.kernels.sparse_divergence import sparse_divergence_
 
-    for vocab in (128256, 151936):
+    for vocab in (128256, 151936) if time.monotonic() < until else ():
         problem, clock = Problem(Case(2048, 64, vocab), "cuda"), Clock("cuda")
         logits_NV = torch.randn(2048, vocab, device="cuda", dtype=torch.bfloat16)
         results = []
@@ -435,9 +435,9 @@ def main() -> None:
     if options.case:
         shapes = [tuple(case) for case in options.case]
     elif options.device == "cuda":
-        shapes = [(n, h, v) for n in GPU_ROWS for h, v in GPU_SHAPES]
+        shapes = GPU_CASES
     else:
-        shapes = CPU_SHAPES
+        shapes = CPU_CASES
     until = time.monotonic() + options.budget
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     cases = [Case(*shape, dtype=dtype, divergence=options.divergence) for shape in shapes]

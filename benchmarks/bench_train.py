@@ -174,16 +174,19 @@ def online(load: Load, student: PreTrainedModel, data: TraceDataset, out: str) -
 
 
 def online_trl(load: Load, student: PreTrainedModel, data: TraceDataset, out: str) -> Trainer:
+    import datasets
     from trl.experimental.gkd import GKDConfig, GKDTrainer  # pyright: ignore[reportMissingImports]
 
+    steps = Steps(load, data)
+    numbered = datasets.Dataset.from_dict({"input_ids": [[i] for i in range(len(steps))]})  # it takes no other kind
     off_policy = {"lmbda": 0.0, "beta": 0.0, "temperature": 1.0, "gradient_checkpointing": False}
     arguments = GKDConfig(**{"bf16": False, **others(load, out)}, **off_policy)
     return GKDTrainer(
         student,
         load_model(load.teacher),
         arguments,
-        data_collator=pad,
-        train_dataset=Steps(load, data),
+        data_collator=lambda items: pad([steps[item["input_ids"][0]] for item in items]),
+        train_dataset=numbered,
         processing_class=AutoTokenizer.from_pretrained(load.student),
     )
 

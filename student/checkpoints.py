@@ -1,16 +1,18 @@
-"""Checkpoints of a run: which one is whole, and what to do with those that are not."""
+"""A run on disk: its files, which of its checkpoints is whole, and what to do with those that are not."""
 
 import contextlib
 import json
 import shutil
 from pathlib import Path
 
+RUN_FILE, STATE_FILE, SPENT_FILE, LOCK_FILE = "run.json", "trainer_state.json", "spent.json", ".lock"
+
 
 def latest_checkpoint(run: Path) -> str | None:
     """The newest checkpoint that was written whole: its state is written after all else."""
     for path in sorted(run.glob("checkpoint-*"), key=_step, reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_text())
+            json.loads((path / STATE_FILE).read_text())
             return str(path)
     return None
 

@@ -14,9 +14,8 @@ import numpy as np
 
 from logitcache.errors import StudentError
 from logitcache.files import holder, publish
-from logitcache.student.checkpoints import latest_checkpoint
+from logitcache.student.checkpoints import LOCK_FILE, RUN_FILE, SPENT_FILE, STATE_FILE, latest_checkpoint
 
-RUN_FILE, STATE_FILE, COUNTS_FILE, LOCK_FILE = "run.json", "trainer_state.json", "counts.json", ".lock"
 CURVES_FILE = "curves.png"
 SMOOTHED = 50  # a running mean over a 50th of a loss curve's points is drawn over them
 AXES = {"step": "optimiser steps", "tokens_taught": "tokens taught", "seconds": "seconds of training"}
@@ -101,7 +100,9 @@ def _read(path: Path) -> dict[str, Any]:
         run["status"] = "running" if holder(path / LOCK_FILE) else "stopped"  # a kill leaves no word behind
         checkpoint, newest = newest_checkpoint(path)
         if checkpoint is not None:
-            state, done = newest, run | _counted(checkpoint)
+            state = newest
+            with contextlib.suppress(OSError, ValueError):
+                done = run | json.loads((checkpoint / SPENT_FILE).read_text())
     steps, seconds, fed = state.get("global_step"), done.get("seconds"), done.get("tokens_fed")
     training, held_out = _curves(state["log_history"], done, steps)
     after, last = run.get("eval_after"), len(held_out["step"]) - 1
@@ -122,23 +123,6 @@ def _read(path: Path) -> dict[str, Any]:
         "eval_step": steps if run.get("eval_after") else held_out["step"][last] if last > 0 else None,
         "training": training,
         "held_out": held_out,
-    }
-
-
-def _counted(checkpoint: Path) -> dict[str, Any]:
-    """What run.json of a finished run says of tokens, seconds and cost, as a checkpoint has it."""
-    try:
-        kept = json.loads((checkpoint / COUNTS_FILE).read_text())
-    except (OSError, ValueError):
-        return {}
-    counts, cost = kept.get("counts", kept), kept.get("costs", {})
-    cost = {"flops": counts.get("flops"), "peak_memory": cost.get("peak_memory"), "seconds": cost.get("seconds")}
-    seconds = sum((cost["seconds"] or {}).values()) or counts.get("seconds")
-    return {
-        "tokens_fed": counts["tokens_fed"],
-        "tokens_taught": counts["tokens_taught"],
-        "seconds": seconds,
-        "cost": cost,
     }
 
 

@@ -7,6 +7,7 @@ skips what it must not see.
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -132,7 +133,7 @@ class Mixture(Dataset[Example]):
         self.pool = Pool(
             np.concatenate([part.pool.lengths for part in parts]),
             np.concatenate([part.pool.keys for part in parts]),
-            tuple(slice(int(a), int(b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)),
+            tuple(slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)),
             None if shares is None else tuple(shares),
         )
 

@@ -21,7 +21,7 @@ from logitcache.errors import StudentError
 from logitcache.student.compare import find_run, newest_checkpoint
 from logitcache.student.data import Batch, Lessons, TraceDataset, loader, matching, to
 from logitcache.student.head import Head, find_head, lesson_metrics, plain
-from logitcache.student.model import load_student
+from logitcache.student.model import load_student, quiet
 from logitcache.student.order import evaluation_batches, split
 from logitcache.student.views import SECTIONS, View
 
@@ -141,8 +141,6 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
     """
     from accelerate import PartialState
 
-    from logitcache.student.run import _quiet  # run -> trainer -> this file
-
     began = time.monotonic()
     if options.dtype not in (None, "bf16", "fp32"):
         raise StudentError(f"--dtype {options.dtype!r}: choose bf16 or fp32")
@@ -154,7 +152,7 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
     indices, held_out = _choose(options, cache, run)
     alone = not dist.is_initialized()
     state = PartialState(cpu=not torch.accelerator.is_available())
-    with _quiet():
+    with quiet():
         student = load_student(weights, cache.identity)[0]
     student.to(state.device)  # pyright: ignore[reportArgumentType]
     head = find_head(student)

@@ -138,7 +138,7 @@ def attach_head(student: Any, **objective: Any) -> Head:
 def check_packing(student: Any) -> None:
     """Raises: StudentError for a model whose attention lets packed traces see each other."""
     model, training = plain(student), student.training
-    ids = np.array([5, 6, 7, 8]) % model.get_input_embeddings().weight.shape[0]
+    ids = np.array([5, 6, 7, 8]) % model.config.get_text_config().vocab_size
     probe = [_probe(ids[:3]), _probe(ids[1:])]
     model.eval()
     alone, packed = (

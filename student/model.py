@@ -1,11 +1,15 @@
 """The student: loading it, holding it against a cache, an adapter on it, a smaller one cut out of a teacher."""
 
+import contextlib
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -31,7 +35,10 @@ def load_student(
     except (OSError, ValueError, KeyError) as e:
         raise StudentError(f"{model} has no tokenizer that transformers can load: {first_line(e)}") from e
     if base:
-        student = _peft(model).PeftModel.from_pretrained(student, model).merge_and_unload()
+        try:
+            student = _peft(model).PeftModel.from_pretrained(student, model).merge_and_unload()
+        except (ValueError, RuntimeError, OSError, SafetensorError) as e:
+            raise StudentError(f"{model} holds an adapter that does not fit {base}: {first_line(e)}") from e
     check_vocabulary(student, tokenizer, identity)
     find_head(student)
     return student, tokenizer
@@ -146,3 +153,17 @@ def prune_layers(model: str | Path, out: str | Path, every: int = 3) -> PreTrain
     student.save_pretrained(out)
     AutoTokenizer.from_pretrained(model).save_pretrained(out)
     return student
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silences transformers' log lines and bars; errors pass."""
+    log = transformers.utils.logging
+    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
+    log.set_verbosity_error()
+    log.disable_progress_bar()
+    try:
+        yield
+    finally:
+        log.set_verbosity(level)
+        log.enable_progress_bar() if bars else None

@@ -5,7 +5,6 @@ import hashlib
 import json
 import platform
 import typing
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,17 +21,17 @@ from logitcache.console import Stop
 from logitcache.errors import StudentError, TrainingError, WriteError
 from logitcache.files import exclusive, publish
 from logitcache.manifest import Identity, first_difference
+from logitcache.student.checkpoints import LOCK_FILE, RUN_FILE
 from logitcache.student.config import DistillConfig
 from logitcache.student.data import Lessons, Mixture, TraceDataset, matching
-from logitcache.student.head import plain
-from logitcache.student.model import add_lora, load_student
+from logitcache.student.head import find_head, plain
+from logitcache.student.model import add_lora, load_student, quiet
 from logitcache.student.options import TrainOptions, configure
 from logitcache.student.order import split
 from logitcache.student.progress import Report
 from logitcache.student.trainer import DistillTrainer
 from logitcache.student.views import View
 
-RUN_FILE = "run.json"
 # Settings that do not change the weights a run ends with: it may be taken up with others.
 _FREE = {
     "save_minutes",
@@ -54,7 +53,7 @@ def train(options: TrainOptions) -> dict[str, Any]:
         "again" is true where nothing was left to do.
     Raises: StudentError for a student, an option or an OUT that will not do; CacheError; TrainingError.
     """
-    with _quiet():
+    with quiet():
         return _train(options)
 
 
@@ -69,7 +68,7 @@ def _train(options: TrainOptions) -> dict[str, Any]:
     if before.get("status") == "finished":
         return before | {"again": True}
     student, tokenizer = _load(options, config, next(iter(caches.values())).identity)
-    vocab = plain(student).get_output_embeddings().weight.shape[0]
+    vocab = find_head(plain(student)).module.weight.shape[0]
     data = _join(options, [TraceDataset(c, taught[p], view, vocab, options.top_k) for p, c in caches.items()])
     # The same for every run of a cache, whatever it learns from: of whole traces and all their rows.
     held_data = Mixture([TraceDataset(c, held[p], None, vocab) for p, c in caches.items()])
@@ -84,7 +83,7 @@ def _train(options: TrainOptions) -> dict[str, Any]:
     with contextlib.ExitStack() as stack:
         if main:
             options.out.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(exclusive(options.out / ".lock", str(options.out)))
+            stack.enter_context(exclusive(options.out / LOCK_FILE, str(options.out)))
         trainer = DistillTrainer(student, config, data, eval_dataset=held_data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Report(trainer)) if main else None
@@ -201,7 +200,7 @@ def _claim(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     """
     path = out / RUN_FILE
     if not path.exists():
-        if out.exists() and (not out.is_dir() or any(p.name != ".lock" for p in out.iterdir())):
+        if out.exists() and (not out.is_dir() or any(p.name != LOCK_FILE for p in out.iterdir())):
             raise StudentError(f"{out} exists and is not a run; give --out an empty or a new directory")
         return {}
     found = json.loads(path.read_text())
@@ -225,17 +224,3 @@ def _versions() -> dict[str, str]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences transformers' log lines and bars; errors pass."""
-    log = transformers.utils.logging
-    level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
-    log.set_verbosity_error()
-    log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        log.set_verbosity(level)
-        log.enable_progress_bar() if bars else None

@@ -16,11 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import IntervalStrategy, PreTrainedModel, Trainer, TrainerCallback, TrainerState
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 
 from logitcache.console import Stop
 from logitcache.errors import StudentError, TrainingError
-from logitcache.student.checkpoints import drop_after, latest_checkpoint
+from logitcache.student.checkpoints import SPENT_FILE, drop_after, latest_checkpoint
 from logitcache.student.config import DistillConfig
 from logitcache.student.cost import Costs, work
 from logitcache.student.data import Batch, Lessons, collate, loader
@@ -29,7 +29,6 @@ from logitcache.student.head import attach_head, check_packing, plain
 from logitcache.student.order import StepSampler
 from logitcache.student.views import SECTIONS
 
-COUNTS_FILE = "counts.json"
 PACKS = ("flash", "flex")  # attention that skips what packed traces must not see
 
 
@@ -53,10 +52,9 @@ class DistillTrainer(Trainer):
         self.head = attach_head(model, **args.objective())
         causal = plain(model)
         _check_sampled(train_dataset, args.tail)
-        self.packed = args.packing
-        if self.packed is None:
-            self.packed = any(name in (causal.config._attn_implementation or "") for name in PACKS)
-        elif self.packed:
+        attention = causal.config._attn_implementation or ""
+        self.packed = any(name in attention for name in PACKS) if args.packing is None else args.packing
+        if args.packing:
             check_packing(causal)
         if args.gradient_checkpointing:  # Trainer would do so too, but only after its cost was counted
             causal.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
@@ -169,12 +167,11 @@ class DistillTrainer(Trainer):
 
     def spent(self) -> dict[str, Any]:
         """What training has cost so far: tokens and FLOPs of all ranks, seconds and peak bytes of this one."""
-        costs, seconds = self.costs.state_dict(), self.seconds
-        tokens = {name: self.counts[name] for name in ("tokens_fed", "tokens_taught")}
-        return tokens | {
+        seconds, flops = self.seconds, self.counts["flops"]
+        return {name: self.counts[name] for name in ("tokens_fed", "tokens_taught")} | {
             "seconds": seconds,
-            "tokens_per_second": tokens["tokens_fed"] / max(seconds, 1e-9),
-            "cost": {"flops": self.counts["flops"], "peak_memory": costs["peak_memory"], "seconds": costs["seconds"]},
+            "tokens_per_second": self.counts["tokens_fed"] / max(seconds, 1e-9),
+            "cost": self.costs.state_dict() | {"flops": flops},
         }
 
     @property
@@ -212,10 +209,10 @@ class DistillTrainer(Trainer):
         if not resume_from_checkpoint:
             return super().train(None, trial, ignore_keys_for_eval)
         path = Path(resume_from_checkpoint)
-        if (path / COUNTS_FILE).exists():
-            kept = json.loads((path / COUNTS_FILE).read_text())
-            self.counts = kept["counts"]
-            self.costs.load_state_dict(kept["costs"])
+        if (path / SPENT_FILE).exists():
+            spent = json.loads((path / SPENT_FILE).read_text())
+            self.counts = {name: spent.get(name, spent["cost"].get(name)) for name in self.counts}
+            self.costs.load_state_dict(spent["cost"])
         state = TrainerState.load_from_json(str(path / "trainer_state.json"))
         if state.global_step >= (
             self.args.max_steps
@@ -230,8 +227,7 @@ class DistillTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
         if _internal_call and output_dir and self.args.should_save:
-            kept = {"counts": self.counts, "costs": self.costs.state_dict()}
-            (Path(output_dir) / COUNTS_FILE).write_text(json.dumps(kept))
+            (Path(output_dir) / SPENT_FILE).write_text(json.dumps(self.spent()))
 
     def _reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         if self.args.world_size > 1:

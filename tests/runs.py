@@ -45,7 +45,7 @@ def stop_at(step: int) -> None:
 # Files of a checkpoint in the order in which they are written; the last one makes it whole.
 CHECKPOINT_FILES = (
     "model.safetensors",
-    "counts.json",
+    "spent.json",
     "optimizer.pt",
     "scheduler.pt",
     "rng_state.pth",

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import divergence_report
 from logitcache.cache import Cache
 
 pytestmark = pytest.mark.slow
@@ -67,10 +68,9 @@ def test_a_head_with_a_divergence_is_measured_saved_and_drawn(tmp_path: Path) ->
     lines = (tmp_path / "here.csv").read_text().splitlines()
     assert len(lines) == 1 + 8 + 4, "runs are appended"
 
-    command = [sys.executable, "-m", f"benchmarks.{DIVERGENCE[0]}", *into, "--plot", str(tmp_path / "a.png"), "--table"]
-    printed = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True).stdout
-    assert "| logitcache |" in printed
-    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    assert "| logitcache |" in divergence_report.table(tmp_path / "here.csv")
+    divergence_report.plot(tmp_path / "here.csv", tmp_path / "here.png")
+    assert (tmp_path / "here.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_peer_that_fails_or_hangs_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
@@ -129,8 +129,8 @@ def test_a_peer_that_takes_the_gpu_with_it_is_left_out_by_a_fresh_process(monkey
         sys, "argv", ["bench_divergence.py", "--device", "cpu", "--no-save", "--case", "8", "16", "500"]
     )
     bench.main()
-    assert again[0][1:8] == sys.argv
-    options = again[0][8:]
+    assert again[0][1:9] == sys.argv
+    options = again[0][9:]
     assert options[:2] == ["--skip", "liger linear jsd"]
     assert 0 < int(options[3]) <= 400
     assert options[-1] == "0"

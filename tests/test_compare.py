@@ -47,8 +47,8 @@ def make(tmp_path):
             checkpoint.mkdir()
             state = {"global_step": 8, "log_history": history(8, counted)}
             (checkpoint / "trainer_state.json").write_text(json.dumps(state))
-            kept = {"counts": spent | {"flops": 56}, "costs": {"seconds": seconds, "peak_memory": 9, "flops": 0}}
-            (checkpoint / "counts.json").write_text(json.dumps(kept))
+            kept = spent | {"seconds": 16.0, "cost": {"flops": 56, "peak_memory": 9, "seconds": seconds}}
+            (checkpoint / "spent.json").write_text(json.dumps(kept))
         (path / "run.json").write_text(json.dumps(record))
         return path
 

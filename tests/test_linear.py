@@ -157,6 +157,15 @@ def test_no_rows_give_a_connected_zero(device):
     assert linear_sparse_metrics(hidden_NH, weight_VH, targets)["argmax"].shape == (0,)
 
 
+def test_logits_in_the_memory_of_dw_give_way_to_it_slice_by_slice(monkeypatch):
+    monkeypatch.setattr(linear, "BORROW_BYTES", 0)  # 256 ids a slice, four slices
+    hidden_NH, weight_VH, _, targets = problem(vocab=1003)
+    found = linear_sparse_divergence(hidden_NH, weight_VH, targets)
+    want = sparse_divergence(hidden_NH @ weight_VH.t(), targets).sum()
+    for a, b in zip(*(torch.autograd.grad(x, (hidden_NH, weight_VH)) for x in (found, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_rows_without_weight_get_no_gradient():
     hidden_NH, weight_VH, _, targets = problem()
     weights_N = torch.zeros(11)
