@@ -73,6 +73,7 @@ class Load:
     steps: int
     warm_up: int
     held_out: int  # traces
+    threads: int
     learning_rate: float = 1e-4
 
     def traces(self) -> tuple[TraceDataset, TraceDataset]:
@@ -247,6 +248,7 @@ def take_part(arm: str, load: Load) -> None:
     os.dup2(2, 1)  # libraries print what they like
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    torch.set_num_threads(load.threads)
     data, held = load.traces()
     student = load_model(load.student)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -424,8 +426,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--warm-up", type=int, default=3, help="steps that are not timed")
     parser.add_argument("--held-out", type=int, default=12, help="traces whose KL is measured")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1: less waiting beside other work")
     parser.add_argument("--pruned", action="store_true", help="the student has a third of the teacher's layers")
-    parser.add_argument("--quick", action="store_true", help="--pruned, 4 steps of 512 tokens; nothing is saved")
+    parser.add_argument("--quick", action="store_true", help="--pruned, 4 steps of 256 tokens; nothing is saved")
     parser.add_argument("--json", action="store_true", help="one object a case")
     parser.add_argument("--plot", type=Path, help="draw the newest saved run into this file instead of measuring")
     for hidden in ("--arm", "--load"):
@@ -437,14 +440,15 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return plot(ROOT / "benchmarks" / "results" / f"train-{machine(device)}.csv", args.plot)
     if args.quick:
-        args.pruned, args.tokens, args.steps, args.warm_up, args.held_out = True, 512, 4, 2, 4
+        args.pruned, args.tokens, args.steps, args.warm_up, args.held_out = True, 256, 4, 2, 2
+    torch.set_num_threads(args.threads)
     names = [name for name in ARMS if "TRL" not in name or trl_version()]
     with tempfile.TemporaryDirectory() as folder:
         name = "a third of the teacher" if args.pruned else "as large as the teacher"
         student = make_student(embedded_teacher(args.teacher), Path(folder) / name, args.pruned)
-        load = Load(
-            str(args.teacher), str(student), str(args.cache), args.tokens, args.steps, args.warm_up, args.held_out
-        )
+        folders = {"teacher": str(args.teacher), "student": str(student), "cache": str(args.cache)}
+        sizes = {n: getattr(args, n) for n in ("tokens", "steps", "warm_up", "held_out", "threads")}
+        load = Load(**folders, **sizes)
         rows = measure(load, names)
     for case in rows:
         print(json.dumps(case) if args.json else line(case), flush=True)

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 # N rows, V vocabulary, K entries of a row (a power of two), E entries of all rows, R x L a tile: R vectors of 16 bytes.
 
-TILES = ((4, 2), (8, 2), (16, 1), (16, 2), (32, 1), (32, 2))  # warps and vectors a thread that compile without spills
+TILES = ((4, 2), (8, 2), (16, 1), (16, 2), (32, 2))  # warps and vectors a thread that compile without spills
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that an online maximum over nothing but -inf makes no NaN
 LOG_FLOOR = tl.constexpr(-30.0)
 SAME_LOG = tl.constexpr(1e-5)

@@ -45,6 +45,8 @@ def load_student(
 
 
 def _load(model: str | Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
+    if str(model).startswith(("/", ".", "~")) and not Path(model).exists():
+        raise StudentError(f"{model} does not exist: give --student a model folder or a hub id")
     try:
         config = AutoConfig.from_pretrained(model)
         loaded: Any = AutoModelForCausalLM.from_pretrained(

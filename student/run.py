@@ -131,6 +131,7 @@ def _load(options: TrainOptions, config: DistillConfig, identity: Identity) -> t
     """The student, ready to learn; of one with an adapter only that learns, and the rest need not be float32."""
     if options.lora_rank is None:
         return load_student(options.student, identity, attention=options.attention)
+    transformers.set_seed(config.seed)  # an adapter begins with random weights
     student = Path(options.student).resolve() if Path(options.student).exists() else options.student
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model, tokenizer = load_student(student, identity, dtype, options.attention)

@@ -234,7 +234,10 @@ def assert_same(a, b, atol: float = 1e-6) -> None:
     ],
     ids=lambda c: next(iter(c)),
 )
-def test_how_a_batch_is_computed_changes_neither_loss_nor_gradient(home, config):
+def test_how_a_batch_is_computed_changes_neither_loss_nor_gradient(home, config, monkeypatch):
+    # What torch.compile makes of a graph is its own affair, and takes a minute here; that the graph is right is ours.
+    compile_as_ever = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **k: compile_as_ever(m, backend="aot_eager", **k))
     assert_same(one_step(home), one_step(home, **config))
 
 
