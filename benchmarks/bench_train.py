@@ -43,17 +43,25 @@ import numpy as np
 import torch
 import transformers
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from benchmarks.bench_divergence import ROOT, machine, say
 from benchmarks.embedded import embedded_teacher
 from logitcache.cache import Cache
+from logitcache.student.config import DistillConfig
 from logitcache.student.cost import PeakMemory
 from logitcache.student.data import TraceDataset
 from logitcache.student.evaluate import evaluate
 from logitcache.student.model import prune_layers
 from logitcache.student.order import StepSampler, split
-from logitcache.student.trainer import DistillConfig, DistillTrainer
+from logitcache.student.trainer import DistillTrainer
 
 # B traces of a step, T tokens of the longest, N taught rows, V vocabulary.
 
@@ -274,7 +282,7 @@ class Arm:
     """The other end of `take_part`."""
 
     def __init__(self, name: str, load: Load):
-        self.name, self.log = name, tempfile.TemporaryFile("w+")
+        self.name, self.log = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
         command = [sys.executable, "-m", "benchmarks.bench_train", "--arm", name, "--load", json.dumps(asdict(load))]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, cwd=ROOT)
@@ -426,7 +434,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--warm-up", type=int, default=3, help="steps that are not timed")
     parser.add_argument("--held-out", type=int, default=12, help="traces whose KL is measured")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="1: less waiting beside other work")
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="1: less waiting beside other work"
+    )
     parser.add_argument("--pruned", action="store_true", help="the student has a third of the teacher's layers")
     parser.add_argument("--quick", action="store_true", help="--pruned, 4 steps of 256 tokens; nothing is saved")
     parser.add_argument("--json", action="store_true", help="one object a case")

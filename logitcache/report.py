@@ -44,8 +44,16 @@ def describe_run(run: dict[str, Any], out: Path) -> str:
         ("nothing to do, this run is finished\n" if run.get("again") else "")
         + f"{out}: held-out KL {before['kl']:.4f} -> {after['kl']:.4f} nats a row, "
         f"top-1 agreement {before['top1']:.1%} -> {after['top1']:.1%}; {run['steps']} steps, "
-        f"{run['tokens_fed']:,} tokens in {run['seconds']:.1f} s, {run['tokens_per_second']:,.0f} tokens/s"
+        f"{run['tokens_fed']:,} tokens in {run['seconds']:.1f} s, {run['tokens_per_second']:,.0f} tokens/s\n"
+        + _spent(run["cost"])
     )
+
+
+def _spent(cost: dict[str, Any]) -> str:
+    together = max(sum(cost["seconds"].values()), 1e-9)
+    parts = ", ".join(f"{name} {seconds / together:.1%}" for name, seconds in cost["seconds"].items())
+    peak = cost["peak_memory"]
+    return f"{cost['flops']:.3g} FLOPs; " + (f"peak memory {peak / 2**30:.2f} GiB; " if peak else "") + f"time: {parts}"
 
 
 def describe_evaluation(found: dict[str, Any]) -> str:

@@ -48,6 +48,7 @@ class DistillConfig(TrainingArguments):
     disable_tqdm: bool | None = True
     log_level: str = "error"
     remove_unused_columns: bool = False
+    ddp_find_unused_parameters: bool | None = False  # all are used in every batch, an empty one too
     use_cache: bool = True  # of the saved config, for those who generate with it; training passes False itself
     seed: int = 0
     accelerator_config: dict | str | None = field(default_factory=lambda: {"even_batches": False})

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks import divergence_report
 from logitcache.cache import Cache
+from tests import tiny
 
 pytestmark = pytest.mark.slow
 
@@ -134,3 +135,18 @@ def test_a_peer_that_takes_the_gpu_with_it_is_left_out_by_a_fresh_process(monkey
     assert options[:2] == ["--skip", "liger linear jsd"]
     assert 0 < int(options[3]) <= 400
     assert options[-1] == "0"
+
+
+def test_a_step_from_the_cache_stands_beside_fine_tuning_and_a_resident_teacher(tmp_path: Path) -> None:
+    teacher = tiny.save_model(tmp_path / "teacher", layers=6)
+    tiny.write_cache(tmp_path / "cache")
+    cases = run("bench_train", "--quick", "--teacher", str(teacher), "--cache", str(tmp_path / "cache"))
+    ours, plain, online = cases[:3]
+    assert [case["case"] for case in cases[:3]] == ["logitcache", "fine-tuning", "online"]
+    assert plain["of_fine_tuning"] == plain["processor_of_fine_tuning"] == online["of_online_peak"] == 1.0
+    for case in cases:
+        assert case["ms_p20"] <= case["ms_median"] <= case["ms_p80"]
+        assert case["fed_a_step"] == pytest.approx(256, rel=0.5)
+        assert 0 < case["data_share"] < 1
+        assert case["kl"] != case["kl_before"] == plain["kl_before"]
+    assert ours["kl"] < ours["kl_before"]
