@@ -14,7 +14,8 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.demo $(DEMO)
 
 test: $(VENV)/.ready
-	$(BIN)/pytest
+	$(BIN)/pytest -n 2 -m "not engine"
+	$(BIN)/pytest -m engine
 
 fast: $(VENV)/.ready
 	$(BIN)/pytest -n 2 -m "not slow and not engine"

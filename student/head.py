@@ -1,5 +1,6 @@
 """The student's head on the taught rows only: found by trying it, run inside the model's own forward."""
 
+import contextlib
 import types
 import typing
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from logitcache.student.data import Batch, Example, collate, targets, to
 from logitcache.topk import SparseRows
 
 # N taught rows, H hidden, V rows of the head.
+
+ANYWHERE = ("eager", "sdpa")  # attention that masks what packed traces must not see, and needs no GPU for it
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,10 @@ def find_head(student: PreTrainedModel) -> Head:
         raise StudentError(
             f"{name}: its head carries a LoRA adapter, which the fused head would leave out: merge it first"
         )
-    training = student.training
-    student.eval()
     probe = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=student.device) % module.weight.shape[0]
-    hidden = student.base_model(input_ids=probe, use_cache=False).last_hidden_state
-    logits = student(input_ids=probe, use_cache=False).logits.float()
-    student.train(training)
+    with _tried(student):
+        hidden = student.base_model(input_ids=probe, use_cache=False).last_hidden_state
+        logits = student(input_ids=probe, use_cache=False).logits.float()
     close = 1e-3 if student.dtype == torch.float32 else 4e-2
     if not torch.allclose(hidden[0, :3], hidden[1, :3], rtol=close, atol=close * hidden.abs().max().item()):
         raise StudentError(f"{name} is not causal: a later token changes what it says of earlier ones")
@@ -62,6 +63,21 @@ def find_head(student: PreTrainedModel) -> Head:
     raise StudentError(
         f"{name} makes its logits in a way that the fused head does not know; open an issue with its config.json"
     )
+
+
+@contextlib.contextmanager
+def _tried(student: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode, and with attention that runs on any device in any dtype."""
+    training, attention = student.training, student.config._attn_implementation
+    student.eval()
+    if attention not in (None, *ANYWHERE):
+        student.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        student.train(training)
+        if attention not in (None, *ANYWHERE):
+            student.set_attn_implementation(attention)
 
 
 def _heads(student: PreTrainedModel, module: nn.Linear) -> Iterator[Head]:
@@ -137,9 +153,10 @@ def attach_head(student: Any, **objective: Any) -> Head:
 @torch.no_grad()
 def check_packing(student: Any) -> None:
     """Raises: StudentError for a model whose attention lets packed traces see each other."""
-    model, training = plain(student), student.training
+    model = plain(student)
     ids = np.array([5, 6, 7, 8]) % model.config.get_text_config().vocab_size
     probe = [_probe(ids[:3]), _probe(ids[1:])]
+    training = model.training
     model.eval()
     alone, packed = (
         taught_hidden(model, to(collate(probe, packed=packed), model.device)).float() for packed in (False, True)

@@ -25,11 +25,9 @@ from logitcache.student.config import DistillConfig
 from logitcache.student.cost import Costs, work
 from logitcache.student.data import Batch, Lessons, collate, loader
 from logitcache.student.evaluate import evaluate
-from logitcache.student.head import attach_head, check_packing, plain
+from logitcache.student.head import ANYWHERE, attach_head, check_packing, plain
 from logitcache.student.order import StepSampler
 from logitcache.student.views import SECTIONS
-
-PACKS = ("flash", "flex")  # attention that skips what packed traces must not see
 
 
 class DistillTrainer(Trainer):
@@ -52,9 +50,9 @@ class DistillTrainer(Trainer):
         self.head = attach_head(model, **args.objective())
         causal = plain(model)
         _check_sampled(train_dataset, args.tail)
-        attention = causal.config._attn_implementation or ""
-        self.packed = any(name in attention for name in PACKS) if args.packing is None else args.packing
-        if args.packing:
+        skips = (causal.config._attn_implementation or "eager") not in ANYWHERE  # flash, flex: what packing is for
+        self.packed = skips if args.packing is None else args.packing
+        if args.packing and not skips:
             check_packing(causal)
         if args.gradient_checkpointing:  # Trainer would do so too, but only after its cost was counted
             causal.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)

@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 import torch
 from transformers import (
+    AttentionInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -62,9 +63,11 @@ def test_a_teacher_with_padded_logits_may_teach_a_student_without(tmp_path):
 
 
 def test_a_missing_model_is_one_line(tmp_path):
-    with pytest.raises(StudentError, match="is not a causal language model") as error:
-        load_student(tmp_path / "nowhere", tiny.identity())
-    assert "\n" not in str(error.value)
+    (tmp_path / "empty").mkdir()
+    for name, message in (("nowhere", "does not exist: give --student"), ("empty", "is not a causal language model")):
+        with pytest.raises(StudentError, match=message) as error:
+            load_student(tmp_path / name, tiny.identity())
+        assert "\n" not in str(error.value)
 
 
 def test_a_model_that_looks_ahead_is_refused(tmp_path):
@@ -149,3 +152,13 @@ def test_pruning_keeps_every_third_layer_and_all_else(tmp_path):
 def test_a_model_cannot_be_pruned_by_no_step(tmp_path):
     with pytest.raises(StudentError, match="cannot keep every 0-th layer"):
         prune_layers(tiny.save_model(tmp_path / "m"), tmp_path / "out", every=0)
+
+
+def test_attention_that_needs_a_gpu_is_not_tried_without_one():
+    def gpu_only(*_: object, **__: object) -> None:
+        raise AssertionError("this needs a GPU")
+
+    AttentionInterface.register("gpu_only_of_tests", gpu_only)
+    student = tiny.model(attn_implementation="gpu_only_of_tests")
+    assert find_head(student).softcap is None
+    assert student.config._attn_implementation == "gpu_only_of_tests"
