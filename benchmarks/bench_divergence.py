@@ -250,6 +250,18 @@ def _kib(status: Path, name: str) -> int:
     return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(name))
 
 
+def others(seconds: float = 0.5) -> float:
+    """Share of the cores that other work takes while this process sleeps. Linux only."""
+
+    def ticks() -> tuple[int, int]:
+        counts = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
+        return sum(counts), counts[3] + counts[4]  # idle, and waiting for a disk
+
+    (total, idle), _ = ticks(), time.sleep(seconds)
+    later, idle_later = ticks()
+    return 1 - (idle_later - idle) / max(later - total, 1)
+
+
 @contextmanager
 def patience(seconds: float) -> Iterator[None]:
     def late(*_):
@@ -283,6 +295,7 @@ def run_case(
     steps: dict[str, Callable[[Problem], Step]] | None = None,
     skip: tuple[str, ...] = (),
     until: float = float("inf"),
+    quiet: bool = False,
 ) -> list[Result]:
     """Every implementation, or the given steps, in turns; turns end early at `until`, a time of `time.monotonic`."""
     problem, clock = Problem(case, device), Clock(device)
@@ -305,6 +318,8 @@ def run_case(
     turn, slow = 0, float("inf")
     while turn < reps and made and (turn == 0 or time.monotonic() < until):
         for result, step in made[turn % len(made) :] + made[: turn % len(made)]:
+            while quiet and time.monotonic() < until and others() > 0.1:
+                pass
             if turn > 1 and result.ms[0] > slow:
                 continue
             try:
@@ -418,6 +433,7 @@ def main() -> None:
     parser.add_argument("--divergence", choices=DIVERGENCES, default="forward_kl")
     parser.add_argument("--case", type=int, nargs=3, action="append", metavar=("N", "H", "V"), help="these cases only")
     parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave an implementation out")
+    parser.add_argument("--quiet", action="store_true", help="begin a step when other work takes < 10%% of the cores")
     parser.add_argument("--csv", type=Path, help="append to, or draw, this file, not results/<machine>.csv")
     parser.add_argument("--no-save", action="store_true", help="append nothing")
     parser.add_argument("--plot", type=Path, help="draw the newest saved run into this file instead of measuring")
@@ -438,12 +454,11 @@ def main() -> None:
         shapes = GPU_CASES
     else:
         shapes = CPU_CASES
-    until = time.monotonic() + options.budget
+    until, skip = time.monotonic() + options.budget, tuple(options.skip)
     dtype = "bfloat16" if options.device == "cuda" else "float32"
     cases = [Case(*shape, dtype=dtype, divergence=options.divergence) for shape in shapes]
     work: list[Callable[[], Iterator[list[Result]]]] = [
-        lambda c=c: iter([run_case(c, options.device, options.reps, skip=tuple(options.skip), until=until)])
-        for c in cases
+        lambda c=c: iter([run_case(c, options.device, options.reps, None, skip, until, options.quiet)]) for c in cases
     ]
     if options.device == "cuda" and not options.case:
         work.insert(len(GPU_SHAPES), lambda: sweeps(options.reps, until))  # after N = 8192, before the rest

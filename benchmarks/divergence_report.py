@@ -54,7 +54,7 @@ def plot(path: Path, out: Path) -> None:
     cases = newest(path)
     last = load(path)[-1]
     names = [n for n in dict.fromkeys(r["impl"] for rows in cases.values() for r in rows) if n != "matrix products"]
-    figure, panels = plt.subplots(2, 1, figsize=(3 + 1.5 * len(cases), 6.5), sharex=True, layout="constrained")
+    figure, panels = plt.subplots(2, 1, figsize=(4.5 + 1.5 * len(cases), 6.5), sharex=True, layout="constrained")
     width = 0.8 / len(names)
     for group, rows in enumerate(cases.values()):
         bare = next((float(r["ms_median"]) for r in rows if r["impl"] == "matrix products"), 1.0)
@@ -68,14 +68,17 @@ def plot(path: Path, out: Path) -> None:
             panels[0].plot([at, at], [low, high], color="black", linewidth=1)
             panels[1].bar(at, max(float(row["extra_mib"] or 0), 1), 0.9 * width, color=color)
     panels[0].axhline(1.0, color="gray", linewidth=0.8, linestyle="dotted")
+    panels[1].set_yscale("log")
+    panels[1].set_ylim(bottom=1)
+    if panels[0].get_ylim()[1] > 5:
+        panels[0].set_yscale("log")
+        panels[0].set_ylim(bottom=0.5)
+        panels[0].yaxis.set_minor_formatter("{x:g}")
     for panel, label in zip(panels, ("time / bare matrix products", "extra memory, MiB (at least 1)"), strict=True):
-        panel.set_yscale("log")
         panel.yaxis.set_major_formatter("{x:g}")
         panel.set_ylabel(label)
         panel.spines[["top", "right"]].set_visible(False)
-    panels[0].yaxis.set_minor_formatter("{x:g}")
-    panels[0].tick_params(axis="y", which="minor", labelsize=7)
     panels[1].set_xticks(range(len(cases)), [f"N={n}\nH={h}\nV={v}" for n, h, v in cases])
-    panels[0].legend(fontsize="small", frameon=False, ncols=2)
-    panels[0].set_title(f"forward + backward; {last['machine']}, torch {last['torch']}", fontsize="medium")
+    figure.legend(loc="outside upper center", fontsize="small", frameon=False, ncols=3)
+    panels[0].set_title(f"forward + backward; {last['machine']}, torch {last['torch']}", fontsize="small")
     figure.savefig(out, dpi=110)
