@@ -397,9 +397,10 @@ def train(
         raise typer.Exit(_signal_code(finished["signal"]))
 
 
-@app.command("eval", short_help="Hold a student against its teacher, on held-out traces.")
+@app.command("eval", short_help="Hold a student against its teacher, or against the answers.")
 def eval_(
-    cache: ACache,
+    cache: Annotated[Path | None, typer.Argument(help="A cache whose traces the student is held against.")] = None,
+    *,
     student: Annotated[
         str, typer.Option(help="A run, one of its checkpoints, a model folder, a LoRA adapter or a hub id.")
     ],
@@ -413,20 +414,77 @@ def eval_(
         "prompt,reasoning,answer"
     ),
     tokens_per_batch: Annotated[int, typer.Option(help="Tokens fed at a time.")] = 4096,
-    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32. [default: bf16 on CUDA]")] = None,
+    prompts: Annotated[
+        str | None,
+        typer.Option(
+            help="Questions with `answer`, as in generate: the student answers them through vLLM. Options from here on "
+            "are for these; a LoRA adapter is merged into its model first."
+        ),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Directory of the answers: new, or one to go on with.")] = None,
+    budgets: Annotated[
+        str,
+        typer.Option(
+            help="How much of its reasoning the student keeps before it must answer: tokens, shares of its own, or none "
+            "for no limit."
+        ),
+    ] = "0,25%,50%,75%,100%,none",
+    samples: Annotated[int, typer.Option(help="Completions a prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; 0 takes the likeliest token.")] = 0.0,
+    sampling: Sampling = None,
+    max_tokens: MaxTokens = 2048,
+    answer_tokens: Annotated[int, typer.Option(help="Longest answer after a reasoning that was cut.")] = 256,
+    verifier: Annotated[str, typer.Option(help="Judge of the answers: math, exact or gym.")] = "exact",
+    limit: Limit = None,
+    seed: Seed = 0,
+    reasoning_markers: ReasoningMarkers = None,
+    answer_regex: AnswerRegex = None,
+    tensor_parallel_size: TensorParallel = 1,
+    engine_arg: EngineArg = None,
+    template_arg: TemplateArg = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="bf16 or fp32; with --prompts as in generate. [default: bf16 on CUDA, or auto]")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """KL, top-1 agreement, calibration and the tail, by section and by place in the completion.
+    """With CACHE: KL, top-1 agreement, calibration and tail, by section and by place in the completion.
 
-    Example: logitcache eval math-cache --student math-student
+    With --prompts: accuracy, when the student thinks as long as it likes, and when its reasoning is cut at a budget and
+    closed for it. Run the same command again to go on after a stop, or with more prompts, samples or budgets.
+
+    Examples:
+
+    logitcache eval math-cache --student math-student
+
+    logitcache eval --student math-student --prompts test.jsonl --verifier math --out math-answers
     """
-    from logitcache.report import describe_evaluation
-    from logitcache.student.evaluate import EvalOptions, evaluate_run
+    if (cache is None) == (prompts is None):
+        raise InputError(
+            "give either CACHE, to hold the student against the teacher, or --prompts, against the answers"
+        )
+    if cache is not None:
+        from logitcache.report import describe_evaluation
+        from logitcache.student.evaluate import EvalOptions, evaluate_run
 
-    found = evaluate_run(
-        EvalOptions(cache, student, held_out, everything, where, view, _names(sections), tokens_per_batch, dtype)
-    )
-    _echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
+        found = evaluate_run(
+            EvalOptions(cache, student, held_out, everything, where, view, _names(sections), tokens_per_batch, dtype)
+        )
+        _echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
+        return
+    from logitcache.budgets import BudgetOptions, measure
+    from logitcache.report import describe_budgets
+
+    if prompts is None or out is None:
+        raise InputError("--prompts needs --out, a directory where the answers are kept and gone on with")
+    options = BudgetOptions(
+        prompts, student, out, _names(budgets), samples, temperature, max_tokens, answer_tokens, verifier, limit, seed,
+        _markers(reasoning_markers), answer_regex, dtype or "auto", tensor_parallel_size, _pairs("--sampling", sampling),
+        _pairs("--engine-arg", engine_arg), _pairs("--template-arg", template_arg),
+    )  # fmt: skip
+    found = measure(options)
+    if found["stopped"]:
+        raise typer.Exit(_signal_code(found["stopped"]))
+    typer.echo(json.dumps(found, indent=1) if as_json else describe_budgets(found))
 
 
 @app.command(short_help="Set runs side by side.")

@@ -114,11 +114,16 @@ class Engine:
         self.max_model_len: int = self._engine.vllm_config.model_config.max_model_len
         self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
 
-    def submit(self, key: str, prompt_ids: list[int]) -> None:
+    def submit(self, key: str, prompt_ids: list[int], max_tokens: int | None = None) -> None:
         """Queues one request; several of one prompt differ by the sampler's state.
 
+        Args:
+            max_tokens: of this completion and those after it, if not as many as the spec says.
         Raises: InputError where vLLM refuses it, EngineError if the engine died.
         """
+        if max_tokens not in (None, self._params.max_tokens):
+            self._params = self._params.clone()
+            self._params.max_tokens = max_tokens
         try:
             self._engine.add_request(key, {"prompt_token_ids": prompt_ids}, self._params)
         except ValueError as e:

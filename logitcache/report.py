@@ -117,6 +117,34 @@ def describe_comparison(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"curves: {path}" for path in found["files"])])
 
 
+def describe_budgets(found: dict[str, Any]) -> str:
+    """The text of ``logitcache eval --budgets``, from what ``measure`` returns."""
+    if found["stopped"]:
+        return (
+            f"stopped by {found['stopped']}, {found['before'] + found['made']:,} answers there: "
+            "run the same command again to go on"
+        )
+    settings, measured = found["settings"], found["budgets"]
+    one = next(iter(measured.values()))
+    table = [["budget", "accuracy", "95% interval", "reasoning", "answer", "all tokens", "ended"]]
+    for budget, part in measured.items():
+        lo, hi = part["ci"]
+        means = [f"{part[f'{name}_tokens']:,.1f}" for name in ("reasoning", "answer", "total")]
+        table.append([budget, f"{part['accuracy']:.1%}", f"{lo:.1%} - {hi:.1%}", *means, f"{part['ended']:.1%}"])
+    lines = [
+        f"{found['student']} @ {settings['model_revision'][:12]} on {one['prompts']:,} prompts of {found['source']}, "
+        f"{one['samples']} samples each at temperature {settings['temperature']:g}; verifier {settings['verifier']}, "
+        f"{settings['engine']}, {settings['dtype']}; {found['made']:,} answers made, {found['before']:,} there before, "
+        f"{found['seconds']:.1f} s",
+        *_columns(table),
+        "tokens are means of a sample; ended: share that ended by themselves, not by a limit",
+    ]
+    for key, what in (("unscored", "could not be scored"), ("no_room", "had no room in the model's context")):
+        if counts := {budget: part[key] for budget, part in measured.items() if part[key]}:
+            lines.append(f"counted as wrong, since they {what}: " + ", ".join(f"{n} at {b}" for b, n in counts.items()))
+    return "\n".join(lines)
+
+
 def _columns(table: list[list[str]]) -> list[str]:
     """Lines of a table, its first column on the left and the others on the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
