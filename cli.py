@@ -311,7 +311,10 @@ def train(
     ] = None,
     section_weight: Annotated[
         list[str] | None,
-        typer.Option(metavar="SECTION=WEIGHT", help="Of the loss there, such as answer=2. Repeatable. [default: 1]"),
+        typer.Option(
+            metavar="SECTION=WEIGHT",
+            help="Of the loss there, such as answer=2; the mean is over all taught rows still. Repeatable. [default: 1]",
+        ),
     ] = None,
     lora_rank: Annotated[
         int | None, typer.Option(help="Train a LoRA adapter of this rank, by peft. [default: all weights]")
@@ -340,7 +343,7 @@ def train(
         bool | None, typer.Option("--compile", help="torch.compile the student, all but its head.")
     ] = None,
     epochs: Annotated[float | None, typer.Option(help="[default: 3]")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Stop after so many optimiser steps. [default: off]")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="So many optimiser steps, whatever --epochs says.")] = None,
     learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="[default: 1e-4]")] = None,
     seed: Annotated[int | None, typer.Option(help="Of the order of traces. [default: 0]")] = None,
     report_to: Annotated[
@@ -783,11 +786,14 @@ def _numbers(option: str, given: list[str] | None) -> dict[str, float]:
     for item in given or []:
         name, _, number = item.rpartition("=")
         try:
-            numbers[name or "?"] = float(number)
+            value = float(number)
         except ValueError:
-            name = ""
+            name, value = "", 0.0
         if not name:
             raise InputError(f"{option} {item!r}: write NAME=NUMBER")
+        if name in numbers:
+            raise InputError(f"{option} {item!r}: {name} is given twice")
+        numbers[name] = value
     return numbers
 
 

@@ -8,9 +8,9 @@ Every implementation trains the same student on the same traces of the same cach
 Trainer loop with the same optimiser; all of them take their steps in turns, so that a slow moment hits each.
 
     logitcache      DistillTrainer on the cache's rows
-    fine-tuning     transformers' Trainer: cross-entropy with the completions' tokens
+    fine-tuning     transformers' Trainer: cross-entropy with the tokens that the cache has rows of
     online          the same Trainer, the teacher's forward beside the student's, forward KL of the whole vocabulary in
-                    the completions' rows alone: a plain loop, made as cheap as that goes
+                    those rows alone: a plain loop, made as cheap as that goes
     online (TRL)    trl's GKDTrainer, lmbda=0, beta=0: the same loss; where trl is installed
 
 A step's time has all in it: reading the batch, forward, backward, clipping, AdamW, logging. Memory is the peak while
@@ -24,7 +24,7 @@ import contextlib
 import csv
 import ctypes
 import gc
-import importlib.util
+import importlib.metadata
 import itertools
 import json
 import os
@@ -65,8 +65,8 @@ from logitcache.student.trainer import DistillTrainer
 
 # B traces of a step, T tokens of the longest, N taught rows, V vocabulary.
 
-FINE_TUNING = "fine-tuning"
-GOALS = {"time": 1.10, "memory": 0.60, "data": 0.02}  # of fine-tuning's step, of online's peak, of a step
+FINE_TUNING, ONLINE, TRL = "fine-tuning", "online", "online (TRL)"
+GOALS = {"time": 1.10, "memory": 0.60, "data": 0.02}  # of fine-tuning's step, of TRL's or online's peak, of a step
 Case = dict[str, Any]
 
 
@@ -119,7 +119,7 @@ class Load:
 
 
 class Steps(torch.utils.data.Dataset):
-    """What the others train on: an item is the traces of a step, tokens and where the completion begins."""
+    """What the others train on: an item is the traces of a step, tokens and where rows begin."""
 
     def __init__(self, load: Load, data: TraceDataset):
         traces = [[data.cache[int(data.indices[i])] for i in step] for step in load.plan(data)]
@@ -203,8 +203,8 @@ def online_trl(load: Load, student: PreTrainedModel, data: TraceDataset, out: st
 ARMS: dict[str, Callable[[Load, PreTrainedModel, TraceDataset, str], Trainer]] = {
     "logitcache": logitcache,
     FINE_TUNING: fine_tuning,
-    "online": online,
-    "online (TRL)": online_trl,
+    ONLINE: online,
+    TRL: online_trl,
 }
 
 
@@ -219,7 +219,7 @@ def load_model(folder: str) -> PreTrainedModel:
 class Turns(TrainerCallback):
     """Waits for its turn before every step, and says what the step took."""
 
-    def __init__(self, trainer: Trainer, say: Callable[[Case], None], wait: Callable[[], None]):
+    def __init__(self, trainer: Trainer, say: Callable[[Case], None], wait: Callable[[], object]):
         self.say, self.wait, self.data_s, self.fed = say, wait, 0.0, 0
         batches = trainer.get_batch_samples
 
@@ -231,7 +231,7 @@ class Turns(TrainerCallback):
             self.fed = sum(B * T for B, T in shapes)
             return samples, count
 
-        trainer.get_batch_samples = timed
+        trainer.get_batch_samples = timed  # pyright: ignore[reportAttributeAccessIssue]
         trainer.add_callback(self)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
@@ -267,7 +267,7 @@ def take_part(arm: str, load: Load) -> None:
     before = memory.bytes() or 0
     with tempfile.TemporaryDirectory() as out:
         trainer = ARMS[arm](load, student, data, out)
-        Turns(trainer, lambda found: print(json.dumps(found), file=lines), lambda: input() and None)
+        Turns(trainer, lambda found: print(json.dumps(found), file=lines), input)
         trainer.train()
     peak = memory.bytes()
     del trainer
@@ -291,9 +291,11 @@ class Arm:
         assert self.process.stdout is not None
         if line := self.process.stdout.readline():
             return json.loads(line)
-        self.process.wait()
+        code = self.process.wait()
         self.log.seek(0)
-        sys.exit(f"{self.name} failed:\n{self.log.read()[-4000:]}")
+        sys.exit(
+            f"{self.name} ended with {code}{' (out of memory?)' if code == -9 else ''}:\n{self.log.read()[-4000:]}"
+        )
 
     def turn(self) -> Case:
         assert self.process.stdin is not None
@@ -328,7 +330,8 @@ def row(load: Load, name: str, steps: dict[str, list[Case]], ends: dict[str, Cas
         key: statistics.median(a[key] / b[key] for a, b in zip(mine, plain, strict=True))
         for key in ("seconds", "processor_s")
     }
-    peak, resident = ends[name]["peak_mib"], ends.get("online", {}).get("peak_mib")
+    peaks = {other: end["peak_mib"] for other, end in ends.items()}
+    peak = peaks[name]
     return {
         "case": name,
         "student": Path(load.student).name,
@@ -343,7 +346,8 @@ def row(load: Load, name: str, steps: dict[str, list[Case]], ends: dict[str, Cas
         "data_share": round(statistics.median(s["data_s"] / s["seconds"] for s in mine), 5),
         "data_us_a_token": round(1e6 * statistics.median(s["data_s"] / max(s["fed"], 1) for s in mine), 2),
         "peak_mib": None if peak is None else round(peak),
-        "of_online_peak": None if not (peak and resident) else round(peak / resident, 3),
+        "of_online_peak": round(peak / peaks[ONLINE], 3) if peak else None,
+        "of_trl_peak": round(peak / peaks[TRL], 3) if peak and TRL in peaks else None,
         "kl_before": round(ends[FINE_TUNING]["kl_before"], 4),
         "kl": round(ends[name]["kl"], 4),
     }
@@ -383,24 +387,26 @@ def save(rows: list[Case]) -> Path:
 
 
 def trl_version() -> str:
-    with contextlib.suppress(ImportError):
-        return importlib.import_module("trl").__version__
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version("trl")
     return ""
 
 
 def line(case: Case) -> str:
     peak = "" if case["peak_mib"] is None else f"{case['peak_mib']:>7,} MiB"
-    share = "" if case["of_online_peak"] is None else f"{case['of_online_peak']:.2f} of online's"
+    shares = {"online's": case["of_online_peak"], "TRL's": case["of_trl_peak"]}
+    share = ", ".join(f"{part:.2f} of {whose}" for whose, part in shares.items() if part)
     return (
         f"{case['case']:<14} {case['ms_median']:>9,.0f} ms ({case['ms_p20']:,.0f} - {case['ms_p80']:,.0f})  "
         f"{case['of_fine_tuning']:.3f} of fine-tuning's (processors {case['processor_of_fine_tuning']:.3f})  {peak} "
-        f"{share:<16} data {case['data_share']:.2%}  KL {case['kl_before']:.3f} -> {case['kl']:.3f}"
+        f"{share}  data {case['data_share']:.2%}  KL {case['kl_before']:.3f} -> {case['kl']:.3f}"
     )
 
 
 def judge(rows: list[Case]) -> str:
     ours = next(r for r in rows if r["case"] == "logitcache")
-    found = {"time": ours["of_fine_tuning"], "memory": ours["of_online_peak"], "data": ours["data_share"]}
+    memory = ours["of_trl_peak"] or ours["of_online_peak"]
+    found = {"time": ours["of_fine_tuning"], "memory": memory, "data": ours["data_share"]}
     missed = [f"{name} {found[name]} > {goal}" for name, goal in GOALS.items() if found[name] and found[name] > goal]
     return "the goals are met" if not missed else f"missed: {', '.join(missed)}"
 
@@ -440,6 +446,7 @@ def main() -> None:
     parser.add_argument("--pruned", action="store_true", help="the student has a third of the teacher's layers")
     parser.add_argument("--quick", action="store_true", help="--pruned, 4 steps of 256 tokens; nothing is saved")
     parser.add_argument("--json", action="store_true", help="one object a case")
+    parser.add_argument("--no-save", action="store_true", help="append nothing to results/")
     parser.add_argument("--plot", type=Path, help="draw the newest saved run into this file instead of measuring")
     for hidden in ("--arm", "--load"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -452,7 +459,7 @@ def main() -> None:
     if args.quick:
         args.pruned, args.tokens, args.steps, args.warm_up, args.held_out = True, 256, 4, 2, 2
     torch.set_num_threads(args.threads)
-    names = [name for name in ARMS if "TRL" not in name or trl_version()]
+    names = [name for name in ARMS if name != TRL or trl_version()]
     with tempfile.TemporaryDirectory() as folder:
         name = "a third of the teacher" if args.pruned else "as large as the teacher"
         student = make_student(embedded_teacher(args.teacher), Path(folder) / name, args.pruned)
@@ -463,7 +470,7 @@ def main() -> None:
     for case in rows:
         print(json.dumps(case) if args.json else line(case), flush=True)
     say(judge(rows))
-    if not args.quick:
+    if not (args.quick or args.no_save):
         say(f"appended to {save(rows)}")
 
 

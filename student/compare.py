@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from logitcache.errors import StudentError
-from logitcache.files import holder, publish
-from logitcache.student.checkpoints import LOCK_FILE, RUN_FILE, SPENT_FILE, STATE_FILE, latest_checkpoint
+from logitcache.files import publish
+from logitcache.student.checkpoints import RUN_FILE, SPENT_FILE, find_run, newest_checkpoint, standing
 
 CURVES_FILE = "curves.png"
 SMOOTHED = 50  # a running mean over a 50th of a loss curve's points is drawn over them
@@ -26,31 +26,6 @@ _DONE |= {"tokens_fed", "tokens_taught", "tokens_per_second"}
 _HELD_OUT = ("cache", "traces", "held_out")  # settings that choose the traces a run is evaluated on
 _OBJECTIVE = ("view", "sections", "top_k", "divergence", "tail", "beta", "alpha", "temperature", "ce_weight")
 _OBJECTIVE += ("section_weights",)  # those that say what its training loss is
-
-
-def find_run(path: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The run that a directory is, or is a checkpoint of, and its run.json; (None, {}) for anything else.
-
-    Raises: StudentError for a run.json that is none.
-    """
-    homes = [path, path.parent] if path.name.startswith("checkpoint-") else [path]
-    for home in homes:
-        if (file := home / RUN_FILE).is_file():
-            try:
-                run = json.loads(file.read_text())
-                run["status"]
-            except (ValueError, TypeError, KeyError, OSError) as e:
-                raise StudentError(f"{file} is not what `logitcache train` writes; is {home} a run?") from e
-            return home, run
-    return None, {}
-
-
-def newest_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that was written whole, and its trainer state; (None, {}) where there is none."""
-    while (path := latest_checkpoint(run)) is not None:
-        with contextlib.suppress(FileNotFoundError):  # training removed it meanwhile, for a newer one
-            return Path(path), json.loads((Path(path) / STATE_FILE).read_text())
-    return None, {}
 
 
 def compare(runs: list[Path], out: Path | None = None) -> dict[str, Any]:
@@ -96,8 +71,8 @@ def _read(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {home}?" if home else f"; it has no {RUN_FILE}" if path.is_dir() else " on this disk"
         raise StudentError(f"{path} is no run{hint}; give directories that `logitcache train --out` made")
     state, done = {"log_history": run.get("history") or [], "global_step": run.get("steps")}, dict(run)
+    run["status"] = standing(path, run)
     if run["status"] != "finished":
-        run["status"] = "running" if holder(path / LOCK_FILE) else "stopped"  # a kill leaves no word behind
         checkpoint, newest = newest_checkpoint(path)
         if checkpoint is not None:
             state = newest

@@ -1,5 +1,6 @@
 """What a run is set to: transformers' TrainingArguments and what a student needs besides."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -54,19 +55,34 @@ class DistillConfig(TrainingArguments):
     accelerator_config: dict | str | None = field(default_factory=lambda: {"even_batches": False})
 
     def __post_init__(self) -> None:
+        if self.metric_for_best_model and self.greater_is_better is None:
+            self.greater_is_better = "top1" in self.metric_for_best_model  # Trainer takes more of all but a loss for better
         super().__post_init__()
         if self.tokens_per_batch < 1 or self.gradient_accumulation_steps < 1:
             raise ValueError("tokens_per_batch and gradient_accumulation_steps must be at least 1")
-        if self.num_train_epochs <= 0 and self.max_steps <= 0:
-            raise ValueError("num_train_epochs or max_steps must be above 0")
+        if self.max_steps <= 0 and not 0 < self.num_train_epochs < math.inf:
+            raise ValueError(f"num_train_epochs is {self.num_train_epochs}: give more than 0, or max_steps")
+        if not 0 <= self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate is {self.learning_rate}: give 0 or more")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}: give 0 to {2**32 - 1}")
         if self.torch_compile:
             raise ValueError("torch_compile would compile the batches' names along: use compile")
-        if not self.ce_weight >= 0:
+        if not 0 <= self.ce_weight < math.inf:
             raise ValueError(f"ce_weight is {self.ce_weight}: give 0 or more")
         for name, weight in (self.section_weights or {}).items():
-            if name not in SECTIONS or not weight >= 0:
+            if name not in SECTIONS or not 0 <= weight < math.inf:
                 raise ValueError(f"section weight {name}={weight}: give {', '.join(SECTIONS)} numbers from 0 on")
         Objective.of(**self.objective())
+
+    def get_warmup_steps(self, num_training_steps: int) -> int:
+        """A warm-up of one step would be a step at rate 0, and nothing else."""
+        return steps if (steps := super().get_warmup_steps(num_training_steps)) > 1 else 0
+
+    def unused(self) -> set[str]:
+        """Options of an objective that this divergence does not read."""
+        used = {"jsd": "beta", "skewed_forward_kl": "alpha", "skewed_reverse_kl": "alpha"}.get(self.divergence)
+        return {"beta", "alpha"} - {used}
 
     def objective(self) -> dict[str, Any]:
         names = ("divergence", "tail", "beta", "alpha", "temperature")

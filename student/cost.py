@@ -157,24 +157,20 @@ def _resident(name: str) -> int | None:
 
 
 class Costs:
-    """Seconds of each of PARTS, FLOPs and peak memory of one process, adding up over resumes.
+    """Seconds of each of PARTS and peak memory of one process, adding up over resumes.
 
-    A clock that is always in one part: what happens between `start` and `stop` and was given to no part is "other", and
-    inside `time` another `time` takes its share away. On CUDA it reads the device's own clock through events and waits
-    for none of them before `seconds` is read: "data" is then what the device stood idle for.
+    A clock that is always in one part: inside `time` another `time` takes its share away. On CUDA it reads the device's
+    own clock through events and waits for none of them before `seconds` is read: "data" is then what the device stood
+    idle for.
     """
 
     def __init__(self, device: torch.device):
         self.device, self.memory = device, PeakMemory(device)
-        self.flops = 0
         self._spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._peak = 0
         self._part: str | None = None
         self._since: Any = None
         self._laps: list[tuple[str, Any, Any]] = []  # of events that may not have happened yet
-
-    def start(self) -> None:
-        self.switch("other")
 
     def stop(self) -> None:
         self.switch(None)
@@ -210,13 +206,13 @@ class Costs:
         return None if now is None else max(now, self._peak)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "flops": self.flops, "peak_memory": self.peak_memory}
+        return {"seconds": self.seconds, "peak_memory": self.peak_memory}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Takes up what an earlier process counted; what this one has counted so far is dropped."""
         self._laps.clear()
         self._spent = {part: float(state["seconds"].get(part, 0.0)) for part in PARTS}
-        self.flops, self._peak = state["flops"], state["peak_memory"] or 0
+        self._peak = state["peak_memory"] or 0
 
     def _now(self) -> Any:
         if self.device.type != "cuda":

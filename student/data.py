@@ -118,13 +118,7 @@ class Mixture(Dataset[Example]):
     """
 
     def __init__(self, parts: Sequence[TraceDataset], shares: Sequence[float] | None = None):
-        first = parts[0].cache
-        for other in (part.cache for part in parts[1:]):
-            if other.identity.tokenizer_hash != first.identity.tokenizer_hash:
-                raise StudentError(
-                    f"{first.path} was made with tokenizer {first.identity.tokenizer_hash[:12]}, {other.path} with "
-                    f"{other.identity.tokenizer_hash[:12]}: their token ids mean different tokens; train on one of them"
-                )
+        check_tokenizers([part.cache for part in parts])
         if shares is not None and (len(shares) != len(parts) or min(shares) <= 0):
             raise StudentError(f"shares {list(shares)} of {len(parts)} caches: give each a number above 0")
         self.parts = list(parts)
@@ -147,6 +141,17 @@ class Mixture(Dataset[Example]):
 
 
 Lessons = TraceDataset | Mixture
+
+
+def check_tokenizers(caches: Sequence[Cache]) -> None:
+    """Raises: StudentError for caches whose token ids mean different things."""
+    first, *others = caches
+    for other in others:
+        if other.identity.tokenizer_hash != first.identity.tokenizer_hash:
+            raise StudentError(
+                f"{first.path} was made with tokenizer {first.identity.tokenizer_hash[:12]}, {other.path} with "
+                f"{other.identity.tokenizer_hash[:12]}: their token ids mean different tokens; train on one of them"
+            )
 
 
 def matching(cache: Cache, where: str) -> np.ndarray:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from logitcache.cache import Cache
 from logitcache.console import Progress
 from logitcache.errors import StudentError
-from logitcache.student.compare import find_run, newest_checkpoint
+from logitcache.student.checkpoints import find_run, newest_checkpoint, standing
 from logitcache.student.data import Batch, Lessons, TraceDataset, loader, matching, to
 from logitcache.student.head import Head, find_head, lesson_metrics, plain
 from logitcache.student.model import load_student, quiet
@@ -69,7 +69,11 @@ def evaluate(
     student.eval()
     batches = evaluation_batches(data.pool.lengths, tokens_per_batch, rank, world)
     totals = torch.zeros(len(SECTIONS) * PLACES, 5 + BINS + 2, dtype=torch.float64, device=device)
-    for traces, batch in zip(batches, loader(data, batches, num_workers=workers), strict=True):
+    if progress is not None:
+        progress.total = sum(map(len, batches))
+    # A loader draws a seed from the generator it has: of the process's own, training draws.
+    feed = loader(data, batches, num_workers=workers, generator=torch.Generator())
+    for traces, batch in zip(batches, feed, strict=True):
         batch = to(batch, device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             row = measure(batch)
@@ -159,7 +163,7 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
     data = TraceDataset(cache, indices, view, head.module.weight.shape[0])
     bf16 = options.dtype == "bf16" or (options.dtype is None and torch.cuda.is_available())
     with contextlib.ExitStack() as stack:
-        shown = Progress(sys.stderr, -(-len(data) // state.num_processes)) if state.is_main_process else None
+        shown = Progress(sys.stderr, len(data)) if state.is_main_process else None
         found = evaluate(
             student,
             data,
@@ -223,8 +227,10 @@ def _weights(student: str) -> tuple[str, dict[str, Any], int | None]:
         return student, run, None
     checkpoint, state = newest_checkpoint(home)
     if checkpoint is None:
+        now = standing(home, run)
+        way_out = "wait for one" if now == "running" else "run its command again"
         raise StudentError(
-            f"{student} is a run that is {run.get('status')} and has no checkpoint yet; wait for one, or give --student "
-            f"{run.get('student')}, what it began with"
+            f"{student} is a run that is {now} and has no checkpoint; {way_out}, or give --student {run.get('student')}, "
+            "what it began with"
         )
     return str(checkpoint), run, state["global_step"]

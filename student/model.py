@@ -36,7 +36,7 @@ def load_student(
         raise StudentError(f"{model} has no tokenizer that transformers can load: {first_line(e)}") from e
     if base:
         try:
-            student = _peft(model).PeftModel.from_pretrained(student, model).merge_and_unload()
+            student = _peft(model).PeftModel.from_pretrained(student, model).merge_and_unload().requires_grad_()
         except (ValueError, RuntimeError, OSError, SafetensorError) as e:
             raise StudentError(f"{model} holds an adapter that does not fit {base}: {first_line(e)}") from e
     check_vocabulary(student, tokenizer, identity)
@@ -66,7 +66,10 @@ def _load(model: str | Path, dtype: torch.dtype, attention: str | None) -> PreTr
 def adapter_base(model: str | Path) -> str | None:
     """The model that a folder's LoRA adapter belongs on; None for what is no adapter."""
     path = Path(model) / "adapter_config.json"
-    return json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else None
+    try:
+        return json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else None
+    except (ValueError, TypeError, KeyError) as e:
+        raise StudentError(f"{path} is not what peft writes: {first_line(e)}") from e
 
 
 def _peft(what: str | Path) -> Any:

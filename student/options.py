@@ -58,13 +58,16 @@ class TrainOptions:
     set: dict[str, Any] = field(default_factory=dict)  # any other field of DistillConfig
 
     @property
+    def given_caches(self) -> list[Path]:
+        """As they were given, one that was given twice as well."""
+        return [Path(path) for path in ([self.cache] if isinstance(self.cache, str | Path) else self.cache)]
+
+    @property
     def caches(self) -> dict[Path, float | None]:
         """Each cache, with its share of the tokens where they are mixed."""
-        if isinstance(self.cache, str | Path):
-            return {Path(self.cache): None}
         if isinstance(self.cache, Mapping):
             return {Path(path): share for path, share in self.cache.items()}
-        return {Path(path): None for path in self.cache}
+        return dict.fromkeys(self.given_caches)
 
 
 # Options that are fields of DistillConfig, by their names there.
@@ -89,15 +92,28 @@ _FIXED = {
     "bf16": "--dtype",
     "fp16": "--dtype bf16",
     "torch_compile": "--compile",
+    "bf16_full_eval": "--dtype",
+    "fp16_full_eval": "--dtype",
+    "prediction_loss_only": "nothing: an evaluation measures, and predicts nothing",
+    "eval_accumulation_steps": "nothing: an evaluation keeps sums alone",
+    "batch_eval_metrics": "nothing: an evaluation keeps sums alone",
+    "accelerator_config": "nothing: batches are dealt out by the trainer",
+    "save_only_model": "nothing: a run goes on with its optimiser",
+    "ignore_data_skip": "nothing: a run goes on with the traces it has not met",
+    "use_liger_kernel": "nothing: the head is fused already",
     "resume_from_checkpoint": "the same command again: it resumes",
 }
-_LOADERS = 2  # processes that read and decode ahead of a step on an accelerator
+_LOADERS = 4  # processes that read and decode ahead of a step on an accelerator
 
 
 def configure(options: TrainOptions) -> DistillConfig:
     """Raises: StudentError for an option that does not exist or does not fit, with the nearest good one."""
     if options.dtype not in (None, "bf16", "fp32"):
         raise StudentError(f"--dtype {options.dtype!r}: choose bf16 or fp32")
+    if options.max_steps is not None and options.max_steps < 1:
+        raise StudentError(f"--max-steps {options.max_steps}: give at least 1")
+    if options.lora_alpha is not None and options.lora_rank is None:
+        raise StudentError("--lora-alpha scales an adapter: give --lora-rank too")
     accelerator = torch.accelerator.is_available()
     given = {there: value for here, there in _FIELDS.items() if (value := getattr(options, here)) is not None}
     given |= {
@@ -111,6 +127,9 @@ def configure(options: TrainOptions) -> DistillConfig:
     given["dataloader_persistent_workers"] &= given["dataloader_num_workers"] > 0
     try:
         config = DistillConfig(output_dir=str(options.out), **given)
+        for name in sorted(config.unused()):
+            if getattr(options, name) is not None:
+                raise ValueError(f"{config.divergence} has no {name}: leave it out")
         for tracker in get_reporting_integration_callbacks(config.report_to):
             tracker()  # says what is missing, before anything is written
         return config

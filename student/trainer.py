@@ -4,6 +4,7 @@ The loss of an optimiser step is the sum over its taught rows, on all ranks and 
 number.
 """
 
+import contextlib
 import json
 import math
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
 from transformers import IntervalStrategy, PreTrainedModel, Trainer, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import TensorBoardCallback
@@ -23,7 +25,7 @@ from logitcache.errors import StudentError, TrainingError
 from logitcache.student.checkpoints import SPENT_FILE, drop_after, latest_checkpoint
 from logitcache.student.config import DistillConfig
 from logitcache.student.cost import Costs, work
-from logitcache.student.data import Batch, Lessons, collate, loader
+from logitcache.student.data import Batch, Lessons, Mixture, TraceDataset, collate, loader, to
 from logitcache.student.evaluate import evaluate
 from logitcache.student.head import ANYWHERE, attach_head, check_packing, plain
 from logitcache.student.order import StepSampler
@@ -50,13 +52,24 @@ class DistillTrainer(Trainer):
         self.head = attach_head(model, **args.objective())
         causal = plain(model)
         _check_sampled(train_dataset, args.tail)
-        skips = (causal.config._attn_implementation or "eager") not in ANYWHERE  # flash, flex: what packing is for
-        self.packed = skips if args.packing is None else args.packing
-        if args.packing and not skips:
+        for part in getattr(train_dataset, "parts", [train_dataset]):
+            part.vocab = part.vocab or self.head.module.weight.shape[0]
+        self.packed = bool(args.packing)
+        if args.packing:
             check_packing(causal)
+        elif args.packing is None and (causal.config._attn_implementation or "eager") not in ANYWHERE:
+            with contextlib.suppress(StudentError):  # padded rows are right for any model
+                check_packing(causal)
+                self.packed = True
         if args.gradient_checkpointing:  # Trainer would do so too, but only after its cost was counted
             causal.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if args.bf16 and plugin is not None and plugin.fsdp_version == 2:
+            # accelerate's own would cast the teacher's rows and the loss to bfloat16, and add gradients up in it.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
         if args.compile:
             causal.base_model.compile(dynamic=True)
         if self.is_deepspeed_enabled:
@@ -112,6 +125,10 @@ class DistillTrainer(Trainer):
             self.counts[name] += count
         return samples, counts[0].clamp(min=1)
 
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """To the device, in the dtypes they have: Trainer's own would cast the teacher's rows under DeepSpeed."""
+        return to(inputs, self.args.device)
+
     def training_step(self, *inputs: Any, **named: Any) -> Tensor:
         with self.costs.time("backward"):  # the forward takes its share out of it
             return super().training_step(*inputs, **named)
@@ -144,16 +161,19 @@ class DistillTrainer(Trainer):
         Raises: TrainingError naming the traces of a step whose loss or gradient is no number.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        losses = torch.stack([loss.float() for loss, _ in self._suspects])
-        good = torch.isfinite(losses).tolist()
-        bad = [traces for (_, traces), fine in zip(self._suspects, good, strict=True) if not fine]
-        what = "loss" if bad else "gradient"
-        bad = bad or [traces for _, traces in self._suspects]
+        good = torch.isfinite(torch.stack([loss.float() for loss, _ in self._suspects]))
+        overflown = torch.tensor(norm is not None and not math.isfinite(norm), device=good.device)
+        found = torch.stack([~good.all(), overflown]).int()
+        self._reduce(found)
+        mine = [traces for (_, traces), fine in zip(self._suspects, good.tolist(), strict=True) if not fine]
+        everyone = [traces for _, traces in self._suspects]
         self._suspects.clear()
-        if what == "loss" or (norm is not None and not math.isfinite(norm)):
+        if found.any():
+            names = ", ".join(name for names in (mine if found[0] else everyone) for name in names)
+            where = f"in a batch of traces {names}" if names else "in a batch of another process"
             raise TrainingError(
-                f"the {what} is no finite number at step {self.state.global_step + 1}, in a batch of traces "
-                f"{', '.join(name for names in bad for name in names)}; lower the learning rate, or use --dtype fp32"
+                f"the {'loss' if found[0] else 'gradient'} is no finite number at step {self.state.global_step + 1}, "
+                f"{where}; lower the learning rate, or use --dtype fp32"
             )
         return norm
 
@@ -169,7 +189,7 @@ class DistillTrainer(Trainer):
         return {name: self.counts[name] for name in ("tokens_fed", "tokens_taught")} | {
             "seconds": seconds,
             "tokens_per_second": self.counts["tokens_fed"] / max(seconds, 1e-9),
-            "cost": self.costs.state_dict() | {"flops": flops},
+            "cost": {"flops": flops, **self.costs.state_dict()},
         }
 
     @property
@@ -181,13 +201,22 @@ class DistillTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         began = time.monotonic()
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(data, TraceDataset | Mixture):
+            raise ValueError(f"eval_dataset is a {type(data).__name__}: give a TraceDataset or a Mixture")
+        # What FSDP or DeepSpeed will share out is on no device before training begins.
+        parked = self.model.device if self.model.device.type != self.args.device.type else None
+        if parked is not None:
+            self.model.to(self.args.device)
         found = evaluate(
             self.model,
-            self.eval_dataset if eval_dataset is None else eval_dataset,
+            data,
             measure=lambda batch: self.model(lesson=batch, metrics=True),
             tokens_per_batch=self.args.tokens_per_batch,
             autocast=torch.bfloat16 if self.args.bf16 else None,
         )
+        if parked is not None:
+            self.model.to(parked)
         self.last_evaluation = (self.state.global_step, found)
         metrics = {"loss": found["kl"], **{name: found[name] for name in ("kl", "top1", "ece", "rows")}}
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
@@ -234,21 +263,15 @@ class DistillTrainer(Trainer):
 
 # Sampling parameters that leave the teacher's distribution at temperature 1 as it is, and values of others that do.
 _HARMLESS = {"max_tokens", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"}
-_NEUTRAL = {
-    "temperature": 1,
-    "top_p": 1,
-    "min_p": 0,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-}
+_NEUTRAL = {"temperature": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "min_tokens": (0,)}
+_NEUTRAL |= {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}
 
 
 def _check_sampled(data: Lessons, tail: str) -> None:
     """Raises: StudentError where the tail `sampled` is asked for tokens that the teacher did not draw at temperature 1."""
     for part in getattr(data, "parts", [data]) if tail == "sampled" else []:
         identity, sections = part.cache.identity, getattr(part.view, "sections", ())
-        others = [n for n, v in identity.sampling.items() if n not in _HARMLESS and v != _NEUTRAL.get(n)]
+        others = [n for n, v in identity.sampling.items() if n not in _HARMLESS and v not in _NEUTRAL.get(n, ())]
         what = (
             "its tokens were scored, not sampled" if "temperature" not in identity.sampling
             else f"its tokens were sampled with {others[0]} = {identity.sampling[others[0]]}" if others
@@ -275,6 +298,13 @@ class _Flow(TrainerCallback):
 
     def __init__(self, trainer: DistillTrainer):
         self.trainer, self.saved, self.stopping = trainer, time.monotonic(), False
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        # A run that was stopped at the end of an epoch was not evaluated there.
+        ended = state.global_step and state.global_step % self.trainer.make_sampler().steps == 0
+        measured = {entry["step"] for entry in state.log_history if "eval_kl" in entry}
+        if ended and args.eval_strategy == IntervalStrategy.EPOCH and state.global_step not in measured:
+            self.trainer.evaluate()
 
     def on_epoch_begin(self, args, state, control, **_: Any) -> None:
         # Trainer's own set_epoch misses a batch sampler that accelerate did not wrap, and a resumed epoch.

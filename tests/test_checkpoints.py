@@ -4,6 +4,7 @@ import torch
 from logitcache.student.checkpoints import drop_after, latest_checkpoint
 from logitcache.student.run import train
 from logitcache.student.trainer import DistillTrainer
+from tests import tiny
 from tests.runs import CHECKPOINT_FILES, history, launch, same, stop_at, weights
 from tests.tiny import one_thread  # noqa: F401
 
@@ -14,8 +15,9 @@ SHORT = {"save_strategy": "steps", "save_steps": "2"}
 # In the first epoch, at its end, in the second.
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [1, 4, 6])
-def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypatch, step):
-    whole, cut = options("whole"), options("cut")
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypatch, tmp_path, step):
+    tiny.save_model(tmp_path / "drops out", attention_dropout=0.2)  # what is drawn goes on, too
+    whole, cut = (options(name, student=str(tmp_path / "drops out")) for name in ("whole", "cut"))
     expected = train(whole)
     assert expected["steps"] == 8
     monkeypatch.setattr(DistillTrainer, "compute_loss", DistillTrainer.compute_loss)  # and back at the end
@@ -31,6 +33,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypa
         assert resumed[name] == expected[name]
     assert resumed["cost"]["flops"] == expected["cost"]["flops"]
     assert history(resumed, "loss") == history(expected, "loss")
+    assert history(resumed, "eval_kl") == history(expected, "eval_kl"), "at the end of an epoch too"
     assert resumed["seconds"] == pytest.approx(sum(resumed["cost"]["seconds"].values()))
 
 

@@ -220,8 +220,8 @@ def test_traces_are_chosen_by_where_and_all_takes_every_one(cache, home):
         ("give at least 1", StudentError, {"tokens_per_batch": 0}),
         ("did you mean 'lsp:0.5'", StudentError, {"view": "lps:0.5"}),
         ("score .*--crop right:0.5", StudentError, {"view": "right:0.5"}),
-        ("is a run that is running and has no checkpoint yet", StudentError, {"student": "young"}),
-        ("not a causal language model", StudentError, {"student": "nowhere"}),
+        ("is a run that is stopped and has no checkpoint; run its command again", StudentError, {"student": "young"}),
+        ("does not exist: give --student", StudentError, {"student": "nowhere"}),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_with_the_way_out(cache, home, message, error, options):

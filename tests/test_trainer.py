@@ -1,5 +1,7 @@
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from logitcache.student.model import load_student
 from logitcache.student.options import TrainOptions, configure
 from logitcache.student.order import split
 from logitcache.student.run import train
+from logitcache.student.sources import sides
 from logitcache.student.trainer import DistillTrainer
 from logitcache.student.views import SECTIONS, View
 from tests import tiny
@@ -154,21 +157,32 @@ def test_bfloat16_trains_float32_weights(options):
     assert {w.dtype for w in weights(opts.out).values()} == {torch.float32}
 
 
-@pytest.mark.slow
-def test_the_five_lines_of_the_library_train_a_student(home, tmp_path):
+def test_the_lines_of_the_readme_train_a_student(home, tmp_path, monkeypatch):
+    text = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "DistillTrainer" in block)
+    monkeypatch.chdir(tmp_path)
+    changes = {"Qwen/Qwen3-0.6B": str(home / "model"), 'report_to="wandb"': "use_cpu=True, learning_rate=1e-2, tokens_per_batch=130"}
+    for there, here in changes.items():
+        assert there in lines
+        lines = lines.replace(there, here)
     cache = Cache.open(home / "cache")
-    student, tokenizer = load_student(home / "model", cache.identity)
-    taught, held = (TraceDataset(cache, side) for side in split(cache.prompt_ids, 0.2))
-    config = DistillConfig(
-        str(tmp_path / "out"), num_train_epochs=2, use_cpu=True, tokens_per_batch=130, learning_rate=1e-2
-    )
-    run = DistillTrainer(student, config, taught, eval_dataset=held, processing_class=tokenizer)
-    before = run.evaluate()["eval_kl"]
-    run.train()
-    assert run.evaluate()["eval_kl"] < before
-    assert student(input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, tiny.VOCAB), (
-        "the model is still called as ever"
-    )
+    known = {"cache": cache}
+    exec(lines, known)
+    student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
+    before = evaluate(tiny.model(), TraceDataset(cache))["kl"]
+    assert evaluate(student, TraceDataset(cache))["kl"] < 0.9 * before
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "student")) == tiny.VOCAB
+    assert known["student"](input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, tiny.VOCAB), "called as ever"
+
+
+def test_ids_beyond_the_head_are_no_matter_to_the_library(home, tmp_path):
+    wide = [tiny.trace(i, list(range(3, 20)), tiny.bigram(80)[2:18], prompts=4) for i in range(8)]
+    tiny.write_cache(tmp_path / "wide", wide, vocab_size=80)
+    data = TraceDataset(Cache.open(tmp_path / "wide"))
+    assert max(data[i].rows.ids.max() for i in range(8)) >= tiny.VOCAB
+    config = DistillConfig(output_dir=str(tmp_path / "run"), use_cpu=True, max_steps=1)
+    DistillTrainer(tiny.model(), config, data).train()
+    assert max(data[i].rows.ids.max() for i in range(8)) < tiny.VOCAB
 
 
 @pytest.mark.slow
@@ -328,6 +342,17 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
         ({"tail": "sampled"}, "leave the prompt out of --sections"),
         ({"section_weights": {"answers": 2.0}}, "section weight answers=2.0: give prompt, reasoning, answer"),
         ({"ce_weight": -1.0}, "give 0 or more"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan: give 0 or more"),
+        ({"epochs": float("nan")}, "num_train_epochs is nan: give more than 0"),
+        ({"seed": -1}, "seed is -1: give 0 to"),
+        ({"max_steps": 0}, "--max-steps 0: give at least 1"),
+        ({"lora_alpha": 8.0}, "give --lora-rank too"),
+        ({"beta": 0.5}, "forward_kl has no beta: leave it out"),
+        ({"section_weights": {"prompt": 0.0}, "sections": ("prompt",)}, "has rows of a section with a weight"),
+        ({"set": {"save_only_model": "true"}}, "a run goes on with its optimiser"),
+        ({"set": {"use_liger_kernel": "true"}}, "fused already"),
+        ({"set": {"optim": "adamw_8bit"}}, "training arguments:|bitsandbytes"),
+        ({"set": {"save_strategy": "best"}}, "training arguments:"),
         ({"top_k": 9}, "keeps 8 ids a row; give 1 to 8"),
         ({"view": "right:0.5"}, "logitcache score --from-cache"),
         ({"set": {"torch_compile": "true"}}, "use --compile"),
@@ -359,6 +384,86 @@ def test_tails_that_were_not_sampled_plainly_are_refused(home, tmp_path):
     assert run["status"] == "finished"
 
 
+def test_a_cache_counts_once_however_often_it_is_named(options, home, tmp_path):
+    for caches in ([home / "cache", home / "model" / ".." / "cache"], [home / "cache"] * 2):
+        with pytest.raises(StudentError, match="a cache is given twice"):
+            train(options(cache=caches))
+    with pytest.raises(StudentError, match="give a share above 0"):
+        train(options(cache={home / "cache": float("nan")}))
+    made = list(Cache.open(home / "cache"))
+    part = tiny.write_cache(tmp_path / "part", made[:20])
+    assert len(part) == 20
+    both, alone = train(options("both", cache=[tmp_path / "part", home / "cache"], epochs=1)), train(options(epochs=1))
+    assert both["tokens_fed"] <= alone["tokens_fed"]
+
+
+def test_no_prompt_held_out_of_one_cache_is_learnt_from_another(options, home, tmp_path):
+    made = list(Cache.open(home / "cache"))
+    renamed = [replace(t, trace_id=f"{i:032x}", prompt_id=f"other {t.prompt_id}") for i, t in enumerate(made, 500)]
+    tiny.write_cache(tmp_path / "renamed", renamed)
+    opts = options(cache=[home / "cache", tmp_path / "renamed"])
+    caches = {path: Cache.open(path) for path in opts.caches}
+    chosen = sides(opts, caches)
+
+    def prompts(side: int) -> set[bytes]:
+        traces = (caches[path][int(i)] for path, found in chosen.items() for i in found[side])
+        return {t.token_ids[: t.sections.reasoning_start].tobytes() for t in traces}
+
+    assert prompts(0)
+    assert not prompts(0) & prompts(1)
+    for path, (_, held) in chosen.items():
+        assert held.tolist() == split(caches[path].prompt_ids, 0.2)[1].tolist(), "as eval chooses them"
+
+
+def test_a_run_that_came_to_nothing_is_begun_anew(options):
+    with pytest.raises(TrainingError):
+        train(options(learning_rate=1e30))
+    assert train(options())["status"] == "finished"
+    with pytest.raises(StudentError, match="made with learning_rate"):
+        train(options(learning_rate=2e-2))
+
+
+def test_what_means_the_same_is_the_same_run(options, home):
+    train(options(sections=("reasoning", "answer"), where="tokens<=100", max_steps=2))
+    again = options(sections=("answer", "reasoning"), where="tokens <= 100", set={"max_steps": "2"})
+    assert train(again)["again"]
+    with pytest.raises(
+        StudentError, match=r"tokens_per_step = 130, .*--tokens-per-batch x gradient_accumulation_steps"
+    ):
+        train(replace(again, tokens_per_batch=140))
+
+
+def test_the_best_weights_are_those_that_are_reported(options, home):
+    best = {"load_best_model_at_end": "true", "save_strategy": "epoch", "metric_for_best_model": "eval_kl"}
+    opts = options(epochs=8, learning_rate=8e-2, set=best)
+    run = train(opts)
+    cache = Cache.open(home / "cache")
+    held = TraceDataset(cache, split(cache.prompt_ids, 0.2)[1])
+    found = evaluate(AutoModelForCausalLM.from_pretrained(opts.out), held)["kl"]
+    assert run["eval_after"]["kl"] == pytest.approx(found, rel=1e-5)
+    assert found == pytest.approx(min(history(run, "eval_kl")), rel=1e-5)
+
+
+def test_a_run_of_few_steps_learns_in_each_of_them(options):
+    run = train(options(max_steps=1))
+    assert history(run, "learning_rate") == [1e-2]
+    assert run["eval_after"]["kl"] != run["eval_before"]["kl"]
+
+
+def test_files_that_are_not_ours_are_named(options, tmp_path):
+    opts = options()
+    train(opts)
+    (opts.out / "checkpoint-old").mkdir()
+    assert train(opts)["again"]
+    (opts.out / "run.json").write_text("[]")
+    with pytest.raises(StudentError, match=r"run\.json is not what `logitcache train` writes"):
+        train(opts)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(StudentError, match=r"adapter_config\.json is not what peft writes"):
+        train(options("other", student=str(tmp_path / "adapter")))
+
+
 def test_two_tokenizers_are_refused(options, home, tmp_path):
     tiny.write_cache(tmp_path / "other", tokenizer_hash="0" * 32)
     with pytest.raises(StudentError, match="their token ids mean different tokens; train on one of them"):
@@ -382,6 +487,14 @@ def test_an_adapter_learns_alone_and_is_loaded_merged(options, home):
     student, _ = load_student(opts.out, cache.identity)
     held = TraceDataset(cache, split(cache.prompt_ids, 0.2)[1])
     assert evaluate(student, held)["kl"] == pytest.approx(run["eval_after"]["kl"], rel=1e-5)
+
+
+def test_an_adapter_on_an_adapter_is_refused(options):
+    first = options("first", lora_rank=2, max_steps=1)
+    train(first)
+    with pytest.raises(StudentError, match="is an adapter already"):
+        train(options("second", student=str(first.out), lora_rank=2))
+    assert train(options("whole", student=str(first.out), max_steps=1))["status"] == "finished"
 
 
 @pytest.mark.slow
