@@ -507,6 +507,78 @@ def compare(
     typer.echo(json.dumps(found, indent=1) if as_json else describe_comparison(found))
 
 
+@app.command(short_help="Train the arms of an experiment from one cache, and report.")
+def experiment(
+    name: Annotated[
+        str,
+        typer.Argument(help="sections, lsp, halves, token-matched, losses, trsd or first-derivation."),
+    ],
+    cache: Annotated[Path, typer.Option(help="What all arms learn from.")],
+    student: Annotated[str, typer.Option(help="What every run begins with: a model folder or hub id.")],
+    out: Annotated[
+        Path, typer.Option(help="A new directory, or one to go on with; arms that are done are not run again.")
+    ],
+    seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 3,
+    points: Annotated[
+        str | None, typer.Option(help="Shares of lsp and first-derivation, such as 0.25,0.5,1. [default: theirs]")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="For halves: it reads the crops.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would be run, and what it will cost.")] = False,
+    prompts: Annotated[
+        str | None, typer.Option(help="Questions with `answer`: every run answers them too, through vLLM.")
+    ] = None,
+    verifier: Annotated[str, typer.Option(help="Judge of the answers: math, exact or gym.")] = "exact",
+    budgets: Annotated[str, typer.Option(help="As in eval.")] = "0,25%,50%,75%,100%,none",
+    by: Annotated[str, typer.Option(help="Accuracy is told by this column of the prompts as well.")] = "family",
+    samples: Annotated[int, typer.Option(help="Completions a prompt.")] = 1,
+    temperature: Annotated[float, typer.Option(help="Of the sampling; 0 takes the likeliest token.")] = 0.0,
+    max_tokens: MaxTokens = 2048,
+    answer_tokens: Annotated[int, typer.Option(help="Longest answer after a reasoning that was cut.")] = 256,
+    reasoning_markers: ReasoningMarkers = None,
+    engine_arg: EngineArg = None,
+    where: Annotated[str | None, typer.Option(help="Learn from traces such as 'correct' only.")] = None,
+    held_out: Annotated[float, typer.Option(help="Share of the prompts kept for evaluation.")] = 0.05,
+    dtype: Annotated[str | None, typer.Option(help="bf16 or fp32. [default: bf16 on CUDA]")] = None,
+    tokens_per_batch: Annotated[int | None, typer.Option(help="As in train. [default: 4096]")] = None,
+    epochs: Annotated[float | None, typer.Option(help="[default: 3]")] = None,
+    max_steps: Annotated[int | None, typer.Option(help="So many optimiser steps, whatever --epochs says.")] = None,
+    learning_rate: Annotated[float | None, typer.Option("--learning-rate", "--lr", help="[default: 1e-4]")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in train. Repeatable.")
+    ] = None,
+) -> None:
+    """Each arm is trained from CACHE with every seed, evaluated, and set beside the others: results.csv, report.md, plots.
+
+    The teacher is loaded for nothing but the crops of halves. Run the same command again to go on after a stop, or with
+    more seeds, points, prompts or budgets.
+
+    Example: logitcache experiment lsp --cache math-cache --student Qwen/Qwen3-0.6B --out lsp --epochs 2 --dry-run
+    """
+    from logitcache.student.estimate import describe_plan, estimate
+    from logitcache.student.experiment import ExperimentOptions, describe, plan, run
+
+    shared = {
+        "where": where, "held_out": held_out, "dtype": dtype, "tokens_per_batch": tokens_per_batch, "epochs": epochs,
+        "max_steps": max_steps, "learning_rate": learning_rate, "set": _pairs("--set", set_),
+    }  # fmt: skip
+    answers = {
+        "samples": samples, "temperature": temperature, "max_tokens": max_tokens, "answer_tokens": answer_tokens,
+        "reasoning_markers": reasoning_markers, "engine_args": _pairs("--engine-arg", engine_arg),
+    }  # fmt: skip
+    options = ExperimentOptions(
+        name, cache, student, out, seeds, _shares(points), prompts, verifier, _names(budgets), by, teacher,
+        {key: value for key, value in shared.items() if value not in (None, {})},
+        {key: value for key, value in answers.items() if value not in (None, {})},
+    )  # fmt: skip
+    if dry_run:
+        typer.echo(describe_plan(options, estimate(options, plan(options))))
+        return
+    found = run(options)
+    typer.echo(describe(found))
+    if found["signal"]:
+        raise typer.Exit(_signal_code(found["signal"]))
+
+
 @app.command(short_help="Say what a cache holds.")
 def info(
     cache: ACache,
@@ -778,6 +850,13 @@ def _echo(text: str) -> None:
 
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in text.split(","))
+
+
+def _shares(text: str | None) -> tuple[float, ...] | None:
+    try:
+        return tuple(float(share) for share in _names(text)) if text else None
+    except ValueError:
+        raise InputError(f"--points {text!r}: write shares such as 0.25,0.5,1") from None
 
 
 def _numbers(option: str, given: list[str] | None) -> dict[str, float]:

@@ -1,7 +1,6 @@
 """Commands of logitcache as an experiment calls them: their arguments, and a process of its own for each."""
 
 import contextlib
-import io
 import json
 import signal
 import subprocess
@@ -54,16 +53,6 @@ def _wait(child: subprocess.Popen) -> int | None:
     return None
 
 
-def here(arguments: list[str], log: Path, stop: Stop) -> tuple[int, str]:
-    """The same in this process, for tests and for debuggers: memory is then this process's, errors are raised."""
-    from logitcache.cli import app
-
-    out = io.StringIO()
-    with contextlib.redirect_stdout(out):
-        code = app(arguments, standalone_mode=False)
-    return int(code or 0), out.getvalue()
-
-
 def check(code: int, what: str, log: Path) -> str | None:
     """The signal that ended a command, None where it did its work.
 
@@ -93,7 +82,7 @@ def evaluate(cache: Path, student: str, settings: dict[str, Any]) -> list[str]:
 
 
 def answer(student: str, prompts: str, out: Path, settings: dict[str, Any]) -> list[str]:
-    """`logitcache eval --prompts` with BudgetOptions' fields as its options."""
+    """`logitcache eval --prompts` with BudgetOptions' fields as its options, but for `reasoning_markers`, which are text."""
     return ["eval", "--student", student, "--prompts", prompts, "--out", str(out), *_options(settings), "--json"]
 
 
@@ -101,12 +90,12 @@ def crop(
     source: Path, identity: Identity, teacher: str, which: str, out: Path, engine_args: dict[str, Any]
 ) -> list[str]:
     """`logitcache score` of a crop, with rows of the source's kind."""
-    markers = [str(i) for i in identity.pin_tokens]
+    pinned = map(str, identity.pin_tokens)
     settings = {
         "top_k": identity.top_k,
         "top_p": identity.top_p,
         "min_k": identity.min_k,
-        "pin_tokens": ",".join(markers) or "none",
+        "pin_tokens": ",".join(pinned) or "none",
         "exact": identity.exact or None,
         "prompt_logits": identity.prompt_logits,
         "dtype": identity.dtype,
@@ -131,8 +120,8 @@ def _options(settings: dict[str, Any]) -> list[str]:
     for name, value in settings.items():
         option = "--" + name.replace("_", "-")
         if value is None or (value is False and name in ("gradient_checkpointing", "compile")):
-            continue
-        if name in _LISTS:
+            continue  # these two are off, and have no option that says so
+        if isinstance(value, dict):
             for key, each in value.items():
                 given += [_LISTS[name], f"{key}={each if isinstance(each, str) else json.dumps(each)}"]
         elif isinstance(value, bool):

@@ -56,7 +56,9 @@ class DistillConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         if self.metric_for_best_model and self.greater_is_better is None:
-            self.greater_is_better = "top1" in self.metric_for_best_model  # Trainer takes more of all but a loss for better
+            self.greater_is_better = (
+                "top1" in self.metric_for_best_model
+            )  # Trainer takes more of all but a loss for better
         super().__post_init__()
         if self.tokens_per_batch < 1 or self.gradient_accumulation_steps < 1:
             raise ValueError("tokens_per_batch and gradient_accumulation_steps must be at least 1")

@@ -135,11 +135,15 @@ class PeakMemory:
 
     def __init__(self, device: torch.device):
         self.device, self.cuda = device, device.type == "cuda"
+        self.reset()
+        self.before = _resident("VmRSS")
+
+    def reset(self) -> None:
+        """Forgets the peak, not what was resident at the start."""
         if self.cuda:
-            torch.cuda.reset_peak_memory_stats(device)
+            torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-        self.before = _resident("VmRSS")
 
     def bytes(self) -> int | None:
         if self.cuda:
@@ -204,6 +208,15 @@ class Costs:
     def peak_memory(self) -> int | None:
         now = self.memory.bytes()
         return None if now is None else max(now, self._peak)
+
+    @contextlib.contextmanager
+    def other_memory(self) -> Iterator[None]:
+        """What is taken inside is not training's."""
+        self._peak = self.peak_memory or 0
+        try:
+            yield
+        finally:
+            self.memory.reset()
 
     def state_dict(self) -> dict[str, Any]:
         return {"seconds": self.seconds, "peak_memory": self.peak_memory}

@@ -208,13 +208,14 @@ class DistillTrainer(Trainer):
         parked = self.model.device if self.model.device.type != self.args.device.type else None
         if parked is not None:
             self.model.to(self.args.device)
-        found = evaluate(
-            self.model,
-            data,
-            measure=lambda batch: self.model(lesson=batch, metrics=True),
-            tokens_per_batch=self.args.tokens_per_batch,
-            autocast=torch.bfloat16 if self.args.bf16 else None,
-        )
+        with self.costs.other_memory():
+            found = evaluate(
+                self.model,
+                data,
+                measure=lambda batch: self.model(lesson=batch, metrics=True),
+                tokens_per_batch=self.args.tokens_per_batch,
+                autocast=torch.bfloat16 if self.args.bf16 else None,
+            )
         if parked is not None:
             self.model.to(parked)
         self.last_evaluation = (self.state.global_step, found)

@@ -1,5 +1,6 @@
 import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -176,3 +177,15 @@ def test_on_a_gpu_the_devices_own_clock_is_read_and_nothing_waits():
     assert queued < 0.5 * done
     assert costs.seconds["forward"] == pytest.approx(done, rel=0.2)
     assert costs.peak_memory >= a.nbytes
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux tells")
+def test_the_memory_of_an_evaluation_is_not_trainings():
+    costs = Costs(CPU)
+    if (reached := costs.peak_memory) is None or reached > 1 << 26:
+        pytest.skip("this kernel does not let a process forget its peak")
+    with costs.other_memory():
+        torch.ones(1 << 26).sum()  # 256 MiB
+    assert (costs.peak_memory or 0) < 1 << 27
+    torch.ones(1 << 26).sum()
+    assert (costs.peak_memory or 0) > 1 << 27

@@ -161,7 +161,10 @@ def test_the_lines_of_the_readme_train_a_student(home, tmp_path, monkeypatch):
     text = (Path(__file__).parents[1] / "README.md").read_text()
     lines = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "DistillTrainer" in block)
     monkeypatch.chdir(tmp_path)
-    changes = {"Qwen/Qwen3-0.6B": str(home / "model"), 'report_to="wandb"': "use_cpu=True, learning_rate=1e-2, tokens_per_batch=130"}
+    changes = {
+        "Qwen/Qwen3-0.6B": str(home / "model"),
+        'report_to="wandb"': "use_cpu=True, learning_rate=1e-2, tokens_per_batch=130",
+    }
     for there, here in changes.items():
         assert there in lines
         lines = lines.replace(there, here)

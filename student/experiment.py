@@ -1,0 +1,309 @@
+"""One experiment: its arms trained from one cache, held against the teacher and against answers, and written up.
+
+    OUT/experiment.json         what it was told, which a later call must repeat
+    OUT/crops/right-0.5/        caches of `logitcache score --crop`, for halves
+    OUT/arms/ARM/seed-N/        a run of `logitcache train`
+    OUT/arms/ARM/seed-N-*       its answers and its evaluation, of `logitcache eval`
+    OUT/logs/                   what those commands said
+    OUT/results.csv report.md *.png
+
+Each command runs in a process of its own: its peak of memory is then its own, and vLLM never meets training. What is
+finished is not made again.
+"""
+
+import contextlib
+import hashlib
+import json
+import platform
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcache.answers import AnswerFile, Key
+from logitcache.budgets import ANSWERS, RESULTS, Budget, pass_at_1
+from logitcache.cache import Cache
+from logitcache.console import Stop
+from logitcache.errors import IdentityError, NotACacheError
+from logitcache.files import exclusive, publish_json, read_json
+from logitcache.manifest import first_difference
+from logitcache.prompts import PromptSet
+from logitcache.student import commands, findings
+from logitcache.student.arms import BEFORE, Arm
+from logitcache.student.commands import Call, in_process_of_its_own
+from logitcache.student.design import SEED, ExperimentOptions, Plan, plan, prepare
+
+__all__ = ["ExperimentOptions", "describe", "plan", "run"]
+SETTINGS, LOCK = "experiment.json", ".lock"
+
+
+def run(
+    options: ExperimentOptions, call: Call | None = None, say: Callable[[str], None] | None = None
+) -> dict[str, Any]:
+    """Makes what OUT lacks of the experiment, and writes up what is there.
+
+    Args:
+        call: runs a command of logitcache, by default in a process of its own.
+        say: is told of each command that is done; None: standard error.
+    Returns: {"experiment", "out", "status": "finished", or "stopped" with the "signal"; "made": commands that were run;
+        "rows": those of results.csv; "files": [paths of the report]}.
+    Raises: as `plan`; IdentityError for an OUT of other settings; what a command ended with, naming its log.
+    """
+    made = prepare(options)
+    with exclusive(options.out / LOCK, str(options.out)), Stop() as stop:
+        about = _claim(options, made)
+        stop.patient = True
+        work = _Work(options, made, call or in_process_of_its_own, stop, say or _say)
+        work.all()
+        rows = list(_rows(options, made))
+        about |= {"stopped": work.stopped, "where": made.where, "evaluation": made.evaluation}
+        files = findings.write(options.out, made.experiment, made.arms, rows, about, _versions(options, made.arms))
+    status = {"status": "stopped" if work.stopped else "finished", "signal": work.stopped}
+    found = {"experiment": options.name, "out": str(options.out), "made": work.made, "rows": rows, "files": files}
+    return found | status
+
+
+def describe(found: dict[str, Any]) -> str:
+    """The closing lines of ``logitcache experiment``, from what `run` returns."""
+    lines = findings.summary(found["rows"])
+    if found["status"] == "stopped":
+        lines.append(f"stopped by {found['signal']}: run the same command again to go on")
+    elif not found["made"]:
+        lines.append("nothing to do, this experiment is finished")
+    return "\n".join([*lines, f"written: {', '.join(found['files'])}"])
+
+
+class _Work:
+    """The commands of an experiment, one after the other, those left out whose work is done."""
+
+    def __init__(self, options: ExperimentOptions, made: Plan, call: Call, stop: Stop, say: Callable[[str], None]):
+        self.options, self.plan, self.call, self.stop, self.say = options, made, call, stop, say
+        self.made, self.stopped = 0, None
+
+    def all(self) -> None:
+        """A seed after the other, so that a stop leaves whole sets of arms; ends early where a signal came."""
+        for step in self._steps():
+            if self.stopped or self.stop.signal:
+                self.stopped = self.stopped or self.stop.signal
+                return
+            step()
+
+    def _steps(self) -> Iterator[Callable[[], None]]:
+        for arm in self.plan.arms:
+            if arm.crop:
+                yield lambda arm=arm: self._crop(arm)
+        yield from self._measurements(BEFORE, SEED, self.options.student)
+        for seed in range(self.options.seeds):
+            for arm in self.plan.arms:
+                yield lambda arm=arm, seed=seed: self._train(arm, seed)
+                yield from self._measurements(arm, seed, str(self.options.place(arm, seed)))
+
+    def _measurements(self, arm: Arm | str, seed: int, student: str) -> Iterator[Callable[[], None]]:
+        if self.plan.evaluation is not None:
+            yield lambda: self._evaluate(arm, seed, student)
+        if self.plan.prompts is not None:
+            yield lambda: self._answer(arm, seed, student)
+
+    def _run(self, what: str, arguments: list[str]) -> str | None:
+        """What a command printed; None where a signal ended it."""
+        log = self.options.out / "logs" / (what.replace(" ", "-").replace(":", "-").replace("/", "-") + ".log")
+        log.parent.mkdir(parents=True, exist_ok=True)
+        self.made += 1
+        code, printed = self.call(arguments, log, self.stop)
+        self.stopped = commands.check(code, what, log)
+        if self.stopped:
+            return None
+        self.say(what)
+        return printed
+
+    def _crop(self, arm: Arm) -> None:
+        options, out = self.options, self.options.crop(arm)
+        assert arm.crop
+        assert options.teacher
+        with contextlib.suppress(NotACacheError):  # not begun
+            if len(Cache.open(out)) >= len(self.plan.cache):
+                return
+        engine = options.answers.get("engine_args", {})
+        identity = self.plan.cache.identity
+        self._run(f"crop {arm.crop}", commands.crop(options.cache, identity, options.teacher, arm.crop, out, engine))
+
+    def _train(self, arm: Arm, seed: int) -> None:
+        options, place = self.options, self.options.place(arm, seed)
+        if finished(place):
+            return
+        settings = {"seed": seed, **options.shared, "where": self.plan.where, **arm.set}
+        settings |= {"view": arm.view, "sections": arm.sections}
+        cache = options.crop(arm) if arm.crop else options.cache
+        self._run(f"train {_name(arm, seed)}", commands.train(cache, options.student, place, settings))
+
+    def _evaluate(self, arm: Arm | str, seed: int, student: str) -> None:
+        assert self.plan.evaluation is not None
+        file = beside(self.options.place(arm, seed), "evaluation")
+        asked = {"student": _weights(student), **self.plan.evaluation}
+        if _asked(file) == asked:
+            return
+        printed = self._run(
+            f"evaluate {_name(arm, seed)}", commands.evaluate(self.options.cache, student, self.plan.evaluation)
+        )
+        if printed is not None:
+            publish_json(file, {"asked": asked, "found": json.loads(printed)})
+
+    def _answer(self, arm: Arm | str, seed: int, student: str) -> None:
+        options, place = self.options, self.options.place(arm, seed)
+        assert options.prompts
+        assert self.plan.prompts
+        file, out = beside(place, "accuracy"), place.with_name(place.name + "-answers")
+        settings = {"budgets": options.budgets, "verifier": options.verifier, **options.answers}
+        prompts = [[prompt.id, prompt.digest(), prompt.answer] for prompt in self.plan.prompts]
+        digest = hashlib.blake2b(json.dumps(prompts).encode()).hexdigest()
+        asked = {"student": _weights(student), "prompts": digest, "by": options.by, **settings}
+        if _asked(file) == json.loads(json.dumps(asked)):
+            return
+        if (
+            self._run(f"answers of {_name(arm, seed)}", commands.answer(student, options.prompts, out, settings))
+            is None
+        ):
+            return
+        found, groups = read_json(out / RESULTS), _by_group(options, self.plan.prompts, out)
+        publish_json(file, {"asked": asked, "found": found["budgets"], "groups": groups})
+
+
+def beside(place: Path, what: str) -> Path:
+    return place.with_name(f"{place.name}-{what}.json")
+
+
+def finished(place: Path) -> dict[str, Any] | None:
+    """run.json of a run that is finished."""
+    try:
+        found = json.loads((place / "run.json").read_text())
+    except (OSError, ValueError):
+        return None
+    return found if found.get("status") == "finished" else None
+
+
+def _name(arm: Arm | str, seed: int) -> str:
+    return f"{arm.name} seed {seed}" if isinstance(arm, Arm) else arm
+
+
+def _asked(file: Path) -> dict[str, Any] | None:
+    return read_json(file)["asked"] if file.exists() else None
+
+
+def _weights(student: str) -> str:
+    """Changes where a run was made again; a student that is no run goes by its name."""
+    record = Path(student) / "run.json"
+    return hashlib.blake2b(record.read_bytes()).hexdigest() if record.exists() else student
+
+
+def _by_group(options: ExperimentOptions, prompts: PromptSet, out: Path) -> dict[str, Any]:
+    """Accuracy and length by a column of the prompts, as `measure` has them of all."""
+    groups: dict[str, list[str]] = {}
+    for prompt in prompts:
+        if options.by in prompt.metadata:
+            groups.setdefault(str(prompt.metadata[options.by]), []).append(prompt.id)
+    if len(groups) < 2:
+        return {}
+    answers, samples = AnswerFile(out / ANSWERS).answers, options.answers.get("samples", 1)
+    found: dict[str, Any] = {}
+    for name, ids in groups.items():
+        for budget in dict.fromkeys(map(Budget.parse, options.budgets)):
+            natural = [answers[Key(i, sample, None)] for i in ids for sample in range(samples)]
+            chosen = [answers[a.key._replace(cut=budget.cut(a.reasoning))] for a in natural]
+            accuracy, ci = pass_at_1(np.array([a.correct is True for a in chosen]).reshape(-1, samples))
+            lengths = {"reasoning_tokens": float(np.mean([a.reasoning for a in chosen]))}
+            found.setdefault(name, {})[str(budget)] = {"accuracy": accuracy, "ci": ci, "prompts": len(ids), **lengths}
+    return found
+
+
+def _rows(options: ExperimentOptions, made: Plan) -> Iterator[dict[str, Any]]:
+    """A row for the student as it was given, then one an arm and seed, of those that are finished."""
+    places = [(arm, seed) for arm in made.arms for seed in range(options.seeds)]
+    runs = [(arm, seed, found) for arm, seed in places if (found := finished(options.place(arm, seed)))]
+    own = next((found["eval_before"] for arm, _, found in runs if not arm.crop), None)
+    measured = _measured(options.place(BEFORE, SEED), own, made)
+    if any(measured):
+        yield findings.row(options.name, Arm(BEFORE, ""), None, {}, *measured)
+    for arm, seed, found in runs:
+        measured = _measured(options.place(arm, seed), found["eval_after"], made)
+        yield findings.row(options.name, arm, seed, found, *measured)
+
+
+def _measured(
+    place: Path, own: dict[str, Any] | None, made: Plan
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """The evaluation, the accuracy by budget, and the same by group; {} for what is not there."""
+    if made.evaluation is not None:
+        file = beside(place, "evaluation")
+        own = read_json(file)["found"] if file.exists() else None
+    file = beside(place, "accuracy")
+    answers = read_json(file) if made.prompts is not None and file.exists() else {}
+    return own or {}, answers.get("found", {}), answers.get("groups", {})
+
+
+def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
+    """What experiment.json holds: what decides every run, and the machines that took part.
+
+    Raises: IdentityError for an OUT of another experiment, naming the difference; NotACacheError for other things.
+    """
+    cache = made.cache
+    student = Path(options.student)
+    settings = {
+        "experiment": options.name,
+        "cache": cache.identity.digest,
+        "traces": hashlib.blake2b("\n".join(sorted(cache.trace_ids)).encode(), digest_size=16).hexdigest(),
+        "student": str(student.resolve() if student.exists() else options.student),
+        "shared": json.loads(json.dumps(options.shared, default=str)),
+    }
+    place, machines = options.out / SETTINGS, []
+    if place.exists():
+        there = read_json(place)
+        machines = there["machines"]
+        if difference := first_difference(there["settings"], settings):
+            name, was, wanted = difference
+            raise IdentityError(
+                f"{options.out} holds an experiment with {name} = {was!r}, this one has {wanted!r}; set it as it was, or "
+                "give --out a new directory"
+            )
+    elif any(p.name != LOCK for p in options.out.iterdir()):
+        raise NotACacheError(f"{options.out} holds other things than an experiment; give --out a new directory")
+    if (machine := _machine()) not in machines:
+        machines = [*machines, machine]
+        publish_json(place, {"settings": settings, "machines": machines})
+    return {
+        "machines": machines,
+        "teacher": f"{cache.identity.teacher} @ {cache.identity.teacher_revision[:12]}, top-{cache.identity.top_k}",
+        "student": options.student,
+        "traces": len(cache),
+        "prompt_rows": cache.identity.prompt_logits,
+        "shared": options.shared,
+        "seeds": options.seeds,
+        "held_out": options.held_out,
+        "verifier": options.verifier,
+        "budgets": list(map(str, dict.fromkeys(map(Budget.parse, options.budgets)))) if options.prompts else [],
+    }
+
+
+def _machine() -> str:
+    """Processor or GPU, without a name of the machine."""
+    import torch
+
+    model = platform.processor() or platform.machine()
+    if (info := Path("/proc/cpuinfo")).exists():
+        names = [
+            line.partition(":")[2].strip() for line in info.read_text().splitlines() if line.startswith("model name")
+        ]
+        model = f"{names[0]}, {len(names)} cores" if names else model
+    return f"{torch.cuda.get_device_name()}; {model}" if torch.cuda.is_available() else model
+
+
+def _versions(options: ExperimentOptions, arms: list[Arm]) -> list[str]:
+    """Of the programs that trained the runs, as their run.json say."""
+    runs = (finished(options.place(arm, seed)) for arm in arms for seed in range(options.seeds))
+    texts = (", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs if run)
+    return list(dict.fromkeys(texts))
+
+
+def _say(line: str) -> None:
+    print(f"done: {line}", file=sys.stderr, flush=True)
