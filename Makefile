@@ -15,7 +15,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/pytest -n 2 -m "not engine"
-	$(BIN)/pytest -m engine
+	$(BIN)/pytest -n 2 -m engine
 
 fast: $(VENV)/.ready
 	$(BIN)/pytest -n 2 -m "not slow and not engine"

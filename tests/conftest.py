@@ -6,6 +6,8 @@ import pytest
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # What may take longest comes first, so that two processes end together.
+    items.sort(key=lambda item: -max((mark.args[0] for mark in item.iter_markers("timeout")), default=0))
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
