@@ -157,6 +157,7 @@ def test_the_picture_is_written_whole_and_wide(make, tmp_path):
         compare(runs, Path(file))
 
 
+@pytest.mark.slow
 def test_losses_at_zero_and_a_run_without_any_are_drawn_too(make, tmp_path):
     path, young = make("a"), make("young", "running")
     (young / "checkpoint-8" / "trainer_state.json").unlink()

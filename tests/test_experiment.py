@@ -155,6 +155,7 @@ def test_an_experiment_in_miniature_trains_its_arms_and_writes_them_up(options, 
     assert describe(found).count("\n") >= len(arms) + 1
 
 
+@pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home):
     asked = options("lsp", points=(1.0,))
     run(asked, spy, silent)
@@ -186,6 +187,7 @@ def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home
         run(replace(more, shared=SHARED | {"max_steps": 2}), spy, silent)
 
 
+@pytest.mark.slow
 def test_a_stopped_experiment_says_what_lacks_and_goes_on(options, spy):
     asked = options("lsp")
 
@@ -204,6 +206,7 @@ def test_a_stopped_experiment_says_what_lacks_and_goes_on(options, spy):
     assert "Not finished" not in (asked.out / "report.md").read_text()
 
 
+@pytest.mark.slow
 def test_a_dry_run_writes_nothing_and_counts_what_a_run_then_spends(options, spy, home):
     asked = options("lsp")
     before = sorted(home.rglob("*"))

@@ -167,6 +167,7 @@ def test_a_step_has_every_family_alike_and_little_padding() -> None:
         assert [questions.count(verb) for verb in ("add ", "sum ", "mul ")] == [8, 8, 8]
 
 
+@pytest.mark.slow
 def test_a_model_learns_a_few_traces_by_heart_and_writes_them() -> None:
     few = [next(problems(family, SMALL, "train", 0)) for family in FAMILIES]
     model = new_model(replace(TINY, hidden=64, heads=2), 0)
@@ -177,6 +178,7 @@ def test_a_model_learns_a_few_traces_by_heart_and_writes_them() -> None:
     assert completions(model, few) == [f"{p.reasoning}</think>{p.answer}" for p in few]
 
 
+@pytest.mark.slow
 def test_a_folder_is_made_once_part_by_part(tmp_path: Path) -> None:
     short = Schedule(2, 3, 1e-3, 1)
     size = Size(SMALL, SMALL, TINY, short, short, TINY, short, warm_traces=3, train_prompts=4, test_prompts=2)

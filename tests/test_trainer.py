@@ -216,6 +216,7 @@ def test_training_never_imports_vllm(options):
     assert launch(options())["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses_and_another_gives_others(options):
     one, two, other = train(options("one")), train(options("two")), train(options("other", seed=1))
     assert history(one, "loss") == history(two, "loss") != history(other, "loss")
@@ -323,6 +324,7 @@ def test_a_step_that_is_no_number_names_its_traces_and_leaves_the_weights(home, 
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
 
 
+@pytest.mark.slow
 def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
     cache = Cache.open(home / "cache")
     tiny.write_cache(tmp_path / "judged", [replace(t, correct=i % 3 == 0) for i, t in enumerate(cache)])
@@ -368,6 +370,7 @@ def test_what_does_not_go_together_is_refused_with_the_way_out(options, changes,
         train(options(**changes))
 
 
+@pytest.mark.slow
 def test_tails_that_were_not_sampled_plainly_are_refused(home, tmp_path):
     made = [
         replace(t, row_start=4, rows=t.rows[3:], token_logprob=t.token_logprob[3:], token_rank=t.token_rank[3:])
@@ -387,6 +390,7 @@ def test_tails_that_were_not_sampled_plainly_are_refused(home, tmp_path):
     assert run["status"] == "finished"
 
 
+@pytest.mark.slow
 def test_a_cache_counts_once_however_often_it_is_named(options, home, tmp_path):
     for caches in ([home / "cache", home / "model" / ".." / "cache"], [home / "cache"] * 2):
         with pytest.raises(StudentError, match="a cache is given twice"):
@@ -418,6 +422,7 @@ def test_no_prompt_held_out_of_one_cache_is_learnt_from_another(options, home, t
         assert held.tolist() == split(caches[path].prompt_ids, 0.2)[1].tolist(), "as eval chooses them"
 
 
+@pytest.mark.slow
 def test_a_run_that_came_to_nothing_is_begun_anew(options):
     with pytest.raises(TrainingError):
         train(options(learning_rate=1e30))
@@ -436,6 +441,7 @@ def test_what_means_the_same_is_the_same_run(options, home):
         train(replace(again, tokens_per_batch=140))
 
 
+@pytest.mark.slow
 def test_the_best_weights_are_those_that_are_reported(options, home):
     best = {"load_best_model_at_end": "true", "save_strategy": "epoch", "metric_for_best_model": "eval_kl"}
     opts = options(epochs=8, learning_rate=8e-2, set=best)
@@ -492,6 +498,7 @@ def test_an_adapter_learns_alone_and_is_loaded_merged(options, home):
     assert evaluate(student, held)["kl"] == pytest.approx(run["eval_after"]["kl"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_an_adapter_on_an_adapter_is_refused(options):
     first = options("first", lora_rank=2, max_steps=1)
     train(first)
@@ -508,6 +515,7 @@ def test_an_adapter_goes_on_where_it_was_stopped(options):
     assert history(train(cut), "loss") == pytest.approx(history(expected, "loss"), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_a_log_goes_where_it_is_sent(options):
     opts = options(report_to="tensorboard", set={"max_steps": "2"})
     train(opts)
