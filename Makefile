@@ -1,5 +1,5 @@
 # make demo   set up, then the main job end to end on this machine's CPU
-# make test   set up, then every test (fast: under 30 s, for daily work)
+# make test   set up, then every test (fast: under a minute, for daily work)
 # make lint   ruff and pyright
 VENV ?= .venv
 PYTHON ?= python3
