@@ -138,7 +138,7 @@ def measure(options: BudgetOptions) -> dict[str, Any]:
     markers = options.markers or Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
     markers = Markers(markers.opening, markers.closing, options.answer_regex)
     cutting = [budget for budget in options.parsed if budget != Budget()]
-    if cutting and not (markers.opening and markers.closing):
+    if cutting and not markers.pair:
         raise InputError(
             f"--student {options.model}: no reasoning markers are known for it, so nothing can be cut or closed; give "
             "--reasoning-markers OPENING,CLOSING, or --budgets none"
@@ -266,7 +266,7 @@ def _settings(options: BudgetOptions, facts: TeacherFacts, markers: Markers) -> 
         "seed": options.seed,
         "sampling": options.sampling,
         "verifier": options.verifier,
-        "reasoning_markers": [markers.opening, markers.closing] if markers.opening and markers.closing else None,
+        "reasoning_markers": markers.pair,
         "answer_regex": markers.answer_regex,
         "dtype": facts.dtype,
         "engine": teacher.engine_version(),

@@ -1,5 +1,6 @@
 """A cache on disk: open, index, random access."""
 
+import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -84,6 +85,11 @@ class Cache:
     @cached_property
     def prompt_ids(self) -> list[str]:
         return [p for s in self.shards for p in s.prompt_ids]
+
+    @cached_property
+    def traces_digest(self) -> str:
+        """Hash of which traces it holds, in whatever order and shards."""
+        return hashlib.blake2b("\n".join(sorted(self.trace_ids)).encode(), digest_size=16).hexdigest()
 
     def column(self, name: str) -> pa.ChunkedArray:
         """A plain column of all traces, in order, without decoding a block."""

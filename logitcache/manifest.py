@@ -18,6 +18,11 @@ FILE_NAME = "manifest.json"
 # Its ids change with any difference in normalisation, splitting or merges that the vocabulary alone does not show.
 PROBE = "The 3 cats' naïve  idea:\n\tf(x)=x**2 — 12,345.67 «été» 数学 🙂 <think>don't</think>\r\n\n\n  end"
 
+# Sampling parameters that leave the teacher's distribution at temperature 1 as it is, and values of others that do.
+_HARMLESS = {"max_tokens", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"}
+_NEUTRAL = {"temperature": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "min_tokens": (0,)}
+_NEUTRAL |= {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}
+
 
 @dataclass(frozen=True)
 class Identity:
@@ -54,6 +59,14 @@ class Identity:
         """How reasoning and answer are told apart."""
         opening, closing = self.reasoning_markers or (None, None)
         return Markers(opening, closing, self.answer_regex)
+
+    @property
+    def not_drawn(self) -> str | None:
+        """Why the teacher's tokens are no plain draws from it at temperature 1; None where they are."""
+        if "temperature" not in self.sampling:
+            return "its tokens were scored, not sampled"
+        others = [n for n, v in self.sampling.items() if n not in _HARMLESS and v not in _NEUTRAL.get(n, ())]
+        return f"its tokens were sampled with {others[0]} = {self.sampling[others[0]]}" if others else None
 
     def trace_id(self, prompt_id: str, prompt_digest: str, sample_index: int) -> str:
         """Content address of a trace, known before it is generated: 32 hexadecimal digits."""

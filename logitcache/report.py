@@ -70,11 +70,11 @@ def describe_evaluation(found: dict[str, Any]) -> str:
     table = [["", "rows", *(name for name, _ in _MEASURES.values()), "tail of teacher", "of student"]]
     for name, part in parts.items():
         if part["rows"] or part["ce"] is not None:
-            measured = [_shown(part[key], form) for key, (_, form) in _MEASURES.items()]
-            tails = [_shown(part["tail"][side], ".2%") for side in ("teacher", "student")]
+            measured = [shown(part[key], form) for key, (_, form) in _MEASURES.items()]
+            tails = [shown(part["tail"][side], ".2%") for side in ("teacher", "student")]
             table.append([name, f"{part['rows']:,}", *measured, *tails])
     legend = "KL, CE in nats; tail: mean mass outside the teacher's support; 0-10%: tenths of the completion"
-    return "\n".join([head, *_columns(table), legend])
+    return "\n".join([head, *columns(table), legend])
 
 
 def describe_comparison(found: dict[str, Any]) -> str:
@@ -82,32 +82,32 @@ def describe_comparison(found: dict[str, Any]) -> str:
     runs = found["runs"]
     rows = {
         "status": [run["status"] for run in runs],
-        "steps": [_shown(run["steps"], ",") for run in runs],
-        "tokens fed": [_shown(run["tokens_fed"], ",") for run in runs],
-        "tokens taught": [_shown(run["tokens_taught"], ",") for run in runs],
-        "seconds": [_shown(run["seconds"], ",.1f") for run in runs],
-        "tokens/s": [_shown(run["tokens_per_second"], ",.0f") for run in runs],
+        "steps": [shown(run["steps"], ",") for run in runs],
+        "tokens fed": [shown(run["tokens_fed"], ",") for run in runs],
+        "tokens taught": [shown(run["tokens_taught"], ",") for run in runs],
+        "seconds": [shown(run["seconds"], ",.1f") for run in runs],
+        "tokens/s": [shown(run["tokens_per_second"], ",.0f") for run in runs],
     }
     costs = [run["cost"] or {} for run in runs]
     if any(costs):
-        rows["FLOPs"] = [_shown(cost.get("flops"), ".3e") for cost in costs]
-        rows["peak memory, bytes"] = [_shown(cost.get("peak_memory"), ",") for cost in costs]
+        rows["FLOPs"] = [shown(cost.get("flops"), ".3e") for cost in costs]
+        rows["peak memory, bytes"] = [shown(cost.get("peak_memory"), ",") for cost in costs]
         spent = [cost.get("seconds") or {} for cost in costs]
         for part in dict.fromkeys(name for each in spent for name in each):
-            rows[f"  {part}, s"] = [_shown(each.get(part), ",.1f") for each in spent]
+            rows[f"  {part}, s"] = [shown(each.get(part), ",.1f") for each in spent]
     for when, key in (("before", "eval_before"), ("last", "eval_after")):
         measured = [run[key] or {} for run in runs]
         for name, (label, form) in _MEASURES.items():
             if any(each.get(name) is not None for each in measured):
-                rows[f"{label} {when}"] = [_shown(each.get(name), form) for each in measured]
+                rows[f"{label} {when}"] = [shown(each.get(name), form) for each in measured]
     sections = [(run["eval_after"] or {}).get("sections", {}) for run in runs]
     for name in dict.fromkeys(name for each in sections for name in each):
-        rows[f"  KL of {name}"] = [_shown(each.get(name, {}).get("kl"), ",.4f") for each in sections]
-    rows["  at step"] = [_shown(run["eval_step"], ",") for run in runs]
-    lines = _columns([["", *(run["name"] for run in runs)], *([name, *values] for name, values in rows.items())])
+        rows[f"  KL of {name}"] = [shown(each.get(name, {}).get("kl"), ",.4f") for each in sections]
+    rows["  at step"] = [shown(run["eval_step"], ",") for run in runs]
+    lines = columns([["", *(run["name"] for run in runs)], *([name, *values] for name, values in rows.items())])
     if differs := found["differs"]:
         settings = [[name, *(_short(value) for value in values)] for name, values in differs.items()]
-        lines += ["", *_columns([["differing settings", *(run["name"] for run in runs)], *settings])]
+        lines += ["", *columns([["differing settings", *(run["name"] for run in runs)], *settings])]
     elif len(runs) > 1:
         lines += ["", "the runs' settings are the same"]
     if unlike := found["held_out_differs"]:
@@ -136,7 +136,7 @@ def describe_budgets(found: dict[str, Any]) -> str:
         f"{one['samples']} samples each at temperature {settings['temperature']:g}; verifier {settings['verifier']}, "
         f"{settings['engine']}, {settings['dtype']}; {found['made']:,} answers made, {found['before']:,} there before, "
         f"{found['seconds']:.1f} s",
-        *_columns(table),
+        *columns(table),
         "tokens are means of a sample; ended: share that ended by themselves, not by a limit",
     ]
     for key, what in (("unscored", "could not be scored"), ("no_room", "had no room in the model's context")):
@@ -145,7 +145,7 @@ def describe_budgets(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _columns(table: list[list[str]]) -> list[str]:
+def columns(table: list[list[str]]) -> list[str]:
     """Lines of a table, its first column on the left and the others on the right."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
@@ -154,7 +154,7 @@ def _columns(table: list[list[str]]) -> list[str]:
     ]
 
 
-def _shown(value: float | None, form: str) -> str:
+def shown(value: float | None, form: str) -> str:
     return "-" if value is None else f"{value:{form}}"
 
 

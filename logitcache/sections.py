@@ -92,6 +92,11 @@ class Markers:
             except re.error as e:
                 raise InputError(f"--answer-regex {self.answer_regex!r} is not a regular expression: {e}") from None
 
+    @property
+    def pair(self) -> list[str] | None:
+        """Both delimiters, None where there are none."""
+        return [self.opening, self.closing] if self.opening and self.closing else None
+
     @classmethod
     def parse(cls, text: str) -> "Markers":
         """``"<think>,</think>"`` or ``"none"``."""

@@ -100,7 +100,7 @@ def identify(
         min_k=options.min_k,
         prompt_logits=spec.prompt_logits,
         sampling=sampling,
-        reasoning_markers=[markers.opening, markers.closing] if markers.opening and markers.closing else None,
+        reasoning_markers=markers.pair,
         answer_regex=options.answer_regex,
         dtype=facts.dtype,
         engine=teacher.engine_version(),

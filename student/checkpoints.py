@@ -13,13 +13,20 @@ from logitcache.files import holder
 RUN_FILE, STATE_FILE, SPENT_FILE, LOCK_FILE = "run.json", "trainer_state.json", "spent.json", ".lock"
 
 
-def latest_checkpoint(run: Path) -> str | None:
-    """The newest checkpoint that was written whole: its state is written after all else."""
+def newest_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
+    """The newest checkpoint that was written whole, and its trainer state; (None, {}) where there is none.
+
+    Its state is written after all else; one that training removes meanwhile, for a newer one, is passed over.
+    """
     for path in sorted(_checkpoints(run), key=_step, reverse=True):
         with contextlib.suppress(OSError, ValueError):
-            json.loads((path / STATE_FILE).read_text())
-            return str(path)
-    return None
+            return path, json.loads((path / STATE_FILE).read_text())
+    return None, {}
+
+
+def latest_checkpoint(run: Path) -> str | None:
+    path, _ = newest_checkpoint(run)
+    return None if path is None else str(path)
 
 
 def drop_after(run: Path, whole: str | None) -> None:
@@ -57,11 +64,3 @@ def find_run(path: Path) -> tuple[Path | None, dict[str, Any]]:
 def standing(home: Path, run: dict[str, Any]) -> str:
     """finished, running or stopped: a kill leaves no word behind."""
     return "finished" if run["status"] == "finished" else "running" if holder(home / LOCK_FILE) else "stopped"
-
-
-def newest_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that was written whole, and its trainer state; (None, {}) where there is none."""
-    while (path := latest_checkpoint(run)) is not None:
-        with contextlib.suppress(FileNotFoundError):  # training removed it meanwhile, for a newer one
-            return Path(path), json.loads((Path(path) / STATE_FILE).read_text())
-    return None, {}

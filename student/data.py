@@ -55,7 +55,7 @@ class TraceDataset(Dataset[Example]):
         indices: the traces of `cache`, all by default.
         vocab: rows of the student's head. Kept ids beyond it, which a padded teacher head can give, join the tail.
         top_k: entries of a row at most, besides pinned ones; the rest joins the tail. None: as the cache has them.
-    Raises: StudentError for a cache that cannot serve the view, InputError for a top_k above the cache's.
+    Raises: StudentError for a cache that cannot serve the view, and for a top_k above the cache's.
     """
 
     def __init__(
@@ -77,6 +77,11 @@ class TraceDataset(Dataset[Example]):
         self.indices = np.arange(len(cache)) if indices is None else np.asarray(indices)
         lengths, ids = cache.lengths[self.indices].astype(np.int64), cache.trace_ids
         self.pool = Pool(lengths, np.array([hash_64(ids[i]) for i in self.indices], np.uint64))
+
+    @property
+    def parts(self) -> "list[TraceDataset]":
+        """As a Mixture has them."""
+        return [self]
 
     def __len__(self) -> int:
         return len(self.indices)

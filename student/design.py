@@ -88,11 +88,7 @@ def prepare(options: ExperimentOptions) -> Plan:
     if not len(cache):
         raise NotACacheError(f"{options.cache} holds no trace yet; `logitcache generate` some")
     identity = cache.identity
-    drawn = identity.sampling.get("temperature") == 1.0 and not identity.sampling.keys() - {
-        "temperature",
-        "max_tokens",
-        "seed",
-    }
+    drawn = identity.not_drawn is None
     arms = chosen.arms(
         Facts(identity.prompt_logits, identity.top_k, drawn and not identity.prompt_logits, options.points)
     )

@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.report import columns, shown
 from logitcache.score import Crop
 from logitcache.student.arms import Arm, experiment
 from logitcache.student.cost import Work, work
@@ -73,11 +74,8 @@ def describe_plan(options: ExperimentOptions, table: list[dict[str, Any]]) -> st
     cells = [["arm", "done", "tokens fed", "taught", "FLOPs", "seconds"]]
     for row in table:
         counts = f"{row['done']}/{row['runs']}", f"{row['tokens_fed']:,}", f"{row['tokens_taught']:,}"
-        cells.append([row["arm"], *counts, _shown(row["flops"], ".2e"), _shown(row["seconds"], ",.1f")])
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    for cell in cells:
-        texts = (text.rjust(width) for text, width in zip(cell[1:], widths[1:], strict=True))
-        lines.append("  ".join([cell[0].ljust(widths[0]), *texts]))
+        cells.append([row["arm"], *counts, shown(row["flops"], ".2e"), shown(row["seconds"], ",.1f")])
+    lines += columns(cells)
     left = [row["runs"] - row["done"] for row in table]
     tokens = sum(n * row["tokens_fed"] for n, row in zip(left, table, strict=True))
     closing = f"of one run each; {sum(left)} of {sum(row['runs'] for row in table)} are left: {tokens:,} tokens"
@@ -129,7 +127,3 @@ def _timed(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
             if row["seconds"] is None and row["flops"] is not None:
                 row["seconds"] = pace * row["flops"]
     return table
-
-
-def _shown(value: float | None, form: str) -> str:
-    return "-" if value is None else f"{value:{form}}"

@@ -22,6 +22,7 @@ from logitcache.student.checkpoints import find_run, newest_checkpoint, standing
 from logitcache.student.data import Batch, Lessons, TraceDataset, loader, matching, to
 from logitcache.student.head import Head, find_head, lesson_metrics, plain
 from logitcache.student.model import load_student, quiet
+from logitcache.student.options import TrainOptions, wants_bf16
 from logitcache.student.order import evaluation_batches, split
 from logitcache.student.views import SECTIONS, View
 
@@ -30,7 +31,6 @@ from logitcache.student.views import SECTIONS, View
 BINS = 15
 TENTHS = 10
 PLACES = TENTHS + 1  # tenth -1, a token of the prompt, comes last
-HELD_OUT = 0.05
 
 
 def evaluate(
@@ -146,8 +146,7 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
     from accelerate import PartialState
 
     began = time.monotonic()
-    if options.dtype not in (None, "bf16", "fp32"):
-        raise StudentError(f"--dtype {options.dtype!r}: choose bf16 or fp32")
+    bf16 = wants_bf16(options.dtype)
     if options.tokens_per_batch < 1:
         raise StudentError(f"--tokens-per-batch {options.tokens_per_batch}: give at least 1")
     cache, view = Cache.open(options.cache), View(options.view, tuple(options.sections))
@@ -161,7 +160,6 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
     student.to(state.device)  # pyright: ignore[reportArgumentType]
     head = find_head(student)
     data = TraceDataset(cache, indices, view, head.module.weight.shape[0])
-    bf16 = options.dtype == "bf16" or (options.dtype is None and torch.cuda.is_available())
     with contextlib.ExitStack() as stack:
         shown = Progress(sys.stderr, len(data)) if state.is_main_process else None
         found = evaluate(
@@ -199,7 +197,7 @@ def _choose(options: EvalOptions, cache: Cache, run: dict[str, Any]) -> tuple[np
     """Indices of the traces to evaluate on, and the share that was held out, None for all."""
     if options.everything and options.held_out is not None:
         raise StudentError("give either --all or --held-out, which is a part")
-    held_out = run.get("held_out", HELD_OUT) if options.held_out is None else options.held_out
+    held_out = run.get("held_out", TrainOptions.held_out) if options.held_out is None else options.held_out
     held_out = None if options.everything else held_out
     indices = np.arange(len(cache)) if held_out is None else split(cache.prompt_ids, held_out)[1]
     if options.where is not None:

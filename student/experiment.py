@@ -32,6 +32,7 @@ from logitcache.manifest import first_difference
 from logitcache.prompts import PromptSet
 from logitcache.student import commands, findings
 from logitcache.student.arms import BEFORE, Arm
+from logitcache.student.checkpoints import RUN_FILE
 from logitcache.student.commands import Call, in_process_of_its_own
 from logitcache.student.design import SEED, ExperimentOptions, Plan, plan, prepare
 
@@ -177,7 +178,7 @@ def beside(place: Path, what: str) -> Path:
 def finished(place: Path) -> dict[str, Any] | None:
     """run.json of a run that is finished."""
     try:
-        found = json.loads((place / "run.json").read_text())
+        found = json.loads((place / RUN_FILE).read_text())
     except (OSError, ValueError):
         return None
     return found if found.get("status") == "finished" else None
@@ -193,7 +194,7 @@ def _asked(file: Path) -> dict[str, Any] | None:
 
 def _weights(student: str) -> str:
     """Changes where a run was made again; a student that is no run goes by its name."""
-    record = Path(student) / "run.json"
+    record = Path(student) / RUN_FILE
     return hashlib.blake2b(record.read_bytes()).hexdigest() if record.exists() else student
 
 
@@ -252,7 +253,7 @@ def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
     settings = {
         "experiment": options.name,
         "cache": cache.identity.digest,
-        "traces": hashlib.blake2b("\n".join(sorted(cache.trace_ids)).encode(), digest_size=16).hexdigest(),
+        "traces": cache.traces_digest,
         "student": str(student.resolve() if student.exists() else options.student),
         "shared": json.loads(json.dumps(options.shared, default=str)),
     }

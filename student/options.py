@@ -106,10 +106,16 @@ _FIXED = {
 _LOADERS = 4  # processes that read and decode ahead of a step on an accelerator
 
 
+def wants_bf16(dtype: str | None) -> bool:
+    """Whether to compute in bfloat16; None: on CUDA. Raises: StudentError for another name."""
+    if dtype not in (None, "bf16", "fp32"):
+        raise StudentError(f"--dtype {dtype!r}: choose bf16 or fp32")
+    return dtype == "bf16" or (dtype is None and torch.cuda.is_available())
+
+
 def configure(options: TrainOptions) -> DistillConfig:
     """Raises: StudentError for an option that does not exist or does not fit, with the nearest good one."""
-    if options.dtype not in (None, "bf16", "fp32"):
-        raise StudentError(f"--dtype {options.dtype!r}: choose bf16 or fp32")
+    bf16 = wants_bf16(options.dtype)
     if options.max_steps is not None and options.max_steps < 1:
         raise StudentError(f"--max-steps {options.max_steps}: give at least 1")
     if options.lora_alpha is not None and options.lora_rank is None:
@@ -117,7 +123,7 @@ def configure(options: TrainOptions) -> DistillConfig:
     accelerator = torch.accelerator.is_available()
     given = {there: value for here, there in _FIELDS.items() if (value := getattr(options, here)) is not None}
     given |= {
-        "bf16": options.dtype == "bf16" or (options.dtype is None and torch.cuda.is_available()),
+        "bf16": bf16,
         "use_cpu": not accelerator,
         "dataloader_pin_memory": accelerator,
         "dataloader_num_workers": _LOADERS if accelerator else 0,

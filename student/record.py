@@ -1,6 +1,5 @@
 """run.json: what a run was told, which a later call must repeat, and what it found."""
 
-import hashlib
 import json
 import platform
 from dataclasses import asdict
@@ -41,8 +40,7 @@ def record(options: TrainOptions, config: DistillConfig, caches: dict[Path, Cach
     found: dict[str, Any] = {"caches": len(caches)}
     shares = [share for share in options.caches.values() if share is not None]
     for number, (path, cache) in enumerate(caches.items(), 1):
-        traces = hashlib.blake2b("\n".join(sorted(cache.trace_ids)).encode(), digest_size=16).hexdigest()
-        own = {"cache": asdict(cache.identity), "traces": {"count": len(cache), "digest": traces}}
+        own = {"cache": asdict(cache.identity), "traces": {"count": len(cache), "digest": cache.traces_digest}}
         own |= {} if (share := options.caches[path]) is None else {"share": round(share / sum(shares), 12)}
         found |= {name if number == 1 else f"{name}_{number}": value for name, value in own.items()}
     student = Path(options.student)

@@ -17,7 +17,6 @@ from logitcache.files import exclusive
 from logitcache.manifest import Identity
 from logitcache.student.checkpoints import LOCK_FILE
 from logitcache.student.config import DistillConfig
-from logitcache.student.head import find_head, plain
 from logitcache.student.model import adapter_base, add_lora, load_student, quiet
 from logitcache.student.options import TrainOptions, configure
 from logitcache.student.progress import Report
@@ -48,7 +47,7 @@ def _train(options: TrainOptions) -> dict[str, Any]:
         return before | {"again": True}
     chosen = sides(options, caches)
     student, tokenizer = _load(options, config, next(iter(caches.values())).identity)
-    data, held_data = datasets(options, config, caches, chosen, view, find_head(plain(student)).module.weight.shape[0])
+    data, held_data = datasets(options, config, caches, chosen, view)
 
     main = config.process_index == 0
     with contextlib.ExitStack() as stack:

@@ -74,14 +74,14 @@ def _prompts(cache: Cache) -> np.ndarray:
 
 
 def datasets(
-    options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], chosen: Sides, view: View, vocab: int
+    options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], chosen: Sides, view: View
 ) -> tuple[Lessons, Lessons]:
     """What to learn from, and what to be evaluated on: whole traces and all their rows, the same for every run of these
     caches, whatever it learns from.
 
     Raises: StudentError where nothing is taught.
     """
-    parts = [TraceDataset(cache, chosen[path][0], view, vocab, options.top_k) for path, cache in caches.items()]
+    parts = [TraceDataset(cache, chosen[path][0], view, top_k=options.top_k) for path, cache in caches.items()]
     shares = list(options.caches.values())
     mixed = None if None in shares else typing.cast(list[float], shares)
     taught = parts[0] if len(parts) == 1 else Mixture(parts, mixed)
@@ -94,4 +94,4 @@ def datasets(
             f"other sections{'' if str(view) == 'full' else f', or another view than {view}'}, or generate with "
             "--prompt-logits for those of the prompt"
         )
-    return taught, Mixture([TraceDataset(cache, chosen[path][1], None, vocab) for path, cache in caches.items()])
+    return taught, Mixture([TraceDataset(cache, chosen[path][1]) for path, cache in caches.items()])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-if TYPE_CHECKING:  # the command line reads this table for its --help, and needs no pyarrow for that
+if TYPE_CHECKING:
     from logitcache.schema import Trace
 
 # L tokens of a trace.

@@ -22,7 +22,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 
 from logitcache.console import Stop
 from logitcache.errors import StudentError, TrainingError
-from logitcache.student.checkpoints import SPENT_FILE, drop_after, latest_checkpoint
+from logitcache.student.checkpoints import SPENT_FILE, STATE_FILE, drop_after, latest_checkpoint
 from logitcache.student.config import DistillConfig
 from logitcache.student.cost import Costs, work
 from logitcache.student.data import Batch, Lessons, Mixture, TraceDataset, collate, loader, to
@@ -52,8 +52,7 @@ class DistillTrainer(Trainer):
         self.head = attach_head(model, **args.objective())
         causal = plain(model)
         _check_sampled(train_dataset, args.tail)
-        for part in getattr(train_dataset, "parts", [train_dataset]):
-            part.vocab = part.vocab or self.head.module.weight.shape[0]
+        self._fit_to_head(train_dataset)
         self.packed = bool(args.packing)
         if args.packing:
             check_packing(causal)
@@ -86,6 +85,11 @@ class DistillTrainer(Trainer):
             # It would learn of the output folder when training begins, and an evaluation may come before.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(Path(args.output_dir or ".") / "tensorboard")
+
+    def _fit_to_head(self, data: Lessons) -> None:
+        """Kept ids for which the head has no row join the tail."""
+        for part in data.parts:
+            part.vocab = part.vocab or self.head.module.weight.shape[0]
 
     def make_sampler(self) -> StepSampler:
         return StepSampler(
@@ -204,6 +208,7 @@ class DistillTrainer(Trainer):
         data = self.eval_dataset if eval_dataset is None else eval_dataset
         if not isinstance(data, TraceDataset | Mixture):
             raise ValueError(f"eval_dataset is a {type(data).__name__}: give a TraceDataset or a Mixture")
+        self._fit_to_head(data)
         # What FSDP or DeepSpeed will share out is on no device before training begins.
         parked = self.model.device if self.model.device.type != self.args.device.type else None
         if parked is not None:
@@ -241,7 +246,7 @@ class DistillTrainer(Trainer):
             spent = json.loads((path / SPENT_FILE).read_text())
             self.counts = {name: spent.get(name, spent["cost"].get(name)) for name in self.counts}
             self.costs.load_state_dict(spent["cost"])
-        state = TrainerState.load_from_json(str(path / "trainer_state.json"))
+        state = TrainerState.load_from_json(str(path / STATE_FILE))
         if state.global_step >= (
             self.args.max_steps
             if self.args.max_steps > 0
@@ -262,23 +267,13 @@ class DistillTrainer(Trainer):
             dist.all_reduce(tensor, op)
 
 
-# Sampling parameters that leave the teacher's distribution at temperature 1 as it is, and values of others that do.
-_HARMLESS = {"max_tokens", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"}
-_NEUTRAL = {"temperature": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "min_tokens": (0,)}
-_NEUTRAL |= {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}
-
-
 def _check_sampled(data: Lessons, tail: str) -> None:
     """Raises: StudentError where the tail `sampled` is asked for tokens that the teacher did not draw at temperature 1."""
-    for part in getattr(data, "parts", [data]) if tail == "sampled" else []:
+    for part in data.parts if tail == "sampled" else []:
         identity, sections = part.cache.identity, getattr(part.view, "sections", ())
-        others = [n for n, v in identity.sampling.items() if n not in _HARMLESS and v not in _NEUTRAL.get(n, ())]
-        what = (
-            "its tokens were scored, not sampled" if "temperature" not in identity.sampling
-            else f"its tokens were sampled with {others[0]} = {identity.sampling[others[0]]}" if others
-            else "no prompt was sampled: leave the prompt out of --sections" if identity.prompt_logits and "prompt" in sections
-            else None
-        )  # fmt: skip
+        what = identity.not_drawn
+        if what is None and identity.prompt_logits and "prompt" in sections:
+            what = "no prompt was sampled: leave the prompt out of --sections"
         if what:
             raise StudentError(
                 f"tail sampled: {part.cache.path}: {what}; it needs tokens drawn at temperature 1 without a filter: "

@@ -1,3 +1,4 @@
+import inspect
 import itertools
 import pickle
 import re
@@ -9,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from logitcache import cli
 from logitcache.errors import StudentError
 from logitcache.score import Crop
 from logitcache.sections import Sections
@@ -409,3 +411,8 @@ def test_a_view_never_teaches_a_row_whose_context_the_student_was_not_given(view
 
 def test_a_shifted_view_teaches_each_position_the_row_before():
     assert spelled(tiny.Shifted(View())(made((1, 2, 3, 4), length=5))) == "10 11>2:0 12>3:1 13>4:2"
+
+
+def test_the_command_line_explains_every_step():
+    text = inspect.getdoc(cli.train) or ""
+    assert all(line in text for line in VIEW_HELP.splitlines())
