@@ -1,13 +1,14 @@
 # make demo   set up, then the main job end to end on this machine's CPU
 # make test   set up, then every test (fast: under a minute, for daily work)
 # make lint   ruff and pyright
+# make papers the two papers' experiments: hours
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
 # The front end is idle while the CPU engine computes: on a small machine the engine gets every core.
 export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
 
-.PHONY: demo test fast lint bench-gpu clean
+.PHONY: demo test fast lint papers bench-gpu clean
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.ready
@@ -24,6 +25,9 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+papers: $(VENV)/.ready
+	$(BIN)/python -m benchmarks.papers --out papers
 
 bench-gpu:
 	$(PYTHON) benchmarks/bench_divergence.py --device cuda

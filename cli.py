@@ -364,17 +364,18 @@ def train(
     torchrun or accelerate every process takes its share of each step, with the same result.
 
     \b
-    VIEW is one of the first seven, and any of the last three behind it (+):
-    full             all tokens, every cached row
-    lsp:P            the first P of all tokens
-    reasoning-lsp:P  the first P of the reasoning; then the answer, by CE
-    trsd:DIST        the answer's rows after the reasoning's first part
-    left:P           all of a cache of `score --crop left:P`
-    middle:P         all of a cache of `score --crop middle:P`
-    right:P          all of a cache of `score --crop right:P`
-    both-ends:P      the first and the last P/2 of the rows
-    random-mask:P    P of the rows, the same in every epoch
-    token-matched    as many rows of each section as its smallest has
+    VIEW is one of the first eight, and any of the last three behind it (+):
+    full                all tokens, every cached row
+    lsp:P               the first P of all tokens
+    reasoning-lsp:P     the first P of the reasoning; then the answer, by CE
+    trsd:DIST           the answer's rows after the reasoning's first part
+    trsd-anchored:DIST  the same, and the rows of that part
+    left:P              all of a cache of `score --crop left:P`
+    middle:P            all of a cache of `score --crop middle:P`
+    right:P             all of a cache of `score --crop right:P`
+    both-ends:P         the first and the last P/2 of the rows
+    random-mask:P       P of the rows, the same in every epoch
+    token-matched       as many rows of each section as its smallest has
 
     Examples:
 

@@ -155,6 +155,11 @@ def _trsd(facts: Facts) -> list[Arm]:
         Arm("trsd:0.1-0.9", "the answer's rows after a part of the reasoning, drawn anew each epoch", "trsd:0.1-0.9"),
         Arm("trsd:0.5", "the answer's rows after the first half of the reasoning", "trsd:0.5"),
         Arm("trsd:1", "the answer's rows after the whole reasoning: the control, nothing is cut", "trsd:1"),
+        Arm(
+            "trsd-anchored",
+            "the answer's rows after a quarter, half, three quarters or all of the reasoning, and the rows of that part",
+            "trsd-anchored:0.25,0.5,0.75,1",
+        ),
     ]
 
 

@@ -116,19 +116,35 @@ def reasoning_lsp(trace: Trace, epoch: int, p: Share) -> Plan:
 def trsd(trace: Trace, epoch: int, spread: Spread) -> Plan:
     """The first r of the reasoning, then the closing and the answer; taught are the answer's rows, and no others.
 
-    The student learns to say with less reasoning what the teacher said after all of it: the one view whose rows were
-    made with more context than it feeds. r is drawn from `spread` by trace id and epoch.
+    The student learns to say with less reasoning what the teacher said after all of it: with `trsd_anchored` the only view
+    whose rows were made with more context than it feeds. r is drawn from `spread` by trace id and epoch.
     """
-    r = spread.at(float(_draws(1, "trsd", trace.trace_id, str(epoch))[0] >> np.uint64(11)) / 2**53)
-    whole, (start, stop) = full(trace), _cut_reasoning(trace, r)
+    whole, (start, stop) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
     token_L = np.arange(len(whole.fed))
     fed = (token_L < start) | (token_L >= stop)
     return Plan(fed, whole.by_row & (token_L >= trace.sections.answer_start), whole.by_token)
 
 
+def trsd_anchored(trace: Trace, epoch: int, spread: Spread) -> Plan:
+    """As `trsd`, and the rows up to the cut are taught too: they hold the student to its reasoning while it learns.
+
+    The closing is not taught where something is cut, since the teacher did not end there. Where nothing is cut this is `full`.
+    """
+    whole, (start, stop) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
+    if start == stop:
+        return whole
+    token_L = np.arange(len(whole.fed))
+    before_L, answer_L = token_L < start, token_L >= trace.sections.answer_start
+    return Plan(before_L | (token_L >= stop), whole.by_row & (before_L | answer_L), whole.by_token)
+
+
 def crop(trace: Trace, epoch: int, p: Share) -> Plan:
     """All of a trace that was cropped already, when the teacher read it."""
     return full(trace)
+
+
+def _drawn_share(trace: Trace, epoch: int, spread: Spread) -> float:
+    return spread.at(float(_draws(1, "trsd", trace.trace_id, str(epoch))[0] >> np.uint64(11)) / 2**53)
 
 
 def _cut_reasoning(trace: Trace, p: float) -> tuple[int, int]:
@@ -214,6 +230,7 @@ _TABLE = (
     Step("lsp", Share, "lsp:0.5", "the first P of all tokens", lsp),
     Step("reasoning-lsp", Share, "reasoning-lsp:0.5", "the first P of the reasoning; then the answer, by CE", reasoning_lsp),
     Step("trsd", Spread, "trsd:0.1-0.9", "the answer's rows after the reasoning's first part", trsd),
+    Step("trsd-anchored", Spread, "trsd-anchored:0.1-0.9", "the same, and the rows of that part", trsd_anchored),
     Step("left", Share, "left:0.5", "all of a cache of `score --crop left:P`", crop),
     Step("middle", Share, "middle:0.5", "all of a cache of `score --crop middle:P`", crop),
     Step("right", Share, "right:0.5", "all of a cache of `score --crop right:P`", crop),
@@ -222,4 +239,4 @@ _TABLE = (
     Step("token-matched", None, "token-matched", "as many rows of each section as its smallest has", None, token_matched),
 )  # fmt: skip
 STEPS = {step.name: step for step in _TABLE}
-VIEW_HELP = "\n".join(f"{step.usage:<17}{step.help}" for step in STEPS.values())  # a step a line, for --help
+VIEW_HELP = "\n".join(f"{step.usage:<20}{step.help}" for step in STEPS.values())  # a step a line, for --help

@@ -32,6 +32,7 @@ from logitcache.student.steps import (
     reasoning_lsp,
     sections_of,
     trsd,
+    trsd_anchored,
 )
 
 # T input positions of a lesson, L tokens of its trace, N some of them.
@@ -103,7 +104,7 @@ class View:
         path = path.rstrip("/") or path
         if step.cut is crop:
             _check_crop(f"{step.name}:{argument}", identity, path)
-        if step.cut in (reasoning_lsp, trsd):
+        if step.cut in (reasoning_lsp, trsd, trsd_anchored):
             _check_reasoning(step.name, identity, path)
 
 

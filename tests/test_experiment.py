@@ -289,7 +289,7 @@ def test_arms_are_those_that_the_cache_can_serve():
     assert names("lsp") == [f"lsp:{i / 10:g}" for i in range(1, 11)]
     assert names("halves") == ["left", "middle", "right"]
     assert names("token-matched", prompt_rows=True) == ["reasoning", "answer", "prompt"]
-    assert names("trsd") == ["full", "trsd:0.1-0.9", "trsd:0.5", "trsd:1"]
+    assert names("trsd") == ["full", "trsd:0.1-0.9", "trsd:0.5", "trsd:1", "trsd-anchored"]
     assert names("first-derivation", points=(0.5,)) == ["full", "lsp:0.5", "reasoning-lsp:0.25", "reasoning-lsp:0.5"]
     losses = names("losses", sampled=True)
     assert len(losses) == len(set(losses)) == 6 + 3 + 4

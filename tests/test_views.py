@@ -118,6 +118,17 @@ def test_trsd_teaches_the_rows_of_the_answer_after_a_part_of_the_reasoning():
     assert spelled(View("trsd:0.5")(made((1, 2, 3, 4), length=5))) == "10 11 12 13>4:3"
 
 
+def test_anchored_trsd_teaches_the_rows_before_the_cut_too_but_never_to_end_there():
+    assert spelled(View("trsd-anchored:0.5")(made())) == "10>1:0 11>2:1 12>3:2 13>4:3 14>5:4 15 18>9:8 19>10:9"
+    assert spelled(View("trsd-anchored:0.5")(made(row_start=3))) == "10 11 12>3:0 13>4:1 14>5:2 15 18>9:6 19>10:7"
+    assert spelled(View("trsd-anchored:1")(made())) == ALL
+    assert spelled(View("trsd-anchored:0.5")(made(NO_REASONING))) == ALL
+    assert spelled(View("trsd-anchored:0.5")(made(NEVER_CLOSED))) == "10>1:0 11>2:1 12>3:2 13>4:3 14>5:4 15>6:5"
+    for epoch in range(3):  # it draws what trsd draws
+        fed = [View(f"{name}:0.1-0.9")(wide(100), epoch).input_ids.tolist() for name in ("trsd", "trsd-anchored")]
+        assert fed[0] == fed[1]
+
+
 @pytest.mark.parametrize("bounds", [NO_ANSWER, NEVER_CLOSED])
 def test_trsd_teaches_nothing_where_there_is_no_answer(bounds):
     assert spelled(View("trsd:0.1-0.9")(made(bounds))) == ""
@@ -181,7 +192,7 @@ def test_a_lesson_depends_on_trace_and_view_alone_and_on_the_epoch_where_trsd_dr
     for step in STEPS.values():
         first, again, later = (spelled(View(step.example)(trace, epoch)) for epoch in (0, 0, 1))
         assert first == again
-        assert (first == later) == (step.name != "trsd"), step.name
+        assert (first == later) == (not step.name.startswith("trsd")), step.name
     assert spelled(View("trsd:0.5")(trace, 0)) == spelled(View("trsd:0.5")(trace, 1)), "nothing is drawn"
 
 
@@ -345,7 +356,7 @@ def test_the_command_survives_a_path_with_a_space():
     assert words[-1] == "my cache-right"
 
 
-@pytest.mark.parametrize("view", ["reasoning-lsp:0.5", "trsd:0.5"])
+@pytest.mark.parametrize("view", ["reasoning-lsp:0.5", "trsd:0.5", "trsd-anchored:0.5"])
 def test_cutting_the_reasoning_of_a_cache_without_any_is_refused(view):
     View(view).check(tiny.identity(), "cache")
     View(view).check(replace(tiny.identity(), reasoning_markers=None, answer_regex="Answer:"), "cache")
@@ -366,7 +377,8 @@ def test_sections_and_tenths_go_by_the_token():
 
 
 SHARES = st.sampled_from(["0.01", "0.29", "0.5", "0.75", "1"])
-CUTS = st.sampled_from(["full", "lsp:{}", "reasoning-lsp:{}", "trsd:{}", "trsd:0.1-0.9", "trsd:0.25,0.5,1", "right:{}"])
+TRSD = ("trsd:{}", "trsd:0.1-0.9", "trsd:0.25,0.5,1", "trsd-anchored:{}", "trsd-anchored:0.25,0.5,1")
+CUTS = st.sampled_from(["full", "lsp:{}", "reasoning-lsp:{}", *TRSD, "right:{}"])
 CHOICES = st.sampled_from(["both-ends:{}", "random-mask:{}", "token-matched"])
 
 
@@ -403,9 +415,9 @@ def test_a_view_never_teaches_a_row_whose_context_the_student_was_not_given(view
             assert target >= answer
             continue
         assert target == trace.row_start + row
-        if text.startswith("trsd"):
+        if text.startswith("trsd:"):
             assert target >= answer
-        else:
+        if not text.startswith("trsd") or target < answer:
             assert lesson.input_ids[: position + 1].tolist() == tokens[: trace.row_start + row]
 
 

@@ -48,7 +48,8 @@ SIZES = {
         easy_steps=Schedule(steps=300, traces=36, rate=2.5e-3),
         steps=Schedule(steps=2500, traces=24, rate=2e-3),
         student=Shape(layers=3, hidden=128, heads=4, head_dim=32, intermediate=384),
-        warm_steps=Schedule(steps=120, traces=24, rate=2e-3, warmup=20),
+        warm_steps=Schedule(steps=250, traces=24, rate=2e-3, warmup=20),
+        warm_traces=150,
     ),
     "gpu": Size(
         ranges=Ranges(digits=tuple(range(4, 9)), terms=tuple(range(6, 13)), factors=((3, 2), (4, 1), (3, 3), (4, 2))),
