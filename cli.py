@@ -422,7 +422,7 @@ def eval_(
         str | None,
         typer.Option(
             help="Questions with `answer`, as in generate: the student answers them through vLLM. Options from here on "
-            "are for these; a LoRA adapter is merged into its model first."
+            "are for these; merge a LoRA adapter into its model first."
         ),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Directory of the answers: new, or one to go on with.")] = None,
@@ -486,9 +486,9 @@ def eval_(
         _pairs("--engine-arg", engine_arg), _pairs("--template-arg", template_arg),
     )  # fmt: skip
     found = measure(options)
+    typer.echo(json.dumps(found, indent=1) if as_json else describe_budgets(found))
     if found["stopped"]:
         raise typer.Exit(_signal_code(found["stopped"]))
-    typer.echo(json.dumps(found, indent=1) if as_json else describe_budgets(found))
 
 
 @app.command(short_help="Set runs side by side.")

@@ -1,7 +1,7 @@
 """Two papers on a reasoner of our own: its cache, their experiments, and their headlines beside what came out.
 
     python -m benchmarks.papers --out papers                # all of it, hours on two cores; what is done is not done again
-    python -m benchmarks.papers --out papers --only lsp     # one experiment, so that several can run side by side
+    python -m benchmarks.papers --out papers --only lsp     # one experiment; beside another, once the cache is there
     python -m benchmarks.papers --out papers --publish      # into benchmarks/reports: reports, and the table of headlines
 
 Distilling the Essence: Efficient Reasoning Distillation via Sequence Truncation (arXiv 2512.21002)
@@ -55,6 +55,8 @@ def main() -> None:
     parser.add_argument("--only", default=",".join(EXPERIMENTS), help="such as lsp,trsd [default: all]")
     parser.add_argument("--publish", action="store_true", help="copy reports that are there, and write their headlines")
     given = parser.parse_args()
+    if unknown := set(given.only.split(",")) - EXPERIMENTS.keys():
+        parser.error(f"--only {', '.join(unknown)}: choose from {', '.join(EXPERIMENTS)}")
     if given.publish:
         return publish(given.out)
     make(SIZES["cpu"], given.out / "reasoner")

@@ -38,7 +38,8 @@ _OPERATORS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {  # Arrow's nam
     ">": ("greater", operator.gt),
     ">=": ("greater_equal", operator.ge),
 }
-_NUMBERS = ("tokens", "rows", "sample_index", *NAMES)
+LENGTHS = ("tokens", "rows", *NAMES)
+_NUMBERS = (*LENGTHS, "sample_index")
 _TEXTS = {"finish_reason": "finish_reason", "prompt_id": "prompt_id", "trace_id": "trace_id", "gold": "answer"}
 _ALL = ("correct", *_NUMBERS, *_TEXTS, "meta.NAME")
 _CLAUSE = re.compile(

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from logitcache.errors import InputError
+from logitcache.student.steps import Share
 
 BEFORE = "before"  # the arm that is not trained: the student as it was given
 PROMPT, REASONING, ANSWER = ALL = ("prompt", "reasoning", "answer")
@@ -59,14 +60,15 @@ class Facts:
 class Experiment:
     """title: what it varies. reference: the arm that costs are set against, the first of these that there is.
 
-    crops: whether the teacher has to read parts of traces alone. where: the traces it is about, if the cache has that
-    column; it is then evaluated on held-out traces of that kind.
+    crops: whether the teacher has to read parts of traces alone. points: whether its shares can be chosen. where: the
+    traces it is about, if the cache has that column; it is then evaluated on held-out traces of that kind.
     """
 
     title: str
     arms: Callable[[Facts], list[Arm]]
     reference: tuple[str, ...] = ()
     crops: bool = False
+    points: bool = False
     where: str | None = None
 
 
@@ -98,9 +100,8 @@ def _sections(facts: Facts) -> list[Arm]:
 
 
 def _lead_span(p: float) -> Arm:
-    return Arm(
-        f"lsp:{p:g}", f"the first {p:.0%} of prompt, reasoning and answer; the rest is not fed", f"lsp:{p:g}", kept=p
-    )
+    view = f"lsp:{Share(p)}"
+    return Arm(view, f"the first {100 * p:.4g}% of prompt, reasoning and answer; the rest is not fed", view, kept=p)
 
 
 def _lsp(facts: Facts) -> list[Arm]:
@@ -136,12 +137,12 @@ def _losses(facts: Facts) -> list[Arm]:
 
     def arm(divergence: str = DIVERGENCES[0], k: int = facts.top_k, tail: str = "bucket") -> Arm:
         name = f"{divergence},k={k},{tail}"
-        about = f"{divergence} from the {k} likeliest ids of a row, tail {tail}"
+        about = f"{divergence} from the {k} likeliest ids of a row and the pinned ones, tail {tail}"
         short = {"top_k": k} if k < facts.top_k else {}
         return Arm(name, about, set={"divergence": divergence, "tail": tail, **short})
 
     fewer = [k for k in (facts.top_k // 4, facts.top_k // 16, 1) if 0 < k < facts.top_k]
-    short = [k for k in fewer if k > 1][-1:]  # of one id alone, renormalised, there is nothing to learn
+    short = [k for k in fewer if k > 1][-1:]  # of one id, renormalised, hardly anything is to learn
     tails = ["support", *(["sampled"] if facts.sampled else [])]
     arms = [arm(divergence) for divergence in DIVERGENCES]
     arms += [arm(k=k) for k in fewer]
@@ -177,12 +178,12 @@ def _first_derivation(facts: Facts) -> list[Arm]:
 
 EXPERIMENTS = {
     "sections": Experiment("Which sections to supervise", _sections, ("all", "reasoning+answer")),
-    "lsp": Experiment("Lead span: how much of each trace is enough", _lsp, ("lsp:1",)),
+    "lsp": Experiment("Lead span: how much of each trace is enough", _lsp, ("lsp:1",), points=True),
     "halves": Experiment("First half, middle or last half", _halves, ("left",), crops=True),
     "token-matched": Experiment("Sections at an equal number of taught tokens", _token_matched, (REASONING,)),
     "losses": Experiment("Divergence, entries of a row, and tail", _losses),
     "trsd": Experiment("Answers after cut reasoning (TRSD)", _trsd, ("full",)),
     "first-derivation": Experiment(
-        "As far as the first derivation", _first_derivation, ("full",), where="meta.family=redundant"
+        "As far as the first derivation", _first_derivation, ("full",), points=True, where="meta.family=redundant"
     ),
 }

@@ -58,12 +58,17 @@ def check(code: int, what: str, log: Path) -> str | None:
 
     Raises: InputError or TrainingError with what the command said last.
     """
-    if code > 128:
-        name = signal.Signals(code - 128).name
-        if name in ("SIGINT", "SIGTERM"):
-            return name
+    signals = {each.value: each.name for each in signal.Signals}
+    killed = signals.get(code - 128)
+    if killed in ("SIGINT", "SIGTERM"):
+        return killed
     if code == 0:
         return None
+    if killed:
+        memory = " (out of memory?)" if killed == "SIGKILL" else ""
+        raise TrainingError(
+            f"{what} was killed by {killed}{memory}; run the same command again to go on (its log: {log})"
+        )
     said = (
         [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     )
@@ -90,7 +95,8 @@ def crop(
     source: Path, identity: Identity, teacher: str, which: str, out: Path, engine_args: dict[str, Any]
 ) -> list[str]:
     """`logitcache score` of a crop, with rows of the source's kind."""
-    pinned = map(str, identity.pin_tokens)
+    pinned, engine = map(str, identity.pin_tokens), identity.engine_args | engine_args
+    local, revision = Path(teacher).is_dir(), identity.teacher_revision
     settings = {
         "top_k": identity.top_k,
         "top_p": identity.top_p,
@@ -99,7 +105,9 @@ def crop(
         "exact": identity.exact or None,
         "prompt_logits": identity.prompt_logits,
         "dtype": identity.dtype,
-        "engine_args": identity.engine_args | engine_args,
+        "revision": None if local or teacher != identity.teacher or revision == "unknown" else revision,
+        "template_args": engine.pop("template_args", {}),
+        "engine_args": engine,
     }
     return [
         "score",

@@ -9,7 +9,9 @@ from typing import Any
 from logitcache import prompts as sources
 from logitcache.budgets import DEFAULT, BudgetOptions
 from logitcache.cache import Cache
-from logitcache.errors import InputError, NotACacheError, PromptsError, StudentError
+from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError, StudentError
+from logitcache.filters import LENGTHS, Filter
+from logitcache.manifest import weights_fingerprint
 from logitcache.prompts import PromptSet
 from logitcache.sections import Markers
 from logitcache.student.arms import Arm, Experiment, Facts, experiment
@@ -56,7 +58,7 @@ class Plan:
     """What an experiment comes to.
 
     where: the traces that are learnt from. evaluation: options of the held-out evaluation that all arms share, None
-    where the one of each run is that already.
+    where the one of each run is that already. tokens_per_batch: of whole traces.
     """
 
     experiment: Experiment
@@ -65,6 +67,15 @@ class Plan:
     where: str | None
     evaluation: dict[str, Any] | None
     prompts: PromptSet | None
+    tokens_per_batch: int
+
+    def settings(self, arm: Arm) -> dict[str, Any]:
+        """Of TrainOptions, those that the arm does not share. A step on crops has as many traces as one on whole ones."""
+        own = {"where": self.where, **arm.set, "view": arm.view, "sections": arm.sections}
+        if arm.crop:
+            assert arm.kept
+            own["tokens_per_batch"] = max(1, round(arm.kept * self.tokens_per_batch))
+        return own
 
 
 def plan(options: ExperimentOptions) -> list[Arm]:
@@ -82,6 +93,8 @@ def prepare(options: ExperimentOptions) -> Plan:
         raise InputError(f"--seeds {options.seeds}: give at least 1, and 3 to see the spread")
     if bad := [p for p in options.points or () if not 0 < p <= 1]:
         raise InputError(f"--points {bad[0]}: a share of the tokens lies in (0, 1]")
+    if options.points and not chosen.points:
+        raise InputError(f"--points: the arms of {options.name} are not shares; leave it out")
     if chosen.crops and not options.teacher:
         raise InputError(f"experiment {options.name} has the teacher read parts of traces alone: give --teacher")
     cache = Cache.open(options.cache)
@@ -89,18 +102,19 @@ def prepare(options: ExperimentOptions) -> Plan:
         raise NotACacheError(f"{options.cache} holds no trace yet; `logitcache generate` some")
     identity = cache.identity
     drawn = identity.not_drawn is None
-    arms = chosen.arms(
-        Facts(identity.prompt_logits, identity.top_k, drawn and not identity.prompt_logits, options.points)
-    )
+    points = tuple(dict.fromkeys(options.points)) if options.points else None
+    arms = chosen.arms(Facts(identity.prompt_logits, identity.top_k, drawn and not identity.prompt_logits, points))
     _check_shared(options, arms)
     where = options.shared.get("where")
-    if where is None and chosen.where and _has(cache, chosen.where):
-        where = chosen.where
+    if chosen.where and _has(cache, chosen.where):
+        where = f"{where} and {chosen.where}" if where else chosen.where
     evaluation = _evaluation(options, chosen, cache, where)
-    _check_arms(options, arms, cache, where)
+    tokens_per_batch = _check_arms(options, arms, cache, where)
+    if chosen.crops:
+        _check_crops(options, cache, where)
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the report has plots: pip install 'logitcache[plots]'")
-    return Plan(chosen, arms, cache, where, evaluation, _prompts(options))
+    return Plan(chosen, arms, cache, where, evaluation, _prompts(options), tokens_per_batch)
 
 
 def _check_shared(options: ExperimentOptions, arms: list[Arm]) -> None:
@@ -113,16 +127,21 @@ def _check_shared(options: ExperimentOptions, arms: list[Arm]) -> None:
             raise StudentError(f"{name!r} is no training option that arms can share: did you mean {near!r}?")
         if any(name in arm.set for arm in arms):
             raise StudentError(f"{name} is what the arms of {options.name} vary: leave it out")
+    for name in options.shared.get("set", {}):
+        if name in ("seed", "data_seed") or any(name in arm.set for arm in arms):
+            raise StudentError(f"--set {name}: it is what the runs of {options.name} vary; leave it out")
+        if name in good:
+            raise StudentError(f"--set {name}: it has an option of its own; give --{name.replace('_', '-')}")
 
 
-def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where: str | None) -> None:
-    """Raises: what training would, for the settings that all arms share and for each arm's view."""
+def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where: str | None) -> int:
+    """Returns: tokens a batch. Raises: what training would, for the settings that all arms share and for each arm's view."""
     from logitcache.student.data import matching
     from logitcache.student.options import TrainOptions, configure
     from logitcache.student.order import split
     from logitcache.student.views import View
 
-    configure(TrainOptions(options.cache, options.student, options.out, **options.shared))
+    config = configure(TrainOptions(options.cache, options.student, options.out, **options.shared))
     for arm in arms:
         view = View(arm.view, arm.sections)
         if not arm.crop:
@@ -132,6 +151,23 @@ def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where
         raise StudentError(f"{options.cache}: no trace is left to learn from where {where}")
     if str(options.student).startswith(("/", ".", "~")) and not Path(options.student).exists():
         raise StudentError(f"{options.student} does not exist: give --student a model folder or a hub id")
+    return config.tokens_per_batch
+
+
+def _check_crops(options: ExperimentOptions, cache: Cache, where: str | None) -> None:
+    """Raises: InputError for conditions that a crop would meet otherwise than its trace, and for another teacher."""
+    counted = [c.name for c in Filter.parse(where).clauses if c.name in LENGTHS] if where else []
+    if counted:
+        raise InputError(
+            f"--where {where}: {counted[0]} is another number in a crop than in its trace; `logitcache slice` the cache "
+            "by it first"
+        )
+    teacher, identity = Path(options.teacher or ""), cache.identity
+    if teacher.is_dir() and (found := weights_fingerprint(teacher)) != identity.teacher_revision:
+        raise IdentityError(
+            f"{options.cache} was made by {identity.teacher} @ {identity.teacher_revision}, and --teacher {teacher} is "
+            f"@ {found}; give the teacher that made it"
+        )
 
 
 def _has(cache: Cache, where: str) -> bool:

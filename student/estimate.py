@@ -51,7 +51,7 @@ def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]
         times = config.num_train_epochs * len(chosen) / len(sample)
     table = []
     for arm, (fed, taught, flops) in zip(arms, sums * times, strict=True):
-        runs = [found for seed in range(options.seeds) if (found := finished(options.place(arm, seed)))]
+        runs = [found for seed in range(options.seeds) if (found := finished(options.place(arm, seed), arm))]
         table.append(
             {
                 "arm": arm.name,

@@ -11,10 +11,10 @@ Each command runs in a process of its own: its peak of memory is then its own, a
 finished is not made again.
 """
 
-import contextlib
 import hashlib
 import json
 import platform
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -26,15 +26,16 @@ from logitcache.answers import AnswerFile, Key
 from logitcache.budgets import ANSWERS, RESULTS, Budget, pass_at_1
 from logitcache.cache import Cache
 from logitcache.console import Stop
-from logitcache.errors import IdentityError, NotACacheError
+from logitcache.errors import IdentityError, LogitcacheError, NotACacheError
 from logitcache.files import exclusive, publish_json, read_json
-from logitcache.manifest import first_difference
+from logitcache.manifest import first_difference, weights_fingerprint
 from logitcache.prompts import PromptSet
 from logitcache.student import commands, findings
 from logitcache.student.arms import BEFORE, Arm
 from logitcache.student.checkpoints import RUN_FILE
 from logitcache.student.commands import Call, in_process_of_its_own
 from logitcache.student.design import SEED, ExperimentOptions, Plan, plan, prepare
+from logitcache.student.views import View
 
 __all__ = ["ExperimentOptions", "describe", "plan", "run"]
 SETTINGS, LOCK = "experiment.json", ".lock"
@@ -43,7 +44,7 @@ SETTINGS, LOCK = "experiment.json", ".lock"
 def run(
     options: ExperimentOptions, call: Call | None = None, say: Callable[[str], None] | None = None
 ) -> dict[str, Any]:
-    """Makes what OUT lacks of the experiment, and writes up what is there.
+    """Makes what OUT lacks of the experiment, and writes up what is there. A run that fails keeps no other from its turn.
 
     Args:
         call: runs a command of logitcache, by default in a process of its own.
@@ -59,8 +60,12 @@ def run(
         work = _Work(options, made, call or in_process_of_its_own, stop, say or _say)
         work.all()
         rows = list(_rows(options, made))
-        about |= {"stopped": work.stopped, "where": made.where, "evaluation": made.evaluation}
+        about |= {"stopped": work.stopped, "failed": list(map(str, work.failed))}
+        about |= {"where": made.where, "evaluation": made.evaluation}
         files = findings.write(options.out, made.experiment, made.arms, rows, about, _versions(options, made.arms))
+    if work.failed:
+        more = f", and {len(work.failed) - 1} more that failed" if len(work.failed) > 1 else ""
+        raise type(work.failed[0])(f"{work.failed[0]}{more}; what is done is written up in {files[0]}")
     status = {"status": "stopped" if work.stopped else "finished", "signal": work.stopped}
     found = {"experiment": options.name, "out": str(options.out), "made": work.made, "rows": rows, "files": files}
     return found | status
@@ -82,6 +87,7 @@ class _Work:
     def __init__(self, options: ExperimentOptions, made: Plan, call: Call, stop: Stop, say: Callable[[str], None]):
         self.options, self.plan, self.call, self.stop, self.say = options, made, call, stop, say
         self.made, self.stopped = 0, None
+        self.failed: list[LogitcacheError] = []
 
     def all(self) -> None:
         """A seed after the other, so that a stop leaves whole sets of arms; ends early where a signal came."""
@@ -89,7 +95,10 @@ class _Work:
             if self.stopped or self.stop.signal:
                 self.stopped = self.stopped or self.stop.signal
                 return
-            step()
+            try:
+                step()
+            except LogitcacheError as e:
+                self.failed.append(e)
 
     def _steps(self) -> Iterator[Callable[[], None]]:
         for arm in self.plan.arms:
@@ -123,27 +132,43 @@ class _Work:
         options, out = self.options, self.options.crop(arm)
         assert arm.crop
         assert options.teacher
-        with contextlib.suppress(NotACacheError):  # not begun
-            if len(Cache.open(out)) >= len(self.plan.cache):
-                return
+        if self._cropped(arm):
+            return
         engine = options.answers.get("engine_args", {})
         identity = self.plan.cache.identity
         self._run(f"crop {arm.crop}", commands.crop(options.cache, identity, options.teacher, arm.crop, out, engine))
 
+    def _cropped(self, arm: Arm) -> bool:
+        """Raises: IdentityError for a crop that another teacher read."""
+        wanted, out = self.plan.cache, self.options.crop(arm)
+        try:
+            cache = Cache.open(out)
+        except NotACacheError:  # not begun
+            return False
+        if (found := cache.identity.teacher_revision) != wanted.identity.teacher_revision:
+            raise IdentityError(
+                f"{out} was read by a teacher @ {found}, and {self.options.cache} was made @ "
+                f"{wanted.identity.teacher_revision}; remove {out} and give --teacher the one that made the cache"
+            )
+        return len(cache) >= len(wanted)
+
     def _train(self, arm: Arm, seed: int) -> None:
         options, place = self.options, self.options.place(arm, seed)
-        if finished(place):
+        if finished(place, arm) or (arm.crop and not self._cropped(arm)):
             return
-        settings = {"seed": seed, **options.shared, "where": self.plan.where, **arm.set}
-        settings |= {"view": arm.view, "sections": arm.sections}
+        if not place.exists():  # what was measured of an earlier run there is not this one's
+            for what in ("evaluation", "accuracy"):
+                beside(place, what).unlink(missing_ok=True)
+            shutil.rmtree(_answers(place), ignore_errors=True)
+        settings = {"seed": seed, **options.shared, **self.plan.settings(arm)}
         cache = options.crop(arm) if arm.crop else options.cache
         self._run(f"train {_name(arm, seed)}", commands.train(cache, options.student, place, settings))
 
     def _evaluate(self, arm: Arm | str, seed: int, student: str) -> None:
         assert self.plan.evaluation is not None
         file = beside(self.options.place(arm, seed), "evaluation")
-        asked = {"student": _weights(student), **self.plan.evaluation}
-        if _asked(file) == asked:
+        asked = asked_of_teacher(self.plan, student)
+        if _there(file, asked) or not _exists(arm, student):
             return
         printed = self._run(
             f"evaluate {_name(arm, seed)}", commands.evaluate(self.options.cache, student, self.plan.evaluation)
@@ -155,41 +180,78 @@ class _Work:
         options, place = self.options, self.options.place(arm, seed)
         assert options.prompts
         assert self.plan.prompts
-        file, out = beside(place, "accuracy"), place.with_name(place.name + "-answers")
-        settings = {"budgets": options.budgets, "verifier": options.verifier, **options.answers}
-        prompts = [[prompt.id, prompt.digest(), prompt.answer] for prompt in self.plan.prompts]
-        digest = hashlib.blake2b(json.dumps(prompts).encode()).hexdigest()
-        asked = {"student": _weights(student), "prompts": digest, "by": options.by, **settings}
-        if _asked(file) == json.loads(json.dumps(asked)):
+        file, out, asked = beside(place, "accuracy"), _answers(place), asked_of_answers(options, self.plan, student)
+        if _there(file, asked) or not _exists(arm, student):
             return
-        if (
-            self._run(f"answers of {_name(arm, seed)}", commands.answer(student, options.prompts, out, settings))
-            is None
-        ):
+        arguments = commands.answer(student, options.prompts, out, _of_answers(options))
+        if self._run(f"answers of {_name(arm, seed)}", arguments) is None:
             return
         found, groups = read_json(out / RESULTS), _by_group(options, self.plan.prompts, out)
         publish_json(file, {"asked": asked, "found": found["budgets"], "groups": groups})
+
+
+def asked_of_teacher(made: Plan, student: str) -> dict[str, Any]:
+    """All that an evaluation depends on."""
+    return {"student": _weights(student), **(made.evaluation or {})}
+
+
+def asked_of_answers(options: ExperimentOptions, made: Plan, student: str) -> dict[str, Any]:
+    """All that answers depend on, as JSON has it."""
+    prompts = [[prompt.id, prompt.digest(), prompt.answer] for prompt in made.prompts or ()]
+    digest = hashlib.blake2b(json.dumps(prompts).encode()).hexdigest()
+    asked = {"student": _weights(student), "prompts": digest, "by": options.by, **_of_answers(options)}
+    return json.loads(json.dumps(asked))
+
+
+def _of_answers(options: ExperimentOptions) -> dict[str, Any]:
+    return {"budgets": options.budgets, "verifier": options.verifier, **options.answers}
 
 
 def beside(place: Path, what: str) -> Path:
     return place.with_name(f"{place.name}-{what}.json")
 
 
-def finished(place: Path) -> dict[str, Any] | None:
-    """run.json of a run that is finished."""
+def _answers(place: Path) -> Path:
+    return place.with_name(place.name + "-answers")
+
+
+def finished(place: Path, arm: Arm) -> dict[str, Any] | None:
+    """run.json of an arm's run that is finished.
+
+    Raises: IdentityError for one that an arm of that name made when it meant something else.
+    """
     try:
         found = json.loads((place / RUN_FILE).read_text())
     except (OSError, ValueError):
         return None
-    return found if found.get("status") == "finished" else None
+    if found.get("status") != "finished":
+        return None
+    view = View(arm.view, arm.sections)
+    wanted = {"view": str(view), "sections": list(view.sections), **arm.set}
+    if difference := first_difference(found, wanted):
+        name, was, here = difference
+        raise IdentityError(
+            f"{place} was made with {name} = {was!r}, and arm {arm.name} has {here!r}; remove it, or give --out a new "
+            "directory"
+        )
+    return found
+
+
+def _exists(arm: Arm | str, student: str) -> bool:
+    """Whether there is something to measure: the student as it was given, or a run that came to its end."""
+    return not isinstance(arm, Arm) or finished(Path(student), arm) is not None
 
 
 def _name(arm: Arm | str, seed: int) -> str:
     return f"{arm.name} seed {seed}" if isinstance(arm, Arm) else arm
 
 
-def _asked(file: Path) -> dict[str, Any] | None:
-    return read_json(file)["asked"] if file.exists() else None
+def _there(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What was measured, where it was asked for just so."""
+    if not file.exists():
+        return None
+    found = read_json(file)
+    return found if found["asked"] == asked else None
 
 
 def _weights(student: str) -> str:
@@ -219,27 +281,31 @@ def _by_group(options: ExperimentOptions, prompts: PromptSet, out: Path) -> dict
 
 
 def _rows(options: ExperimentOptions, made: Plan) -> Iterator[dict[str, Any]]:
-    """A row for the student as it was given, then one an arm and seed, of those that are finished."""
+    """A row for the student as it was given, then one an arm and seed, of those that are finished.
+
+    What was measured when something else was asked, such as fewer prompts, is left out.
+    """
     places = [(arm, seed) for arm in made.arms for seed in range(options.seeds)]
-    runs = [(arm, seed, found) for arm, seed in places if (found := finished(options.place(arm, seed)))]
+    runs = [(arm, seed, found) for arm, seed in places if (found := finished(options.place(arm, seed), arm))]
     own = next((found["eval_before"] for arm, _, found in runs if not arm.crop), None)
-    measured = _measured(options.place(BEFORE, SEED), own, made)
+    measured = _measured(options, made, options.place(BEFORE, SEED), options.student, own)
     if any(measured):
         yield findings.row(options.name, Arm(BEFORE, ""), None, {}, *measured)
     for arm, seed, found in runs:
-        measured = _measured(options.place(arm, seed), found["eval_after"], made)
+        place = options.place(arm, seed)
+        measured = _measured(options, made, place, str(place), found["eval_after"])
         yield findings.row(options.name, arm, seed, found, *measured)
 
 
 def _measured(
-    place: Path, own: dict[str, Any] | None, made: Plan
+    options: ExperimentOptions, made: Plan, place: Path, student: str, own: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The evaluation, the accuracy by budget, and the same by group; {} for what is not there."""
     if made.evaluation is not None:
-        file = beside(place, "evaluation")
-        own = read_json(file)["found"] if file.exists() else None
-    file = beside(place, "accuracy")
-    answers = read_json(file) if made.prompts is not None and file.exists() else {}
+        there = _there(beside(place, "evaluation"), asked_of_teacher(made, student))
+        own = there and there["found"]
+    asked = made.prompts is not None
+    answers = (_there(beside(place, "accuracy"), asked_of_answers(options, made, student)) if asked else None) or {}
     return own or {}, answers.get("found", {}), answers.get("groups", {})
 
 
@@ -255,6 +321,7 @@ def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
         "cache": cache.identity.digest,
         "traces": cache.traces_digest,
         "student": str(student.resolve() if student.exists() else options.student),
+        "weights": weights_fingerprint(student) if student.is_dir() else None,
         "shared": json.loads(json.dumps(options.shared, default=str)),
     }
     place, machines = options.out / SETTINGS, []
@@ -301,7 +368,7 @@ def _machine() -> str:
 
 def _versions(options: ExperimentOptions, arms: list[Arm]) -> list[str]:
     """Of the programs that trained the runs, as their run.json say."""
-    runs = (finished(options.place(arm, seed)) for arm in arms for seed in range(options.seeds))
+    runs = (finished(options.place(arm, seed), arm) for arm in arms for seed in range(options.seeds))
     texts = (", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs if run)
     return list(dict.fromkeys(texts))
 

@@ -32,13 +32,16 @@ def groups(rows: Rows) -> list[str]:
 
 
 def relative(rows: Rows, reference: str) -> Rows:
-    """Rows with costs and natural accuracy as shares of the reference's of the same seed; seeds it lacks are left out."""
+    """Rows with costs and natural accuracy as shares of the reference's of the same seed.
+
+    Seeds that the reference lacks are left out, and measures that are 0 for one of its seeds, of which nothing is a share.
+    """
     base = {each["seed"]: each for each in rows if each["arm"] == reference}
     names = [n for n in dict.fromkeys(n for each in rows for n in each) if n.startswith(f"accuracy {NATURAL}")]
-    names += ["tokens_fed", "tokens_taught", *COSTS]
+    names = [n for n in (*names, "tokens_fed", "tokens_taught", *COSTS) if all(each.get(n) for each in base.values())]
     return [
         {"arm": each["arm"], "seed": each["seed"], "kept": each["kept"]}
-        | {n: each[n] / base[each["seed"]][n] for n in names if each.get(n) is not None and base[each["seed"]].get(n)}
+        | {n: each[n] / base[each["seed"]][n] for n in names if each.get(n) is not None}
         for each in rows
         if each["seed"] in base
     ]
@@ -63,6 +66,9 @@ def draw(title: str, rows: Rows, reference: str | None) -> dict[str, tuple[bytes
     plots[QUALITY] = _quality(title, rows, measures), f"{said[0].upper()}{said[1:]}, {where}. {dots} Dashed: untrained."
     if reference and (shares := relative(trained, reference)):
         line = " Dotted: cost in proportion to the tokens kept." if _by_share(trained) else ""
+        line += (
+            " Arms without such a share are in the table." if line and any(r["kept"] is None for r in trained) else ""
+        )
         plots[COST] = _cost(title, shares, reference), f"Costs of a run relative to {reference}, {where}.{line}"
     every = budgets(rows)
     if len(every) > 1:
@@ -157,7 +163,7 @@ def _budgets(title: str, rows: Rows, every: list[str]) -> bytes:
         for i, arm in enumerate(arms_of(rows)):
             found = [values(rows, arm, f"accuracy {budget}{suffix}") for budget in every]
             points = [(x, fmean(each)) for x, each in enumerate(found) if each]
-            style = {"color": colors.get(arm, f"C{i % 10}"), "marker": "o"}
+            style = {"color": colors.get(arm, f"C{i % 10}"), "marker": "os^"[i // 10 % 3]}
             style = {"color": "black", "linestyle": "--"} if arm == BEFORE else style
             if points:
                 plot.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=arm, **style)

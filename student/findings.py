@@ -48,6 +48,7 @@ def row(
         "ece": evaluation.get("ece"),
         "rows": evaluation.get("rows"),
     }
+    found |= {name: part[name] for part in list(accuracy.values())[:1] for name in ("prompts", "samples")}
     for budget, part in accuracy.items():
         found |= _accuracy(budget, part)
         found |= {f"answer tokens {budget}": part["answer_tokens"], f"total tokens {budget}": part["total_tokens"]}
@@ -158,10 +159,12 @@ def report(
         + " In the tables, numbers are means over the seeds ± their standard deviation where they differ; "
         f"`{BEFORE}` is the student untrained, as it was given.",
     ]
-    if lacking:
-        stop = f" It was stopped by {about['stopped']}." if about["stopped"] else ""
+    if lacking or about["stopped"] or about["failed"]:
+        said = [f"It was stopped by {about['stopped']}."] if about["stopped"] else []
         names = ", ".join(f"{name} ({n})" for name, n in lacking.items())
-        parts.append(f"**Not finished.**{stop} Runs that are missing, or not yet measured: {names}.")
+        said += [f"Runs that are missing, or not yet measured: {names}."] if lacking else []
+        said += [f"Failed: {each}." for each in about["failed"]]
+        parts.append(f"**Not finished.** {' '.join(said)}")
     parts += ["## Arms", _markdown(["arm", "view", "sections", "what it learns from"], _arms(arms, rows))]
     parts += _fidelity(rows, about) + _answered(rows, about) + _cost(rows, reference)
     parts += ["## Plots"] if captions else []
@@ -203,21 +206,21 @@ def _answered(rows: Rows, about: dict[str, Any]) -> list[str]:
     for group in figures.groups(rows):
         labels = {f"accuracy {b} [{group}]": b for b in every}
         parts += [f"Of these, the prompts of {group}:", _table(rows, labels, dict.fromkeys(labels, ".1%"))]
-    kinds = {"reasoning tokens": "reasoning", "total tokens": "all"}
-    chosen = [b for b in ("none", "100%", "50%") if b in every] or every[-1:]
-    labels = {f"{kind} {b}": f"{label}, {b}" for b in chosen for kind, label in kinds.items()}
-    labels |= {f"ended {b}": f"ended, {b}" for b in chosen[:1]}
+    natural = "none" if "none" in every else every[-1]
+    labels = {f"reasoning tokens {b}": f"reasoning, {b}" for b in every}
+    labels |= {f"total tokens {natural}": f"all, {natural}", f"ended {natural}": f"ended, {natural}"}
     forms = {name: ".1%" if name.startswith("ended") else ",.1f" for name in labels}
     found = [
         *parts,
         "## Length",
         "Tokens of an answer to a test prompt, its reasoning and all that follows the prompt, as means; ended is the "
         "share of samples that ended by themselves and not by the limit of tokens. A sample that never closes its "
-        "reasoning counts as reasoning up to that limit.",
+        "reasoning counts as reasoning up to that limit. A share of the reasoning is of the arm's own: where its reasoning "
+        "is short, so is half of it.",
         _table(rows, labels, forms),
     ]
-    if of := {f"reasoning tokens {chosen[0]} [{group}]": group for group in figures.groups(rows)}:
-        found += [f"Tokens of the reasoning by group, {chosen[0]}:", _table(rows, of, dict.fromkeys(of, ",.1f"))]
+    if of := {f"reasoning tokens {natural} [{group}]": group for group in figures.groups(rows)}:
+        found += [f"Tokens of the reasoning by group, {natural}:", _table(rows, of, dict.fromkeys(of, ",.1f"))]
     return found
 
 

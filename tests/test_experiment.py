@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import stat
 import threading
@@ -23,11 +24,13 @@ from logitcache.cli import app
 from logitcache.console import Stop
 from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, TrainingError
 from logitcache.files import publish_json
+from logitcache.manifest import weights_fingerprint
 from logitcache.score import Crop, _cropped
 from logitcache.student import arms, commands, findings
 from logitcache.student.arms import EXPERIMENTS, Arm, Facts
 from logitcache.student.estimate import describe_plan, estimate
-from logitcache.student.experiment import ExperimentOptions, describe, plan, run
+from logitcache.student.experiment import ExperimentOptions, describe, finished, plan, run
+from logitcache.student.figures import relative
 from logitcache.student.options import TrainOptions
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
@@ -55,7 +58,7 @@ def home(tmp_path_factory) -> Path:
 def options(home, tmp_path):
     def make(name: str, **changes) -> ExperimentOptions:
         given = {"cache": home / "cache", "student": str(home / "model"), "out": tmp_path / "out", "seeds": 1}
-        given |= {"shared": SHARED, "points": (0.5, 1.0)}
+        given |= {"shared": SHARED, "points": (0.5, 1.0) if EXPERIMENTS[name].points else None}
         return ExperimentOptions(name, **given | changes)
 
     return make
@@ -73,7 +76,7 @@ class Spy:
     """Runs commands here; those of an engine are made up: crops of the cache's own rows, answers that know w7."""
 
     def __init__(self, home: Path):
-        self.home, self.ran = home, []
+        self.home, self.ran, self.asked = home, [], []
 
     def __call__(self, arguments, log, stop) -> tuple[int, str]:
         self.ran.append(arguments[0] + (" --prompts" if "--prompts" in arguments else ""))
@@ -104,7 +107,9 @@ class Spy:
 
     def answer(self, out: Path, budgets: list[str]) -> tuple[int, str]:
         """Two of four prompts are right naturally, after 8 tokens of reasoning, and one after 4, where it is cut."""
-        out.mkdir(parents=True)
+        self.asked.append(out)
+        out.mkdir(parents=True, exist_ok=True)
+        (out / ANSWERS).unlink(missing_ok=True)
         file = AnswerFile(out / ANSWERS)
         for i, cut in itertools.product(range(4), (None, 4)):
             counts = {"opening": 1, "reasoning": cut or 8, "closing": 1, "answer": 2}
@@ -112,7 +117,7 @@ class Spy:
             told = {"digest": "d", "opened": True, "finish": "stop", "text": "", "tokens": array("i", [1])}
             file.add(Answer(f"q{i}", 0, cut, correct=right, **told, **counts))
         file.close()
-        part = {"ci": [0.2, 0.8], "answer_tokens": 2.0, "total_tokens": 12.0, "ended": 1.0}
+        part = {"ci": [0.2, 0.8], "answer_tokens": 2.0, "total_tokens": 12.0, "ended": 1.0, "prompts": 4, "samples": 1}
         shares = {b: (0.5, 8.0) if b == "none" else (0.25, 4.0) for b in budgets}
         found = {b: part | {"accuracy": a, "reasoning_tokens": n} for b, (a, n) in shares.items()}
         publish_json(out / RESULTS, {"budgets": found})
@@ -146,6 +151,9 @@ def test_an_experiment_in_miniature_trains_its_arms_and_writes_them_up(options, 
     assert all(float(row["kl"]) > 0 for row in rows)
     assert len({row["rows"] for row in rows}) == 1, "all are held against the same rows"
     assert all(float(row["flops"]) > 0 and float(row["seconds"]) > 0 for row in rows[1:])
+    if name == "halves":  # a step has as many traces, whichever half it is of
+        fed = [float(row["tokens_fed"]) for row in rows[1:]]
+        assert max(fed) < 1.2 * min(fed)
     text = (asked.out / "report.md").read_text()
     for arm in arms:
         assert f"| {arm.name} | `{arm.view}` |" in text
@@ -185,6 +193,57 @@ def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home
     assert (asked.out / "length.png").exists()
     with pytest.raises(IdentityError, match="max_steps = 1, this one has 2"):
         run(replace(more, shared=SHARED | {"max_steps": 2}), spy, silent)
+    with pytest.raises(IdentityError, match=r"was made with view = 'lsp:1', and arm lsp:1 has 'lsp:0.9'"):
+        finished(asked.out / "arms" / "lsp-1" / "seed-0", Arm("lsp:1", "", "lsp:0.9"))
+
+
+@pytest.mark.slow
+def test_a_report_never_mixes_what_was_measured_under_other_settings(options, spy, home):
+    asked = options("lsp", points=(1.0,), prompts=str(home / "prompts.jsonl"), budgets=("50%", "none"))
+    run(asked, spy, silent)
+    assert [row["prompts"] for row in table(asked.out)] == ["4", "4"]
+    place = asked.out / "arms" / "lsp-1" / "seed-0"
+    (asked.out / "arms" / "lsp-1" / "seed-0-answers" / "old").touch()
+    shutil.rmtree(place)
+    run(asked, spy, silent)
+    assert spy.asked[-1] == place.with_name("seed-0-answers"), "a run made anew is asked anew"
+    assert not (place.with_name("seed-0-answers") / "old").exists()
+
+    def stopping(arguments, log, stop):
+        return (143, "")
+
+    found = run(replace(asked, answers={"samples": 2, "temperature": 1.0}), stopping, silent)
+    assert all(row.get("accuracy none") is None for row in found["rows"]), "those of one sample are left out"
+    assert "It was stopped by SIGTERM. Runs that are missing" in (asked.out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_a_run_that_fails_keeps_no_other_from_its_turn(options, spy):
+    asked = options("lsp", points=(0.25, 0.5, 1.0))
+
+    def failing(arguments, log, stop):
+        log.write_text("logitcache: the loss is no number\n")
+        return (1, "") if "lsp:0.5" in arguments else spy(arguments, log, stop)
+
+    with pytest.raises(TrainingError, match=r"train lsp:0.5 seed 0: the loss is no number.*written up in .*report.md"):
+        run(asked, failing, silent)
+    assert [row["arm"] for row in table(asked.out)] == ["before", "lsp:0.25", "lsp:1"]
+    text = (asked.out / "report.md").read_text()
+    assert "not yet measured: lsp:0.5 (1). Failed: train lsp:0.5 seed 0: the loss is no number" in text
+    assert run(asked, spy, silent)["status"] == "finished"
+    assert "Not finished" not in (asked.out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_another_students_weights_are_refused(options, spy, home, tmp_path):
+    student = tmp_path / "student"
+    shutil.copytree(home / "model", student)
+    asked = options("lsp", points=(0.5,), student=str(student))
+    run(asked, spy, silent)
+    shutil.rmtree(student)
+    tiny.save_model(student, seed=5)
+    with pytest.raises(IdentityError, match="experiment with weights = "):
+        run(asked, spy, silent)
 
 
 @pytest.mark.slow
@@ -242,9 +301,25 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
     ("changes", "message"),
     [
         pytest.param({"name": "lps"}, "did you mean 'lsp'", id="an unknown name"),
-        pytest.param({"name": "halves"}, "give --teacher", id="halves without a teacher"),
+        pytest.param({"name": "halves", "points": None}, "give --teacher", id="halves without a teacher"),
         pytest.param({"seeds": 0}, "--seeds 0", id="no seeds"),
         pytest.param({"points": (0.5, 2.0)}, r"--points 2.0", id="a point above one"),
+        pytest.param({"name": "trsd"}, "arms of trsd are not shares", id="points of no shares"),
+        pytest.param({"shared": {"set": {"data_seed": 3}}}, "--set data_seed: .* leave it out", id="one seed for all"),
+        pytest.param({"shared": {"set": {"max_steps": 3}}}, "give --max-steps", id="an option by another way"),
+        pytest.param(
+            {"name": "losses", "points": None, "shared": {"set": {"divergence": "jsd"}}},
+            "what the runs of losses vary",
+            id="one divergence for all",
+        ),
+        pytest.param(
+            {"name": "halves", "points": None, "teacher": "T", "shared": {"where": "tokens<=90"}},
+            "tokens is another number in a crop",
+            id="a length of crops",
+        ),
+        pytest.param(
+            {"name": "halves", "points": None, "teacher": "MODEL"}, "was made by tiny @ .*; give", id="another teacher"
+        ),
         pytest.param({"shared": {"epoch": 1}}, "did you mean 'epochs'", id="an unknown training option"),
         pytest.param({"shared": {"seed": 1}}, "'seed' is no training option that arms can share", id="a seed"),
         pytest.param({"shared": {"tokens_per_batch": 0}}, "tokens_per_batch .* at least 1", id="an empty batch"),
@@ -264,6 +339,7 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
 def test_what_cannot_be_done_is_said_before_anything_runs(options, spy, home, tmp_path, changes, message):
     (tmp_path / "unanswered.jsonl").write_text('{"id": "q", "prompt": "w3"}')
     files = {"UNANSWERED": str(tmp_path / "unanswered.jsonl"), "P": str(home / "prompts.jsonl")}
+    files["MODEL"] = str(home / "model")
     changes = {k: files.get(v, v) if isinstance(v, str) else v for k, v in changes.items()}
     asked = replace(options("lsp"), **changes)
     with pytest.raises(LogitcacheError, match=message) as raised:
@@ -308,6 +384,9 @@ def test_the_first_derivation_is_looked_for_where_the_cache_has_families(options
 
     assert prepare(options("first-derivation")).where == "meta.family=redundant"
     assert prepare(options("first-derivation")).evaluation["where"] == "meta.family=redundant"
+    asked = options("first-derivation", shared=SHARED | {"where": "tokens>1"})
+    assert prepare(asked).where == "tokens>1 and meta.family=redundant"
+    assert [arm.name for arm in prepare(options("lsp", points=(0.5, 0.50, 0.00001))).arms] == ["lsp:0.5", "lsp:0.00001"]
     plain = prepare(options("first-derivation", cache=tmp_path / "plain"))
     assert (plain.where, plain.evaluation) == (None, None)
 
@@ -341,7 +420,8 @@ def test_the_command_line_reads_back_every_training_option(monkeypatch):
 
 
 def test_a_crop_has_rows_of_the_caches_kind(home):
-    identity = replace(tiny.identity(), pin_tokens=[2, 7], top_p=0.9)
+    identity = replace(tiny.identity(), pin_tokens=[2, 7], top_p=0.9, teacher="T", teacher_revision="abc")
+    identity = replace(identity, engine_args={"seed": 1, "template_args": {"enable_thinking": False}})
     text = " ".join(commands.crop(home, identity, "T", "right:0.5", Path("o"), {"max_model_len": 64}))
     for option in (
         "--crop right:0.5",
@@ -353,6 +433,10 @@ def test_a_crop_has_rows_of_the_caches_kind(home):
     ):
         assert option in text
     assert "--engine-arg max_model_len=64" in text
+    assert "--template-arg enable_thinking=false" in text
+    assert "template_args" not in text
+    assert "--revision abc" in text
+    assert "--revision" not in commands.crop(home, identity, str(home), "right:0.5", Path("o"), {})
     assert "--exact" not in text
 
 
@@ -363,9 +447,11 @@ def test_a_command_that_fails_says_why_and_where_its_log_lies(tmp_path):
     with pytest.raises(InputError, match=r"train lsp:1 seed 0: nowhere.*\(its log: .*x\.log\)"):
         commands.check(code, "train lsp:1 seed 0", log)
     assert commands.check(143, "x", log) == "SIGTERM"
-    log.write_text("a line\nKilled by the kernel\n")
-    with pytest.raises(TrainingError, match="x: Killed by the kernel"):
+    log.write_text("12/600 traces\n")
+    with pytest.raises(TrainingError, match=r"x was killed by SIGKILL \(out of memory\?\); run .* again"):
         commands.check(137, "x", log)
+    with pytest.raises(TrainingError, match="x: 12/600 traces"):
+        commands.check(255, "x", log)
 
 
 def test_a_signal_is_passed_on_to_the_command(tmp_path, monkeypatch):
@@ -408,7 +494,7 @@ def test_tables_have_means_and_spread_and_shares_of_the_reference(tmp_path):
     rows = rows_by_hand()
     about = {
         "shared": {}, "student": "s", "traces": 9, "teacher": "t", "seeds": 2, "where": None, "evaluation": None,
-        "stopped": None, "machines": ["a machine"], "held_out": 0.05, "verifier": "exact", "prompt_rows": True,
+        "stopped": None, "failed": [], "machines": ["a machine"], "held_out": 0.05, "verifier": "exact", "prompt_rows": True,
         "budgets": ["none"],
     }  # fmt: skip
     shown = [Arm("lsp:0.5", "half", kept=0.5), Arm("lsp:1", "all", kept=1.0)]
@@ -424,6 +510,8 @@ def test_tables_have_means_and_spread_and_shares_of_the_reference(tmp_path):
     assert "- torch 2" in text
     assert "Not finished" not in text
     assert findings.from_csv((tmp_path / "results.csv").read_text()) == rows
+    rows[-1]["accuracy none"] = 0.0
+    assert all("accuracy none" not in each for each in relative(rows[1:], "lsp:1")), "of nothing, nothing is a share"
 
 
 @pytest.mark.slow
@@ -447,9 +535,10 @@ def test_the_real_engine_scores_a_crop_and_answers_prompts(options, home, tmp_pa
     model = str(tiny.save_model(tmp_path / "model", hidden_size=64, num_key_value_heads=2))
     engine = {"max_model_len": 128, "enforce_eager": True}
     answers = {"max_tokens": 16, "answer_tokens": 5, "reasoning_markers": "w10,w11", "engine_args": engine}
+    tiny.write_cache(tmp_path / "cache", eight(), teacher_revision=weights_fingerprint(Path(model)))
     asked = options(
-        "halves", student=model, teacher=model, prompts=str(home / "prompts.jsonl"), budgets=("50%", "none"),
-        answers=answers | {"dtype": "float32"},
+        "halves", cache=tmp_path / "cache", student=model, teacher=model, prompts=str(home / "prompts.jsonl"),
+        budgets=("50%", "none"), answers=answers | {"dtype": "float32"},
     )  # fmt: skip
     found = run(asked, say=silent)
     assert [row["arm"] for row in found["rows"]] == ["before", "right"]

@@ -73,6 +73,7 @@ def make(size: Size, out: Path, seed: int = 0, say: Say = print) -> dict[str, An
     """
     out.mkdir(parents=True, exist_ok=True)
     record = _record(out, size, seed)
+    _write(out, record)
     sets = {side: _prompts(size, out, side, seed) for side in ("train", "test")}
     record["prompts"] = {side: len(chosen) for side, chosen in sets.items()}
     record["reasoning_tokens"] = _lengths(sets["test"])
