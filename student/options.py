@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from logitcache.errors import StudentError
@@ -138,8 +139,10 @@ def configure(options: TrainOptions) -> DistillConfig:
                 raise ValueError(f"{config.divergence} has no {name}: leave it out")
         for tracker in get_reporting_integration_callbacks(config.report_to):
             tracker()  # says what is missing, before anything is written
+        nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        get_scheduler(config.lr_scheduler_type, nothing, 1, 2, config.lr_scheduler_kwargs)  # so does a schedule
         return config
-    except (ValueError, RuntimeError, ImportError) as e:
+    except (ValueError, TypeError, RuntimeError, ImportError) as e:
         raise StudentError(f"training arguments: {' '.join(str(e).split())}") from e
 
 

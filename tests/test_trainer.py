@@ -111,6 +111,8 @@ def test_a_setting_is_read_by_its_fields_type(options, name, text, value):
         ("gradient_accumulation_steps", "2.5", "expected int"),
         ("optim", "adamw_torchh", "did you mean 'adamw_torch'"),
         ("lr_scheduler_type", "cosin", "did you mean 'cosine'"),
+        ("lr_scheduler_type", "cosine_with_min_lr", "training arguments: .*min_lr"),
+        ("lr_scheduler_kwargs", '{"cycles": 2}', "training arguments: .*'cycles'"),
         ("per_device_train_batch_size", "8", "use tokens_per_batch"),
     ],
 )
