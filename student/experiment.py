@@ -63,7 +63,7 @@ def run(
         about |= {"stopped": work.stopped, "failed": list(map(str, work.failed))}
         about |= {"where": made.where, "evaluation": made.evaluation}
         files = findings.write(options.out, made.experiment, made.arms, rows, about, _versions(options, made.arms))
-    if work.failed:
+    if work.failed and not work.stopped:
         more = f", and {len(work.failed) - 1} more that failed" if len(work.failed) > 1 else ""
         raise type(work.failed[0])(f"{work.failed[0]}{more}; what is done is written up in {files[0]}")
     status = {"status": "stopped" if work.stopped else "finished", "signal": work.stopped}
