@@ -9,7 +9,7 @@ from logitcache.score import Crop
 from logitcache.student.arms import Arm, experiment
 from logitcache.student.cost import Work, work
 from logitcache.student.design import ExperimentOptions, prepare
-from logitcache.student.experiment import finished
+from logitcache.student.work import finished
 
 SAMPLE = 200  # traces that an estimate is made from
 

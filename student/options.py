@@ -140,6 +140,7 @@ def configure(options: TrainOptions) -> DistillConfig:
         for tracker in get_reporting_integration_callbacks(config.report_to):
             tracker()  # says what is missing, before anything is written
         nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        assert not isinstance(config.lr_scheduler_kwargs, str)
         get_scheduler(config.lr_scheduler_type, nothing, 1, 2, config.lr_scheduler_kwargs)  # so does a schedule
         return config
     except (ValueError, TypeError, RuntimeError, ImportError) as e:

@@ -29,9 +29,10 @@ from logitcache.score import Crop, _cropped
 from logitcache.student import arms, commands, findings
 from logitcache.student.arms import EXPERIMENTS, Arm, Facts
 from logitcache.student.estimate import describe_plan, estimate
-from logitcache.student.experiment import ExperimentOptions, describe, finished, plan, run
+from logitcache.student.experiment import ExperimentOptions, describe, plan, run
 from logitcache.student.figures import relative
 from logitcache.student.options import TrainOptions
+from logitcache.student.work import finished
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
 
