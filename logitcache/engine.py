@@ -148,7 +148,13 @@ class Engine:
 
     def close(self) -> None:
         """Ends the engine's processes."""
-        self._engine.engine_core.shutdown()
+        import psutil  # vLLM's own
+
+        client = self._engine.engine_core
+        try:
+            client.shutdown()
+        except psutil.NoSuchProcess:  # vLLM 0.32 trips over a process that ends by itself just then
+            client.resources()  # what it did not come to
 
     def _died(self, error: Exception) -> EngineError:
         killed = "its process was killed, perhaps for want of memory"

@@ -1,8 +1,10 @@
 import dataclasses
 from array import array
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 
 from logitcache import engine, teacher
@@ -48,6 +50,22 @@ def test_an_unknown_setting_names_the_nearest() -> None:
 
 
 @pytest.mark.slow
+def test_an_engine_that_ends_by_itself_while_it_is_ended_is_ended() -> None:
+    """As vLLM 0.32 has it: its process was to be killed after 5 seconds, and the worker below it went first."""
+    let_go = []
+
+    class Client:
+        resources = staticmethod(lambda: let_go.append(1))
+
+        def shutdown(self) -> None:
+            raise psutil.NoSuchProcess(1)
+
+    ended = engine.Engine.__new__(engine.Engine)
+    ended._engine = SimpleNamespace(engine_core=Client())
+    ended.close()
+    assert let_go
+
+
 def test_vllms_rows_arrive_in_typed_arrays_of_8_bytes_an_entry() -> None:
     """Through vLLM's own front end, prompt rows and the first token's missing one included."""
     engine._use_typed_rows()
