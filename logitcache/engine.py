@@ -150,7 +150,7 @@ class Engine:
         """Ends the engine's processes."""
         import psutil  # vLLM's own
 
-        client = self._engine.engine_core
+        client: Any = self._engine.engine_core
         try:
             client.shutdown()
         except psutil.NoSuchProcess:  # vLLM 0.32 trips over a process that ends by itself just then

@@ -49,7 +49,6 @@ def test_an_unknown_setting_names_the_nearest() -> None:
         engine._refuse_unknown("--engine-arg", {"max_num_seq": 4}, {"max_num_seqs", "model"})
 
 
-@pytest.mark.slow
 def test_an_engine_that_ends_by_itself_while_it_is_ended_is_ended() -> None:
     """As vLLM 0.32 has it: its process was to be killed after 5 seconds, and the worker below it went first."""
     let_go = []
@@ -66,6 +65,7 @@ def test_an_engine_that_ends_by_itself_while_it_is_ended_is_ended() -> None:
     assert let_go
 
 
+@pytest.mark.slow
 def test_vllms_rows_arrive_in_typed_arrays_of_8_bytes_an_entry() -> None:
     """Through vLLM's own front end, prompt rows and the first token's missing one included."""
     engine._use_typed_rows()
