@@ -116,7 +116,7 @@ def columns(rows: Rows) -> list[str]:
 def summary(rows: Rows) -> list[str]:
     """Lines for a terminal: held-out KL, top-1, natural accuracy where it was measured, and seconds."""
     names = {
-        "kl": ("KL", ".4f"),
+        "kl": ("KL", "z.4f"),
         "top1": ("top-1", ".1%"),
         "accuracy none": ("accuracy", ".1%"),
         "seconds": ("s", ",.1f"),
@@ -188,7 +188,7 @@ def _fidelity(rows: Rows, about: dict[str, Any]) -> list[str]:
         "the teacher's."
     )
     labels = {"kl": "KL", **{f"kl {name}": f"KL {name}" for name in ALL}, "top1": "top-1"}
-    forms = {name: ".1%" if name == "top1" else ".4f" for name in labels}
+    forms = {name: ".1%" if name == "top1" else "z.4f" for name in labels}
     return ["## Held against the teacher", text, _table(rows, labels, forms)]
 
 

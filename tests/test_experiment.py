@@ -511,6 +511,7 @@ def test_tables_have_means_and_spread_and_shares_of_the_reference(tmp_path):
     assert "- torch 2" in text
     assert "Not finished" not in text
     assert findings.from_csv((tmp_path / "results.csv").read_text()) == rows
+    assert findings.spread([-1e-9], "z.4f") == "0.0000"
     rows[-1]["accuracy none"] = 0.0
     assert all("accuracy none" not in each for each in relative(rows[1:], "lsp:1")), "of nothing, nothing is a share"
 
