@@ -14,6 +14,7 @@ from logitcache.student import figures
 from logitcache.student.arms import ALL, BEFORE, Arm, Experiment
 
 CSV_FILE, REPORT_FILE = "results.csv", "report.md"
+TENTHS = tuple(f"kl {10 * i}-{10 * i + 10}%" for i in range(10))  # of the completion, as `evaluate` has them
 Rows = list[dict[str, Any]]
 
 
@@ -47,6 +48,7 @@ def row(
         "ce": evaluation.get("ce"),
         "ece": evaluation.get("ece"),
         "rows": evaluation.get("rows"),
+        **{name: part.get("kl") for name, part in zip(TENTHS, evaluation.get("positions", ()), strict=False)},
     }
     found |= {name: part[name] for part in list(accuracy.values())[:1] for name in ("prompts", "samples")}
     for budget, part in accuracy.items():
@@ -189,7 +191,11 @@ def _fidelity(rows: Rows, about: dict[str, Any]) -> list[str]:
     )
     labels = {"kl": "KL", **{f"kl {name}": f"KL {name}" for name in ALL}, "top1": "top-1"}
     forms = {name: ".1%" if name == "top1" else "z.4f" for name in labels}
-    return ["## Held against the teacher", text, _table(rows, labels, forms)]
+    found = ["## Held against the teacher", text, _table(rows, labels, forms)]
+    if any(each.get(TENTHS[0]) is not None for each in rows):
+        places = {name: name.removeprefix("kl ") for name in TENTHS}
+        found += ["The same KL by place in the completion:", _table(rows, places, dict.fromkeys(places, "z.4f"))]
+    return found
 
 
 def _answered(rows: Rows, about: dict[str, Any]) -> list[str]:

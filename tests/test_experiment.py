@@ -155,7 +155,9 @@ def test_an_experiment_in_miniature_trains_its_arms_and_writes_them_up(options, 
     if name == "halves":  # a step has as many traces, whichever half it is of
         fed = [float(row["tokens_fed"]) for row in rows[1:]]
         assert max(fed) < 1.2 * min(fed)
+    assert all(row["kl 0-10%"] and row["kl 90-100%"] for row in rows)
     text = (asked.out / "report.md").read_text()
+    assert "| arm | 0-10% | 10-20% |" in text
     for arm in arms:
         assert f"| {arm.name} | `{arm.view}` |" in text
     assert all(f"]({image.name})" in text for image in asked.out.glob("*.png"))
