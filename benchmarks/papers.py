@@ -17,9 +17,10 @@ from pathlib import Path
 
 from benchmarks.reasoner.make import SIZES, make
 from benchmarks.reasoner.problems import FAMILIES
-from logitcache.student.figures import Rows, relative, values
-from logitcache.student.findings import CSV_FILE, REPORT_FILE, from_csv, spread
+from logitcache.student.figures import COSTS, Rows, relative, values
+from logitcache.student.findings import CSV_FILE, REPORT_FILE, TENTHS, from_csv, markdown, spread
 
+ACCURACY = "accuracy none"
 REPORTS = Path(__file__).with_name("reports")
 LOGITCACHE = str(Path(sys.executable).with_name("logitcache"))
 STUDENT, TEACHER, CACHE = "./reasoner/student", "./reasoner/teacher", "cache"
@@ -85,61 +86,58 @@ def with_headlines(text: str) -> str:
 def headlines() -> str:
     """Each headline of the papers beside the committed results: means over seeds ± standard deviation."""
     found = {name: from_csv((REPORTS / name / CSV_FILE).read_text()) for name in EXPERIMENTS}
-    lsp, trsd = found["lsp"], found["trsd"]
-    half, costs = relative(lsp, "lsp:1"), relative(found["cost"], "lsp:1")
-    sections, halves = relative(found["sections"], "all"), found["halves"]
-    named = {"seconds": "time", "peak_memory": "memory", "flops": "FLOPs"}
+    return "\n\n".join([essence(found), places(found["lsp"]), trsd(found["trsd"])])
 
-    def accuracy(rows: Rows, arm: str, budget: str = "none", family: str | None = None) -> str:
-        return spread(values(rows, arm, f"accuracy {budget}" + (f" [{family}]" if family else "")), ".1%")
 
-    def shares(rows: Rows, arm: str, name: str) -> str:
-        return spread(values(rows, arm, name), ".1%")
-
-    def lengths(arm: str) -> str:
-        return ", ".join(spread(values(trsd, arm, f"reasoning tokens none [{f}]"), ".1f") for f in FAMILIES)
-
-    essence = [
-        ("accuracy at lead-span 0.5, of that at 1.0", "about 91%", shares(half, "lsp:0.5", "accuracy none")),
-        *(
-            (
-                f"... {f}: before, 0.5, 1.0",
-                "",
-                " / ".join(accuracy(lsp, a, family=f) for a in ("before", "lsp:0.5", "lsp:1")),
-            )
-            for f in FAMILIES
-        ),
-        *(
-            (
-                f"{label} at 0.5, of that at 1.0: 16,384 tokens a step; 4,096",
-                "about 50%",
-                f"{shares(costs, 'lsp:0.5', name)}; {shares(half, 'lsp:0.5', name)}",
-            )
-            for name, label in named.items()
-        ),
-        ("reasoning alone, of all sections", "as good", shares(sections, "reasoning", "accuracy none")),
-        ("answer alone, of all sections", "far worse", shares(sections, "answer", "accuracy none")),
-        (
-            "left, middle, right half",
-            "early tokens matter most",
-            " / ".join(accuracy(halves, arm) for arm in ("left", "middle", "right")),
-        ),
+def essence(found: dict[str, Rows]) -> str:
+    lsp, half, costs = found["lsp"], relative(found["lsp"], "lsp:1"), relative(found["cost"], "lsp:1")
+    sections = relative(found["sections"], "all")
+    cost = [
+        (f"{label} at 0.5, of 1.0: in steps of 16,384 tokens", "about 50%", shown(costs, "lsp:0.5", name))
+        for name, label in COSTS.items()
     ]
-    budgets, arms = ("0", "25%", "50%", "75%", "100%", "none"), ("before", "trsd-anchored", "trsd:0.1-0.9")
-    robust = [(f"redundant, budget {b}", *(accuracy(trsd, arm, b, "redundant") for arm in arms)) for b in budgets]
-    robust += [(f"{f}, budget 50%", *(accuracy(trsd, arm, "50%", f) for arm in arms)) for f in FAMILIES[1:]]
-    robust += [("all families, natural", *(accuracy(trsd, arm) for arm in arms))]
-    robust += [(f"natural length: {', '.join(FAMILIES)}", *(lengths(arm) for arm in arms))]
-    return "\n\n".join(
+    cost += [(f"... of 4,096: {', '.join(COSTS.values())}", "", several(half, ["lsp:0.5"], *COSTS))]
+    family = [
+        (f"... {f}: before, 0.5, 1.0", "", several(lsp, ["before", "lsp:0.5", "lsp:1"], f"{ACCURACY} [{f}]"))
+        for f in FAMILIES
+    ]
+    arms = ["reasoning", "answer", "prompt+answer"]
+    halves = several(found["halves"], ["left", "middle", "right"], ACCURACY)
+    return markdown(
+        ["Distilling the Essence", "paper", "here"],
         [
-            markdown(("Distilling the Essence", "paper", "here"), essence),
-            markdown(("TRSD, accuracy at a budget", "before", "trsd-anchored", "trsd, answers alone"), robust),
-        ]
+            ["accuracy at lead-span 0.5, of 1.0", "about 91%", shown(half, "lsp:0.5", ACCURACY)],
+            *map(list, [*family, *cost]),
+            ["accuracy taught on the reasoning alone, of all sections", "as good", shown(sections, arms[0], ACCURACY)],
+            ["... the answer alone; prompt and answer", "far worse", several(sections, arms[1:], ACCURACY)],
+            ["accuracy after the left, middle, right half", "early tokens matter most", halves],
+        ],
     )
 
 
-def markdown(head: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, ("---",) * len(head), *lines))
+def places(lsp: Rows) -> str:
+    arms = ["before", "lsp:0.5", "lsp:1"]
+    labels = [name.removeprefix("kl ") for name in TENTHS]
+    lines = [[arm, *(shown(lsp, arm, name, ".3f") for name in TENTHS)] for arm in arms]
+    return markdown(["held-out KL, nats, by place in the completion", *labels], lines)
+
+
+def trsd(rows: Rows) -> str:
+    arms = ["before", "trsd-anchored", "trsd:0.1-0.9", "trsd:1"]
+    asked = [("redundant", b) for b in ("0", "25%", "50%", "75%", "100%", "none")] + [(f, "50%") for f in FAMILIES[1:]]
+    lines = [[f"{f}, {b}", *(shown(rows, arm, f"accuracy {b} [{f}]") for arm in arms)] for f, b in asked]
+    lines += [["all families, none", *(shown(rows, arm, ACCURACY) for arm in arms)]]
+    for f in FAMILIES:
+        lines += [[f"natural length, {f}", *(shown(rows, arm, f"reasoning tokens none [{f}]", ".1f") for arm in arms)]]
+    return markdown(["TRSD, accuracy by budget", *arms], lines)
+
+
+def shown(rows: Rows, arm: str, name: str, form: str = ".1%") -> str:
+    return spread(values(rows, arm, name), form)
+
+
+def several(rows: Rows, arms: list[str], *names: str) -> str:
+    return ", ".join(shown(rows, arm, name) for arm in arms for name in names)
 
 
 def logitcache(where: Path, *arguments: str) -> None:

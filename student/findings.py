@@ -167,7 +167,7 @@ def report(
         said += [f"Runs that are missing, or not yet measured: {names}."] if lacking else []
         said += [f"Failed: {each}." for each in about["failed"]]
         parts.append(f"**Not finished.** {' '.join(said)}")
-    parts += ["## Arms", _markdown(["arm", "view", "sections", "what it learns from"], _arms(arms, rows))]
+    parts += ["## Arms", markdown(["arm", "view", "sections", "what it learns from"], _arms(arms, rows))]
     parts += _fidelity(rows, about) + _answered(rows, about) + _cost(rows, reference)
     parts += ["## Plots"] if captions else []
     for name, caption in captions.items():
@@ -265,9 +265,9 @@ def _table(rows: Rows, labels: dict[str, str], forms: dict[str, str]) -> str:
         [arm, *(spread(figures.values(rows, arm, name), forms[name]) for name in there)]
         for arm in figures.arms_of(rows)
     ]
-    return _markdown(["arm", *(labels[name] for name in there)], lines)
+    return markdown(["arm", *(labels[name] for name in there)], lines)
 
 
-def _markdown(head: list[str], lines: list[list[str]]) -> str:
+def markdown(head: list[str], lines: list[list[str]]) -> str:
     rule = ["---", *["---" if "view" in head else "---:"] * (len(head) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
