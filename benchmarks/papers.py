@@ -43,7 +43,7 @@ EXPERIMENTS = {
     "trsd": ["trsd", "--student", TEACHER, "--held-out", "0.02", "--max-steps", "250", "--lr", "5e-4", *ANSWERED],
     "cost": [
         "lsp", "--student", STUDENT, "--points", "0.5,1", "--held-out", "0.02",
-        "--tokens-per-batch", "16384", "--max-steps", "20",
+        "--tokens-per-batch", "32768", "--max-steps", "10",
     ],
 }  # fmt: skip
 
@@ -93,7 +93,7 @@ def essence(found: dict[str, Rows]) -> str:
     lsp, half, costs = found["lsp"], relative(found["lsp"], "lsp:1"), relative(found["cost"], "lsp:1")
     sections = relative(found["sections"], "all")
     cost = [
-        (f"{label} at 0.5, of 1.0: in steps of 16,384 tokens", "about 50%", shown(costs, "lsp:0.5", name))
+        (f"{label} at 0.5, of 1.0: in steps of 32,768 tokens", "about 50%", shown(costs, "lsp:0.5", name))
         for name, label in COSTS.items()
     ]
     cost += [(f"... of 4,096: {', '.join(COSTS.values())}", "", several(half, ["lsp:0.5"], *COSTS))]
