@@ -127,11 +127,13 @@ def match(cache: Path, identity: Identity) -> Identity | None:
 
     Raises: IdentityError naming the first field that differs, NotACacheError for a directory of other things.
     """
+    # The directory first: what another worker publishes meanwhile is then known by its manifest.
+    foreign = cache.exists() and not (cache.is_dir() and all(_is_ours(p) for p in cache.iterdir()))
     if (cache / FILE_NAME).exists():
         found = read(cache)
         refuse_difference(cache, found, identity)
         return found
-    if cache.exists() and not (cache.is_dir() and all(_is_ours(p) for p in cache.iterdir())):
+    if foreign:
         raise NotACacheError(f"{cache} exists and is not a cache; give --out an empty or a new directory")
     return None
 
