@@ -54,9 +54,9 @@ def stage(name: str, work: Callable[[], Any]) -> None:
     TIMES.write_text(json.dumps(seconds))
 
 
-def logitcache(*arguments: str) -> None:
+def logitcache(*arguments: str, where: Path | None = None) -> None:
     print(f"\n$ logitcache {' '.join(arguments)}", flush=True)
-    if code := subprocess.run([LOGITCACHE, *arguments]).returncode:
+    if code := subprocess.run([LOGITCACHE, *arguments], cwd=where).returncode:
         sys.exit(code)
 
 

@@ -11,10 +11,9 @@ Learning from Partial Chain-of-Thought via Truncated-Reasoning Self-Distillation
 import argparse
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
+from benchmarks.demo import logitcache
 from benchmarks.reasoner.make import SIZES, make
 from benchmarks.reasoner.problems import FAMILIES
 from logitcache.student.figures import COSTS, Rows, relative, values
@@ -22,7 +21,6 @@ from logitcache.student.findings import CSV_FILE, REPORT_FILE, TENTHS, from_csv,
 
 ACCURACY = "accuracy none"
 REPORTS = Path(__file__).with_name("reports")
-LOGITCACHE = str(Path(sys.executable).with_name("logitcache"))
 STUDENT, TEACHER, CACHE = "./reasoner/student", "./reasoner/teacher", "cache"
 
 GENERATE = [
@@ -61,9 +59,9 @@ def main() -> None:
     if given.publish:
         return publish(given.out)
     make(SIZES["cpu"], given.out / "reasoner")
-    logitcache(given.out, *GENERATE)
+    logitcache(*GENERATE, where=given.out)
     for name in given.only.split(","):
-        logitcache(given.out, "experiment", *EXPERIMENTS[name], "--cache", CACHE, "--out", name)
+        logitcache("experiment", *EXPERIMENTS[name], "--cache", CACHE, "--out", name, where=given.out)
 
 
 def publish(out: Path) -> None:
@@ -138,12 +136,6 @@ def shown(rows: Rows, arm: str, name: str, form: str = ".1%") -> str:
 
 def several(rows: Rows, arms: list[str], *names: str) -> str:
     return ", ".join(shown(rows, arm, name) for arm in arms for name in names)
-
-
-def logitcache(where: Path, *arguments: str) -> None:
-    print(f"\n$ logitcache {' '.join(arguments)}", flush=True)
-    if code := subprocess.run([LOGITCACHE, *arguments], cwd=where).returncode:
-        sys.exit(code)
 
 
 if __name__ == "__main__":
