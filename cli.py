@@ -926,6 +926,10 @@ def main() -> NoReturn:
     """Entry point: a deliberate error is one line and its exit code; a Ctrl-C is no traceback."""
     try:
         code = app(standalone_mode=False) or 0
+        if "torch" in sys.modules:
+            from logitcache.student.ranks import leave
+
+            leave()
     except LogitcacheError as e:
         print(f"logitcache: {e}", file=sys.stderr)
         code = e.exit_code

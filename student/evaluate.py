@@ -153,7 +153,6 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
     view.check(cache.identity, str(options.cache))
     weights, run, step = _weights(options.student)
     indices, held_out = _choose(options, cache, run)
-    alone = not dist.is_initialized()
     state = PartialState(cpu=not torch.accelerator.is_available())
     with quiet():
         student = load_student(weights, cache.identity)[0]
@@ -170,8 +169,6 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
             autocast=torch.bfloat16 if bf16 else None,
             progress=stack.enter_context(shown) if shown else None,
         )
-    if alone:
-        state.destroy_process_group()
     if found["kl"] is None and found["ce"] is None:
         raise StudentError(
             f"{options.cache}: view {view} teaches nothing on {len(data)} traces; choose other --sections, or generate "

@@ -1,18 +1,16 @@
 """One training run: its options, its directory, and what it leaves behind."""
 
 import contextlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from logitcache.console import Stop
-from logitcache.errors import LogitcacheError, StudentError, TrainingError, WriteError, first_line
+from logitcache.errors import StudentError, TrainingError, WriteError, first_line
 from logitcache.files import exclusive
 from logitcache.manifest import Identity
 from logitcache.student.checkpoints import LOCK_FILE
@@ -20,6 +18,7 @@ from logitcache.student.config import DistillConfig
 from logitcache.student.model import adapter_base, add_lora, load_student, quiet
 from logitcache.student.options import TrainOptions, configure
 from logitcache.student.progress import Report
+from logitcache.student.ranks import together
 from logitcache.student.record import claim, record, versions, write
 from logitcache.student.sources import datasets, open_caches, sides
 from logitcache.student.trainer import DistillTrainer
@@ -51,7 +50,7 @@ def _train(options: TrainOptions) -> dict[str, Any]:
 
     main = config.process_index == 0
     with contextlib.ExitStack() as stack:
-        with _together(config):
+        with together(config.device):
             if main:
                 options.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(exclusive(options.out / LOCK_FILE, str(options.out)))
@@ -77,26 +76,10 @@ def _train(options: TrainOptions) -> dict[str, Any]:
             trainer.evaluate()
         run |= {"status": "finished", "eval_after": trainer.last_evaluation[1], "history": trainer.state.log_history}
         trainer.save_model()
-        if main:
-            write(options.out, run)
+        with together(config.device):
+            if main:
+                write(options.out, run)
     return run
-
-
-@contextlib.contextmanager
-def _together(config: DistillConfig) -> Iterator[None]:
-    """What one rank alone does: where it fails all leave, since the others would wait for it for ever."""
-    failure: LogitcacheError | OSError | None = None
-    try:
-        yield
-    except (LogitcacheError, OSError) as e:
-        failure = e
-    if config.world_size > 1:
-        fine = torch.tensor([failure is None], dtype=torch.int32, device=config.device)
-        dist.all_reduce(fine, dist.ReduceOp.MIN)
-        if not fine.item() and failure is None:
-            raise TrainingError("another process of this run has failed, and says why")
-    if failure is not None:
-        raise failure
 
 
 def _trainer(student: Any, config: DistillConfig, data: Any, **options: Any) -> DistillTrainer:

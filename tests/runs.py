@@ -7,11 +7,13 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, TrainerState
 
 from logitcache.student.options import TrainOptions
+from logitcache.student.ranks import leave
 from logitcache.student.run import train
 from logitcache.student.trainer import DistillTrainer
 
@@ -80,36 +82,46 @@ def kill_at(step: int, file: str) -> None:
     TrainerState.save_to_json = save
 
 
-def launch(options: TrainOptions, ranks: int = 1, *, stop: int | None = None, kill: list | None = None) -> dict:
-    """The same in processes of its own, `ranks` of them over gloo; stopped in step `stop`, or killed as `kill_at` does.
+class Rank(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def ranks(command: list[str], count: int = 2, **environment: str) -> list[Rank]:
+    """The ends of `count` Pythons with these arguments, which find one another as torchrun's would."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    processes, pipe = [], subprocess.PIPE
+    for rank in range(count):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} if count > 1 else {}
+        environ = os.environ | shared | own | environment
+        processes.append(
+            subprocess.Popen([sys.executable, *command], env=environ, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
+        )
+    try:
+        said = [p.communicate(timeout=240) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    return [Rank(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
+
+
+def launch(options: TrainOptions, count: int = 1, *, stop: int | None = None, kill: list | None = None) -> dict:
+    """The same in processes of its own, `count` of them over gloo; stopped in step `stop`, or killed as `kill_at` does.
 
     Returns: what the run returned; {} of one that was killed.
     """
     given = {k: v for k, v in options.__dict__.items() if v is not None}
     text = json.dumps({"options": given, "stop": stop, "kill": kill}, default=str)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    processes = []
-    for rank in range(ranks):
-        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)} if ranks > 1 else {}
-        processes.append(
-            subprocess.Popen(
-                [sys.executable, "-m", "tests.runs", text],
-                env=shared | own,
-                cwd=ROOT,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-        )
-    out, err = processes[0].communicate(timeout=240)
-    others = [p.communicate(timeout=60) for p in processes[1:]]
+    ends = ranks(["-m", "tests.runs", text], count)
     if kill is not None:
-        assert processes[0].returncode == -signal.SIGKILL, err.decode()[-3000:]
+        assert ends[0].code == -signal.SIGKILL, ends[0].err[-3000:]
         return {}
-    assert all(p.returncode == 0 for p in processes), (err.decode()[-3000:], others)
-    return json.loads(out.decode().splitlines()[-1])
+    assert all(end.code == 0 for end in ends), "\n".join(end.err[-3000:] for end in ends)
+    return json.loads(ends[0].out.splitlines()[-1])
 
 
 def main() -> None:
@@ -122,6 +134,7 @@ def main() -> None:
     run = train(TrainOptions(Path(options.pop("cache")), out=Path(options.pop("out")), **options))
     assert "vllm" not in sys.modules, "the student's side imported vllm"
     print(json.dumps(run, default=str))
+    leave()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,5 @@
 import json
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +16,9 @@ from logitcache.student.head import attach_head
 from logitcache.student.order import split
 from logitcache.student.views import SECTIONS, View
 from tests import tiny
+from tests.runs import ranks
 from tests.tiny import one_thread  # noqa: F401
 
-ROOT = Path(__file__).parents[1]
 NOTHING = {"kl": None, "top1": None, "rows": 0, "ce": None, "ece": None, "tail": {"teacher": None, "student": None}}
 
 
@@ -257,29 +254,20 @@ EVALUATE = """
 import json, sys
 from pathlib import Path
 from logitcache.student.evaluate import EvalOptions, evaluate_run
+from logitcache.student.ranks import leave
 cache, student = sys.argv[1:]
 found = evaluate_run(EvalOptions(Path(cache), student, everything=True, tokens_per_batch=100))
 del found["seconds"]
 print(json.dumps(found))
+leave()
 """
 
 
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives(cache, home):
-    shared = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000)}
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", EVALUATE, str(cache.path), str(home / "model")],
-            env=shared | {"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"},
-            cwd=ROOT,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
-        for r in range(2)
-    ]
-    said = [p.communicate(timeout=240) for p in processes]
-    assert all(p.returncode == 0 for p in processes), said
-    first, second = (json.loads(out.decode().splitlines()[-1]) for out, _ in said)
+    ends = ranks(["-c", EVALUATE, str(cache.path), str(home / "model")])
+    assert all(end.code == 0 for end in ends), ends
+    first, second = (json.loads(end.out.splitlines()[-1]) for end in ends)
     assert first == second
     data = TraceDataset(Cache.open(cache.path))
     one = flat(evaluate(tiny.model(seed=1), data, tokens_per_batch=100))

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.runs import ROOT, ranks
 
-ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "examples"
 
 
@@ -67,6 +67,7 @@ import torch, torch.distributed as dist
 from logitcache.cache import Cache
 from logitcache.student.data import TraceDataset, loader
 from logitcache.student.head import attach_head
+from logitcache.student.ranks import leave
 from tests import tiny
 
 def compare(cache, shard):
@@ -99,6 +100,7 @@ def compare(cache, shard):
         found["tied" if tied else "untied"] = worst
     if rank == 0:
         print(json.dumps(found))
+    leave()
 
 torch.set_num_threads(1)
 """
@@ -125,7 +127,6 @@ def shard(model, head):
 
 dist.init_process_group("gloo")
 compare(sys.argv[1], shard)
-dist.destroy_process_group()
 """
 
 ZERO3 = """
@@ -146,25 +147,11 @@ compare(sys.argv[1], shard)
 """
 
 
-def run(script: str, *arguments: Any, ranks: int = 2, **environment: str) -> str:
-    """What rank 0 printed last."""
-    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(20000 + os.getpid() % 20000), "WORLD_SIZE": str(ranks)}
-    shared = os.environ | shared | {"OMP_NUM_THREADS": "1"} | environment
-    command = [sys.executable, "-c", script, *map(str, arguments)]
-    pipe = subprocess.PIPE
-    processes = [
-        subprocess.Popen(
-            command, env=shared | {"RANK": str(r), "LOCAL_RANK": str(r)}, cwd=ROOT, stdout=pipe, stderr=pipe, text=True
-        )
-        for r in range(ranks)
-    ]
-    try:
-        ends = [p.communicate(timeout=240) for p in processes]
-    finally:
-        for p in processes:
-            p.kill()
-    assert all(p.returncode == 0 for p in processes), "\n".join(err[-3000:] for _, err in ends)
-    return ends[0][0].splitlines()[-1]
+def run(script: str, *arguments: Any, **environment: str) -> str:
+    """What rank 0 of two printed last."""
+    ends = ranks(["-c", script, *map(str, arguments)], **environment)
+    assert all(end.code == 0 for end in ends), "\n".join(end.err[-3000:] for end in ends)
+    return ends[0].out.splitlines()[-1]
 
 
 def check(found: dict[str, dict[str, float]]) -> None:
@@ -174,6 +161,23 @@ def check(found: dict[str, dict[str, float]]) -> None:
         assert worst["loss"] < 1e-6, tied
         assert worst["gradient"] < 1e-5, tied
         assert worst["kl"] < 1e-5, tied
+
+
+UNFINISHED = """
+import torch, torch.distributed as dist
+from logitcache.student.ranks import leave
+
+dist.init_process_group("gloo")
+kept = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
+[dist.all_reduce(torch.ones(5_000_000), async_op=True) for _ in range(8)]
+leave()
+print(dist.is_initialized())
+"""
+
+
+@pytest.mark.slow
+def test_ranks_part_without_an_abort_whatever_is_under_way():
+    assert run(UNFINISHED) == "False"
 
 
 @pytest.mark.slow
@@ -204,10 +208,10 @@ def test_a_run_on_all_gpus_goes_as_on_one(cache, tmp_path, name, dtype):
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(EXAMPLES / name)]
     launch += ["--num_processes", str(gpus)]
     runs = []
-    for start, ranks, out in (([sys.executable], 1, "one"), (launch, gpus, "many")):
+    for start, count, out in (([sys.executable], 1, "one"), (launch, gpus, "many")):
         train = ["-m", "logitcache.cli", "train", str(cache), "--student", str(model), "--out", str(tmp_path / out)]
-        train += ["--tokens-per-batch", str(128 // ranks), "--held-out", "0.2", "--epochs", "2", "--dtype", dtype]
-        visible = {"CUDA_VISIBLE_DEVICES": "0"} if ranks == 1 else {}
+        train += ["--tokens-per-batch", str(128 // count), "--held-out", "0.2", "--epochs", "2", "--dtype", dtype]
+        visible = {"CUDA_VISIBLE_DEVICES": "0"} if count == 1 else {}
         done = subprocess.run(
             [*start, *train], cwd=ROOT, env=os.environ | visible, capture_output=True, text=True, timeout=280
         )
