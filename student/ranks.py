@@ -1,10 +1,12 @@
 """What the processes of one command do together, and how they part."""
 
 import contextlib
+import gc
 from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
+import torch.distributed.nn.functional  # DDP imports it, and imported after a group began its defaults hold that for ever
 
 from logitcache.errors import LogitcacheError, TrainingError
 
@@ -27,12 +29,12 @@ def together(device: torch.device) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Ends the process group, if there is one, once all ranks are through.
+    """Ends the process group, if there is one and nothing uses it any more, once all ranks are through.
 
-    DDP and FSDP keep gloo's threads beyond the group. A thread with work still in it aborts the process when the
-    interpreter ends (pytorch/pytorch#190489); a barrier waits for all of it.
+    A thread of gloo's that outlives it with work left aborts the process at its end (pytorch/pytorch#190489).
     """
     if dist.is_initialized():
         nccl = dist.get_backend() == "nccl"
         dist.barrier(device_ids=[torch.accelerator.current_device_index()] if nccl else None)
+        gc.collect()  # a model among ranks holds the group, and cycles hold the model
         dist.destroy_process_group()
