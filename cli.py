@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,7 @@ app = typer.Typer(
 )
 
 
-ACache = Annotated[Path, typer.Argument(help="A cache.")]
+ACache = Annotated[Path, typer.Argument(metavar="CACHE", help="A cache.")]
 NewOut = Annotated[Path, typer.Option(help="A new directory; it appears whole or not at all.")]
 Workers = Annotated[int | None, typer.Option(help="Processes. [default: one a core]")]
 
@@ -101,8 +102,9 @@ Sampling = Annotated[
 Prompts = Annotated[
     str,
     typer.Argument(
+        metavar="PROMPTS",
         help="A .jsonl or .parquet file with `prompt` or `messages` (optional `id`, `answer`; other columns are "
-        "kept), or gym:NAME?size=100&seed=1 for a reasoning-gym task."
+        "kept), or gym:NAME?size=100&seed=1 for a reasoning-gym task.",
     ),
 ]
 
@@ -200,8 +202,9 @@ def score(
     traces: Annotated[
         str | None,
         typer.Argument(
+            metavar="TRACES",
             help="A .jsonl or .parquet file with `prompt` or `messages`, and `completion` (optional `id`, `answer`, "
-            "`finish_reason`; other columns are kept)."
+            "`finish_reason`; other columns are kept).",
         ),
     ] = None,
     from_cache: Annotated[
@@ -264,9 +267,7 @@ def score(
 def train(
     caches: Annotated[
         list[str] | None,
-        typer.Argument(
-            metavar="CACHE...", help="What `logitcache generate` wrote. Of several, each trace counts once."
-        ),
+        typer.Argument(metavar="CACHE", help="What `logitcache generate` wrote. Of several, each trace counts once."),
     ] = None,
     *,
     student: Annotated[str, typer.Option(help="Model folder or hub id, with the teacher's tokenizer.")],
@@ -403,7 +404,10 @@ def train(
 
 @app.command("eval", short_help="Hold a student against its teacher, or against the answers.")
 def eval_(
-    cache: Annotated[Path | None, typer.Argument(help="A cache whose traces the student is held against.")] = None,
+    context: typer.Context,
+    cache: Annotated[
+        Path | None, typer.Argument(metavar="CACHE", help="A cache whose traces the student is held against.")
+    ] = None,
     *,
     student: Annotated[
         str, typer.Option(help="A run, one of its checkpoints, a model folder, a LoRA adapter or a hub id.")
@@ -466,7 +470,10 @@ def eval_(
         raise InputError(
             "give either CACHE, to hold the student against the teacher, or --prompts, against the answers"
         )
+    of_cache = {"held_out", "everything", "where", "view", "sections", "tokens_per_batch"}
+    of_both = {"cache", "student", "prompts", "dtype", "as_json"}
     if cache is not None:
+        _refuse_given(context, set(context.params) - of_cache - of_both, "it is of answers to --prompts, not of CACHE")
         from logitcache.report import describe_evaluation
         from logitcache.student.evaluate import EvalOptions, evaluate_run
 
@@ -475,6 +482,7 @@ def eval_(
         )
         _echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
         return
+    _refuse_given(context, of_cache, "it is of CACHE, not of answers to --prompts")
     from logitcache.budgets import BudgetOptions, measure
     from logitcache.report import describe_budgets
 
@@ -493,7 +501,7 @@ def eval_(
 
 @app.command(short_help="Set runs side by side.")
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Directories that train wrote, finished or not.")],
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Directories that train wrote, finished or not.")],
     out: Annotated[Path | None, typer.Option(help="A directory for curves.png. [default: no picture]")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -510,9 +518,10 @@ def compare(
 
 @app.command(short_help="Train the arms of an experiment from one cache, and report.")
 def experiment(
+    context: typer.Context,
     name: Annotated[
         str,
-        typer.Argument(help="sections, lsp, halves, token-matched, losses, trsd or first-derivation."),
+        typer.Argument(metavar="NAME", help="sections, lsp, halves, token-matched, losses, trsd or first-derivation."),
     ],
     cache: Annotated[Path, typer.Option(help="What all arms learn from.")],
     student: Annotated[str, typer.Option(help="What every run begins with: a model folder or hub id.")],
@@ -555,6 +564,10 @@ def experiment(
 
     Example: logitcache experiment lsp --cache math-cache --student Qwen/Qwen3-0.6B --out lsp --epochs 2 --dry-run
     """
+    if prompts is None:
+        of_answers = {"verifier", "budgets", "by", "samples", "temperature", "max_tokens", "answer_tokens"}
+        of_answers |= {"reasoning_markers"} | ({"engine_arg"} if teacher is None else set())
+        _refuse_given(context, of_answers, "it is of the answers; give --prompts as well")
     from logitcache.student.estimate import describe_plan, estimate
     from logitcache.student.experiment import ExperimentOptions, describe, plan, run
 
@@ -660,7 +673,9 @@ def slice_(
 
 @app.command(short_help="Make one cache of several.")
 def merge(
-    caches: Annotated[list[Path], typer.Argument(help="Caches of one identity; of a trace in several, the first's.")],
+    caches: Annotated[
+        list[Path], typer.Argument(metavar="CACHE", help="Caches of one identity; of a trace in several, the first's.")
+    ],
     out: NewOut,
     allow: Annotated[
         list[str] | None,
@@ -714,7 +729,7 @@ def export(
 
 @app.command("import", short_help="Make a cache of another tool's capture.")
 def import_(
-    source: Annotated[Path, typer.Argument(help="Directory of .parquet files, or one of them.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Directory of .parquet files, or one of them.")],
     out: NewOut,
     tokenizer: Annotated[str, typer.Option(help="The teacher's: model folder or hub id.")],
     from_: Annotated[Literal["distillkit"], typer.Option("--from", help="The tool.")] = "distillkit",
@@ -745,7 +760,9 @@ def import_(
 @app.command(short_help="Put a cache on the Hugging Face hub.")
 def push(
     cache: ACache,
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository, made where it is missing.")],
+    repo: Annotated[
+        str, typer.Argument(metavar="REPO", help="OWNER/NAME of a dataset repository, made where it is missing.")
+    ],
     public: Annotated[
         bool,
         typer.Option(
@@ -771,7 +788,7 @@ def push(
 
 @app.command(short_help="Fetch a cache from the Hugging Face hub.")
 def pull(
-    repo: Annotated[str, typer.Argument(help="OWNER/NAME of a dataset repository.")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="OWNER/NAME of a dataset repository.")],
     out: NewOut,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit. [default: main]")] = None,
     workers: Workers = None,
@@ -783,6 +800,14 @@ def pull(
     from logitcache.hub import pull as run
 
     typer.echo(run(repo, out, revision=revision, workers=workers))
+
+
+def _refuse_given(context: typer.Context, names: Collection[str], why: str) -> None:
+    """Raises: InputError for an option that was given and would have no effect."""
+    for option in context.command.params:
+        source = context.get_parameter_source(option.name or "")
+        if option.name in names and source and source.name == "COMMANDLINE":
+            raise InputError(f"{option.opts[0]}: {why}")
 
 
 def _signal_code(name: str | None) -> int:

@@ -171,7 +171,7 @@ def measure(options: BudgetOptions) -> dict[str, Any]:
         result = {
             "student": options.model,
             "source": options.prompts,
-            "prompts_digest": _hash(sorted([prompt.id, digest_of(prompt)] for prompt in source)),
+            "prompts_digest": prompts_digest(source),
             "ci_method": CI_METHOD,
             "budgets": {} if stopped else {str(b): _measured(b, questions, file.answers) for b in options.parsed},
             "stopped": stopped,
@@ -302,5 +302,7 @@ def _refuse_other_prompts(out: Path, answers: Mapping[Key, Answer], source: Prom
         raise IdentityError(f"{out} holds answers to {what}; give the prompts as they were, or --out a new directory")
 
 
-def _hash(value: Any) -> str:
-    return hashlib.blake2b(json.dumps(value).encode(), digest_size=16).hexdigest()
+def prompts_digest(source: PromptSet) -> str:
+    """Hash of prompts with all that verdicts read, whatever their order."""
+    told = json.dumps(sorted([prompt.id, digest_of(prompt)] for prompt in source))
+    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()

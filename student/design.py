@@ -97,6 +97,8 @@ def prepare(options: ExperimentOptions) -> Plan:
         raise InputError(f"--points: the arms of {options.name} are not shares; leave it out")
     if chosen.crops and not options.teacher:
         raise InputError(f"experiment {options.name} has the teacher read parts of traces alone: give --teacher")
+    if options.teacher and not chosen.crops:
+        raise InputError(f"--teacher: experiment {options.name} learns from the cache alone; leave it out")
     cache = Cache.open(options.cache)
     if not len(cache):
         raise NotACacheError(f"{options.cache} holds no trace yet; `logitcache generate` some")

@@ -105,21 +105,26 @@ def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
         "weights": weights_fingerprint(student) if student.is_dir() else None,
         "shared": json.loads(json.dumps(options.shared, default=str)),
     }
-    place, machines = options.out / SETTINGS, []
+    place, there = options.out / SETTINGS, {}
     if place.exists():
         there = read_json(place)
-        machines = there["machines"]
         if difference := first_difference(there["settings"], settings):
             name, was, wanted = difference
             raise IdentityError(
                 f"{options.out} holds an experiment with {name} = {was!r}, this one has {wanted!r}; set it as it was, or "
                 "give --out a new directory"
             )
+        if there["prompts"] and not options.prompts:
+            raise IdentityError(
+                f"{options.out} holds answers to {there['prompts']}, and its report would lose them; give --prompts as "
+                "before, or --out a new directory"
+            )
     elif any(p.name != LOCK for p in options.out.iterdir()):
         raise NotACacheError(f"{options.out} holds other things than an experiment; give --out a new directory")
-    if (machine := _machine()) not in machines:
-        machines = [*machines, machine]
-        publish_json(place, {"settings": settings, "machines": machines})
+    machines = list(dict.fromkeys([*there.get("machines", ()), _machine()]))
+    now = {"settings": settings, "machines": machines, "prompts": options.prompts}
+    if now != there:
+        publish_json(place, now)
     return {
         "machines": machines,
         "teacher": f"{cache.identity.teacher} @ {cache.identity.teacher_revision[:12]}, top-{cache.identity.top_k}",

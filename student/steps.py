@@ -105,12 +105,8 @@ def reasoning_lsp(trace: Trace, epoch: int, p: Share) -> Plan:
     Rows up to the cut are taught. The closing is not; the answer's rows were made with the whole reasoning in sight, so
     the answer is taught by its tokens alone. Where nothing is cut this is `full`.
     """
-    whole, (start, stop) = full(trace), _cut_reasoning(trace, p)
-    if start == stop:
-        return whole
-    token_L = np.arange(len(whole.fed))
-    fed = (token_L < start) | (token_L >= stop)
-    return Plan(fed, whole.by_row & (token_L < start), token_L >= trace.sections.answer_start)
+    whole, (before_L, fed_L) = full(trace), _cut_reasoning(trace, p)
+    return whole if fed_L.all() else Plan(fed_L, whole.by_row & before_L, _answer(trace))
 
 
 def trsd(trace: Trace, epoch: int, spread: Spread) -> Plan:
@@ -119,10 +115,8 @@ def trsd(trace: Trace, epoch: int, spread: Spread) -> Plan:
     The student learns to say with less reasoning what the teacher said after all of it: with `trsd_anchored` the only view
     whose rows were made with more context than it feeds. r is drawn from `spread` by trace id and epoch.
     """
-    whole, (start, stop) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
-    token_L = np.arange(len(whole.fed))
-    fed = (token_L < start) | (token_L >= stop)
-    return Plan(fed, whole.by_row & (token_L >= trace.sections.answer_start), whole.by_token)
+    whole, (_, fed_L) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
+    return Plan(fed_L, whole.by_row & _answer(trace), whole.by_token)
 
 
 def trsd_anchored(trace: Trace, epoch: int, spread: Spread) -> Plan:
@@ -130,12 +124,9 @@ def trsd_anchored(trace: Trace, epoch: int, spread: Spread) -> Plan:
 
     The closing is not taught where something is cut, since the teacher did not end there. Where nothing is cut this is `full`.
     """
-    whole, (start, stop) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
-    if start == stop:
-        return whole
-    token_L = np.arange(len(whole.fed))
-    before_L, answer_L = token_L < start, token_L >= trace.sections.answer_start
-    return Plan(before_L | (token_L >= stop), whole.by_row & (before_L | answer_L), whole.by_token)
+    whole, (before_L, fed_L) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
+    taught_L = before_L | _answer(trace)
+    return whole if fed_L.all() else Plan(fed_L, whole.by_row & taught_L, whole.by_token)
 
 
 def crop(trace: Trace, epoch: int, p: Share) -> Plan:
@@ -147,10 +138,16 @@ def _drawn_share(trace: Trace, epoch: int, spread: Spread) -> float:
     return spread.at(float(_draws(1, "trsd", trace.trace_id, str(epoch))[0] >> np.uint64(11)) / 2**53)
 
 
-def _cut_reasoning(trace: Trace, p: float) -> tuple[int, int]:
-    """The tokens [start, stop) of the reasoning that are left out to keep its first p."""
-    span = trace.sections.reasoning
-    return span.start + _count(p, span.stop - span.start), span.stop
+def _cut_reasoning(trace: Trace, p: float) -> tuple[np.ndarray, np.ndarray]:
+    """bool [L] twice: the tokens before a cut that keeps the reasoning's first p, and those with all after the reasoning."""
+    span, token_L = trace.sections.reasoning, np.arange(len(trace.token_ids))
+    before_L = token_L < span.start + _count(p, span.stop - span.start)
+    return before_L, before_L | (token_L >= span.stop)
+
+
+def _answer(trace: Trace) -> np.ndarray:
+    """bool [L]"""
+    return np.arange(len(trace.token_ids)) >= trace.sections.answer_start
 
 
 # Choices: (trace, taught bool [L], argument) -> bool [L], those of the taught tokens that still are.

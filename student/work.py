@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 
 from logitcache.answers import AnswerFile, Key
-from logitcache.budgets import ANSWERS, RESULTS, Budget, pass_at_1
+from logitcache.budgets import ANSWERS, RESULTS, Budget, pass_at_1, prompts_digest
 from logitcache.cache import Cache
 from logitcache.console import Stop
-from logitcache.errors import IdentityError, LogitcacheError, NotACacheError
+from logitcache.errors import IdentityError, LogitcacheError, NotACacheError, PromptsError
 from logitcache.files import publish_json, read_json
 from logitcache.manifest import first_difference
 from logitcache.prompts import PromptSet
@@ -133,7 +133,10 @@ class Work:
         arguments = commands.answer(student, options.prompts, out, _of_answers(options))
         if self._run(f"answers of {_name(arm, seed)}", arguments) is None:
             return
-        found, groups = read_json(out / RESULTS), _by_group(options, self.plan.prompts, out)
+        found = read_json(out / RESULTS)
+        if found["prompts_digest"] != asked["prompts"]:
+            raise PromptsError(f"{options.prompts} has changed since this call began; run the same command again")
+        groups = _by_group(options, self.plan.prompts, out)
         publish_json(file, {"asked": asked, "found": found["budgets"], "groups": groups})
 
 
@@ -144,10 +147,9 @@ def _asked_of_teacher(made: Plan, student: str) -> dict[str, Any]:
 
 def _asked_of_answers(options: ExperimentOptions, made: Plan, student: str) -> dict[str, Any]:
     """All that answers depend on, as JSON has it."""
-    prompts = [[prompt.id, prompt.digest(), prompt.answer] for prompt in made.prompts or ()]
-    digest = hashlib.blake2b(json.dumps(prompts).encode()).hexdigest()
-    asked = {"student": _weights(student), "prompts": digest, "by": options.by, **_of_answers(options)}
-    return json.loads(json.dumps(asked))
+    assert made.prompts
+    own = {"student": _weights(student), "prompts": prompts_digest(made.prompts), "by": options.by}
+    return json.loads(json.dumps(own | _of_answers(options)))
 
 
 def _of_answers(options: ExperimentOptions) -> dict[str, Any]:

@@ -163,6 +163,22 @@ def test_a_cache_is_cut_joined_parted_and_exported(run, tmp_path) -> None:
     assert run("slice", tmp_path / "c", "--out", tmp_path / "s", "--top-k", 4)[0] == 2, "OUT holds something"
 
 
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("eval CACHE --student S --samples 4", "--samples: it is of answers to --prompts, not of CACHE"),
+        ("eval CACHE --student S --engine-arg a=b", "--engine-arg: it is of answers to --prompts, not of CACHE"),
+        ("eval --student S --prompts p --out o --all", "--all: it is of CACHE, not of answers to --prompts"),
+        (
+            "experiment lsp --cache C --student S --out o --by level",
+            "--by: it is of the answers; give --prompts as well",
+        ),
+    ],
+)
+def test_an_option_without_effect_is_refused(run, command, message) -> None:
+    assert run(*command.split()) == (2, "", f"logitcache: {message}\n")
+
+
 def test_score_takes_one_source(run, tmp_path) -> None:
     for sources in ([], ["t.jsonl", "--from-cache", tmp_path]):
         code, _, err = run("score", *sources, "--teacher", "x", "--out", tmp_path / "o")

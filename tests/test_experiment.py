@@ -18,13 +18,14 @@ from pathlib import Path
 import pytest
 
 from logitcache.answers import Answer, AnswerFile
-from logitcache.budgets import ANSWERS, RESULTS
+from logitcache.budgets import ANSWERS, RESULTS, prompts_digest
 from logitcache.cache import Cache
 from logitcache.cli import app
 from logitcache.console import Stop
-from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, TrainingError
+from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, PromptsError, TrainingError
 from logitcache.files import publish_json
 from logitcache.manifest import weights_fingerprint
+from logitcache.prompts import load
 from logitcache.score import Crop, _cropped
 from logitcache.student import arms, commands, findings
 from logitcache.student.arms import EXPERIMENTS, Arm, Facts
@@ -85,7 +86,7 @@ class Spy:
         if arguments[0] == "score":
             return self.score(Path(given["--out"]), given["--crop"])
         if "--prompts" in arguments:
-            return self.answer(Path(given["--out"]), given["--budgets"].split(","))
+            return self.answer(given["--prompts"], Path(given["--out"]), given["--budgets"].split(","))
         return here(arguments, log, stop)
 
     def score(self, out: Path, crop: str) -> tuple[int, str]:
@@ -106,7 +107,7 @@ class Spy:
         tiny.write_cache(out, cropped, derived=[f"score --from-cache x --crop {crop}"])
         return 0, ""
 
-    def answer(self, out: Path, budgets: list[str]) -> tuple[int, str]:
+    def answer(self, prompts: str, out: Path, budgets: list[str]) -> tuple[int, str]:
         """Two of four prompts are right naturally, after 8 tokens of reasoning, and one after 4, where it is cut."""
         self.asked.append(out)
         out.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ class Spy:
         part = {"ci": [0.2, 0.8], "answer_tokens": 2.0, "total_tokens": 12.0, "ended": 1.0, "prompts": 4, "samples": 1}
         shares = {b: (0.5, 8.0) if b == "none" else (0.25, 4.0) for b in budgets}
         found = {b: part | {"accuracy": a, "reasoning_tokens": n} for b, (a, n) in shares.items()}
-        publish_json(out / RESULTS, {"budgets": found})
+        publish_json(out / RESULTS, {"budgets": found, "prompts_digest": prompts_digest(load(prompts))})
         return 0, ""
 
 
@@ -142,7 +143,7 @@ def table(path: Path) -> list[dict]:
     "name", [name if name == "lsp" else pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS]
 )
 def test_an_experiment_in_miniature_trains_its_arms_and_writes_them_up(options, spy, name):
-    asked = options(name, teacher="teacher")
+    asked = options(name, teacher="teacher" if name == "halves" else None)
     arms = plan(asked)
     found = run(asked, spy, silent)
     assert found["status"] == "finished"
@@ -196,6 +197,8 @@ def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home
     assert (asked.out / "length.png").exists()
     with pytest.raises(IdentityError, match="max_steps = 1, this one has 2"):
         run(replace(more, shared=SHARED | {"max_steps": 2}), spy, silent)
+    with pytest.raises(IdentityError, match=r"holds answers to .*prompts.jsonl, and its report would lose them"):
+        run(asked, spy, silent)
     with pytest.raises(IdentityError, match=r"was made with view = 'lsp:1', and arm lsp:1 has 'lsp:0.9'"):
         finished(asked.out / "arms" / "lsp-1" / "seed-0", Arm("lsp:1", "", "lsp:0.9"))
 
@@ -218,6 +221,20 @@ def test_a_report_never_mixes_what_was_measured_under_other_settings(options, sp
     found = run(replace(asked, answers={"samples": 2, "temperature": 1.0}), stopping, silent)
     assert all(row.get("accuracy none") is None for row in found["rows"]), "those of one sample are left out"
     assert "It was stopped by SIGTERM. Runs that are missing" in (asked.out / "report.md").read_text()
+
+
+@pytest.mark.slow
+def test_prompts_that_change_under_way_are_not_reported(options, spy, home, tmp_path):
+    prompts = shutil.copy(home / "prompts.jsonl", tmp_path / "prompts.jsonl")
+    asked = options("lsp", points=(1.0,), prompts=str(prompts), budgets=("50%", "none"))
+
+    def changing(arguments, log, stop):
+        prompts.write_text((home / "prompts.jsonl").read_text().replace("w7", "w8"))
+        return spy(arguments, log, stop)
+
+    with pytest.raises(PromptsError, match=r"prompts.jsonl has changed since this call began; run the same command"):
+        run(asked, changing, silent)
+    assert all("accuracy none" not in row for row in table(asked.out))
 
 
 @pytest.mark.slow
@@ -305,6 +322,7 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
     [
         pytest.param({"name": "lps"}, "did you mean 'lsp'", id="an unknown name"),
         pytest.param({"name": "halves", "points": None}, "give --teacher", id="halves without a teacher"),
+        pytest.param({"teacher": "T"}, "lsp learns from the cache alone; leave it out", id="a teacher for nothing"),
         pytest.param({"seeds": 0}, "--seeds 0", id="no seeds"),
         pytest.param({"points": (0.5, 2.0)}, r"--points 2.0", id="a point above one"),
         pytest.param({"name": "trsd"}, "arms of trsd are not shares", id="points of no shares"),
