@@ -3,7 +3,7 @@
     python benchmarks/bench_divergence.py                   the whole table on the GPU, appended to results/<gpu>.csv
     python benchmarks/bench_divergence.py --device cpu      the same table, small
     python benchmarks/bench_divergence.py --json            an object a line
-    python benchmarks/bench_divergence.py --plot out.png    the newest run in results/<machine>.csv, with matplotlib
+    python benchmarks/bench_divergence.py --plot out.png    the newest runs in results/<machine>.csv, with matplotlib
     python benchmarks/bench_divergence.py --table           the same as a table in Markdown
 
 Needs torch, and triton on a GPU. Others are measured where they are installed; what is missing, fails or takes too long
@@ -436,15 +436,15 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true", help="begin a step when other work takes < 10%% of the cores")
     parser.add_argument("--csv", type=Path, help="append to, or draw, this file, not results/<machine>.csv")
     parser.add_argument("--no-save", action="store_true", help="append nothing")
-    parser.add_argument("--plot", type=Path, help="draw the newest saved run into this file instead of measuring")
-    parser.add_argument("--table", action="store_true", help="print the newest saved run in Markdown")
+    parser.add_argument("--plot", type=Path, help="draw the newest saved runs into this file instead of measuring")
+    parser.add_argument("--table", action="store_true", help="print the newest saved runs in Markdown")
     parser.add_argument("--resume", nargs=2, metavar=("DATE", "DONE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
     path = options.csv or ROOT / "benchmarks" / "results" / f"{machine(options.device)}.csv"
     if options.plot or options.table:
         if options.plot:
             plot(path, options.plot)
-        print(table(path) if options.table else f"drew the newest run of {path}")
+        print(table(path) if options.table else f"drew the newest runs of {path}")
         return
     if options.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("no CUDA device here; --device cpu measures the same table small")

@@ -23,11 +23,15 @@ def load(path: Path) -> list[dict]:
 
 
 def newest(path: Path) -> dict[tuple[str, ...], list[dict]]:
-    """Rows of the last run by (N, H, V), sweeps left out."""
+    """Rows of the last commit's runs by (N, H, V), the newest of each, sweeps left out."""
     rows, cases = load(path), {}
+    commit = rows[-1]["commit"].removesuffix("-dirty")
     for row in rows:
-        if row["date"] == rows[-1]["date"] and "=" not in row["impl"]:
-            cases.setdefault((row["N"], row["H"], row["V"]), []).append(row)
+        if row["commit"].removesuffix("-dirty") == commit and "=" not in row["impl"]:
+            case = cases.setdefault((row["N"], row["H"], row["V"]), [])
+            if case and case[0]["date"] != row["date"]:
+                case.clear()
+            case.append(row)
     return cases
 
 
@@ -39,13 +43,13 @@ def table(path: Path) -> str:
         for row in rows:
             times = f"{float(row['ms_median']):,.0f} ({float(row['ms_p20']):,.0f} - {float(row['ms_p80']):,.0f})"
             extra, share = (float(row[name] or "nan") for name in ("extra_mib", "floor_share"))
-            lines += [f"| {row['impl']} | {times} | {row['of_torch']} | {extra:,.0f} | {share:.0%} |"]
+            lines += [f"| {row['impl']} | {times} | {row['of_torch']} | {extra:z,.0f} | {share:.0%} |"]
         lines += [""]
     return "\n".join(lines)
 
 
 def plot(path: Path, out: Path) -> None:
-    """The newest run as bars, a group a case: time by the bare products' (p20 to p80 as a line), and extra memory."""
+    """The newest runs as bars, a group a case: time by the bare products' (p20 to p80 as a line), and extra memory."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -72,8 +76,9 @@ def plot(path: Path, out: Path) -> None:
     panels[1].set_ylim(bottom=1)
     if panels[0].get_ylim()[1] > 5:
         panels[0].set_yscale("log")
+        panels[0].set_yticks([t for t in (0.5, 1, 2, 5, 10, 20, 50, 100) if t < panels[0].get_ylim()[1]])
         panels[0].set_ylim(bottom=0.5)
-        panels[0].yaxis.set_minor_formatter("{x:g}")
+        panels[0].minorticks_off()
     for panel, label in zip(panels, ("time / bare matrix products", "extra memory, MiB (at least 1)"), strict=True):
         panel.yaxis.set_major_formatter("{x:g}")
         panel.set_ylabel(label)
