@@ -114,7 +114,7 @@ def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
                 f"{options.out} holds an experiment with {name} = {was!r}, this one has {wanted!r}; set it as it was, or "
                 "give --out a new directory"
             )
-        if there["prompts"] and not options.prompts:
+        if there.get("prompts") and not options.prompts:
             raise IdentityError(
                 f"{options.out} holds answers to {there['prompts']}, and its report would lose them; give --prompts as "
                 "before, or --out a new directory"
