@@ -386,6 +386,7 @@ def train(
     """
     from logitcache.report import describe_run
     from logitcache.student.options import TrainOptions
+    from logitcache.student.ranks import leave
     from logitcache.student.run import train as run
 
     given: dict[str, Any] = {
@@ -397,6 +398,7 @@ def train(
         section_weights=_numbers("--section-weight", section_weight) or None, set=_pairs("--set", set_),
     )  # fmt: skip
     finished = run(options)
+    leave()
     _echo(describe_run(finished, out))
     if finished["status"] == "stopped":
         raise typer.Exit(_signal_code(finished["signal"]))
@@ -476,10 +478,12 @@ def eval_(
         _refuse_given(context, set(context.params) - of_cache - of_both, "it is of answers to --prompts, not of CACHE")
         from logitcache.report import describe_evaluation
         from logitcache.student.evaluate import EvalOptions, evaluate_run
+        from logitcache.student.ranks import leave
 
         found = evaluate_run(
             EvalOptions(cache, student, held_out, everything, where, view, _names(sections), tokens_per_batch, dtype)
         )
+        leave()
         _echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
         return
     _refuse_given(context, of_cache, "it is of CACHE, not of answers to --prompts")
@@ -951,10 +955,6 @@ def main() -> NoReturn:
     """Entry point: a deliberate error is one line and its exit code; a Ctrl-C is no traceback."""
     try:
         code = app(standalone_mode=False) or 0
-        if "torch" in sys.modules:
-            from logitcache.student.ranks import leave
-
-            leave()
     except LogitcacheError as e:
         print(f"logitcache: {e}", file=sys.stderr)
         code = e.exit_code

@@ -16,6 +16,7 @@ from pathlib import Path
 from benchmarks.demo import logitcache
 from benchmarks.reasoner.make import SIZES, make
 from benchmarks.reasoner.problems import FAMILIES
+from logitcache.budgets import DEFAULT
 from logitcache.student.figures import COSTS, Rows, relative, values
 from logitcache.student.findings import CSV_FILE, REPORT_FILE, TENTHS, from_csv, markdown, spread
 
@@ -91,12 +92,12 @@ def essence(found: dict[str, Rows]) -> str:
     lsp, half, costs = found["lsp"], relative(found["lsp"], "lsp:1"), relative(found["cost"], "lsp:1")
     sections = relative(found["sections"], "all")
     cost = [
-        (f"{label} at 0.5, of 1.0: in steps of 32,768 tokens", "about 50%", shown(costs, "lsp:0.5", name))
+        [f"{label} at 0.5, of 1.0: in steps of 32,768 tokens", "about 50%", shown(costs, "lsp:0.5", name)]
         for name, label in COSTS.items()
     ]
-    cost += [(f"... of 4,096: {', '.join(COSTS.values())}", "", several(half, ["lsp:0.5"], *COSTS))]
+    cost += [[f"... of 4,096: {', '.join(COSTS.values())}", "", several(half, ["lsp:0.5"], *COSTS)]]
     family = [
-        (f"... {f}: before, 0.5, 1.0", "", several(lsp, ["before", "lsp:0.5", "lsp:1"], f"{ACCURACY} [{f}]"))
+        [f"... {f}: before, 0.5, 1.0", "", several(lsp, ["before", "lsp:0.5", "lsp:1"], f"{ACCURACY} [{f}]")]
         for f in FAMILIES
     ]
     arms = ["reasoning", "answer", "prompt+answer"]
@@ -105,7 +106,8 @@ def essence(found: dict[str, Rows]) -> str:
         ["Distilling the Essence", "paper", "here"],
         [
             ["accuracy at lead-span 0.5, of 1.0", "about 91%", shown(half, "lsp:0.5", ACCURACY)],
-            *map(list, [*family, *cost]),
+            *family,
+            *cost,
             ["accuracy taught on the reasoning alone, of all sections", "as good", shown(sections, arms[0], ACCURACY)],
             ["... the answer alone; prompt and answer", "far worse", several(sections, arms[1:], ACCURACY)],
             ["accuracy after the left, middle, right half", "early tokens matter most", halves],
@@ -122,7 +124,7 @@ def places(lsp: Rows) -> str:
 
 def trsd(rows: Rows) -> str:
     arms = ["before", "trsd-anchored", "trsd:0.1-0.9", "trsd:1"]
-    asked = [("redundant", b) for b in ("0", "25%", "50%", "75%", "100%", "none")] + [(f, "50%") for f in FAMILIES[1:]]
+    asked = [("redundant", b) for b in DEFAULT] + [(f, "50%") for f in FAMILIES[1:]]
     lines = [[f"{f}, {b}", *(shown(rows, arm, f"accuracy {b} [{f}]") for arm in arms)] for f, b in asked]
     lines += [["all families, none", *(shown(rows, arm, ACCURACY) for arm in arms)]]
     for f in FAMILIES:

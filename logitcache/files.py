@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -139,13 +139,22 @@ def _is_at(file: TextIO, path: Path) -> bool:
     return False
 
 
+def taken(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bool:
+    """Whether ``path`` is a file, or a directory that holds something that is not the caller's ``own``.
+
+    Where several processes may begin at once, ask before you look for your own record: what another one publishes
+    meanwhile is then known by it.
+    """
+    return path.exists() and not (path.is_dir() and all(map(own, path.iterdir())))
+
+
 @contextlib.contextmanager
 def whole_directory(out: Path) -> Iterator[Path]:
     """A place to make the directory ``out`` in, which appears when the block ends without an error, and not before.
 
     Raises: NotACacheError where ``out`` holds something; CacheBusyError where another process makes it.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if taken(out):
         raise NotACacheError(f"{out} holds something already; give --out a new directory")
     place = out.absolute()
     part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")

@@ -22,7 +22,7 @@ from logitcache.errors import (
     WriteError,
     first_line,
 )
-from logitcache.files import exclusive, sync_directory
+from logitcache.files import exclusive, sync_directory, taken
 from logitcache.verify import verify
 
 CARD = "README.md"
@@ -99,7 +99,7 @@ def pull(
         ShardCorruptError for a repository that is not sound, FormatVersionError for one of a newer logitcache, WriteError
         where the disk refuses, LogitcacheError where the hub cannot be reached.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+    if taken(out):
         raise InputError(f"{out} holds something already; give --out a new directory")
     api = _api(token)
     place = out.absolute()

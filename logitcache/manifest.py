@@ -10,7 +10,7 @@ from typing import Any
 
 import logitcache
 from logitcache.errors import FormatVersionError, IdentityError, NotACacheError
-from logitcache.files import exclusive, publish_json, read_json
+from logitcache.files import exclusive, publish_json, read_json, taken
 from logitcache.sections import Markers
 
 FORMAT_VERSION = 1
@@ -127,8 +127,7 @@ def match(cache: Path, identity: Identity) -> Identity | None:
 
     Raises: IdentityError naming the first field that differs, NotACacheError for a directory of other things.
     """
-    # The directory first: what another worker publishes meanwhile is then known by its manifest.
-    foreign = cache.exists() and not (cache.is_dir() and all(_is_ours(p) for p in cache.iterdir()))
+    foreign = taken(cache, _is_ours)
     if (cache / FILE_NAME).exists():
         found = read(cache)
         refuse_difference(cache, found, identity)

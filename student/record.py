@@ -12,7 +12,7 @@ import transformers
 import logitcache
 from logitcache.cache import Cache
 from logitcache.errors import StudentError
-from logitcache.files import publish
+from logitcache.files import publish, taken
 from logitcache.filters import Filter
 from logitcache.manifest import first_difference
 from logitcache.student.checkpoints import LOCK_FILE, RUN_FILE, find_run, latest_checkpoint
@@ -74,9 +74,10 @@ def claim(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
     Raises: StudentError for a directory of other things, and for a run made otherwise, naming the difference.
     """
+    foreign = taken(out, lambda p: p.name == LOCK_FILE)
     _, found = find_run(out)
     if not found:
-        if out.exists() and (not out.is_dir() or any(p.name != LOCK_FILE for p in out.iterdir())):
+        if foreign:
             raise StudentError(f"{out} exists and is not a run; give --out an empty or a new directory")
         return {}
     if difference := first_difference(found, json.loads(json.dumps(wanted, default=str))):

@@ -109,6 +109,13 @@ def ranks(command: list[str], count: int = 2, **environment: str) -> list[Rank]:
     return [Rank(p.returncode, *texts) for p, texts in zip(processes, said, strict=True)]
 
 
+def last_lines(command: list[str], count: int = 2, **environment: str) -> list[str]:
+    """What each of the `ranks` printed last, "" for nothing; none may fail."""
+    ends = ranks(command, count, **environment)
+    assert all(end.code == 0 for end in ends), "\n".join(end.err[-3000:] for end in ends)
+    return [end.out.strip().rpartition("\n")[2] for end in ends]
+
+
 def launch(options: TrainOptions, count: int = 1, *, stop: int | None = None, kill: list | None = None) -> dict:
     """The same in processes of its own, `count` of them over gloo; stopped in step `stop`, or killed as `kill_at` does.
 
@@ -116,12 +123,12 @@ def launch(options: TrainOptions, count: int = 1, *, stop: int | None = None, ki
     """
     given = {k: v for k, v in options.__dict__.items() if v is not None}
     text = json.dumps({"options": given, "stop": stop, "kill": kill}, default=str)
-    ends = ranks(["-m", "tests.runs", text], count)
+    command = ["-m", "tests.runs", text]
     if kill is not None:
-        assert ends[0].code == -signal.SIGKILL, ends[0].err[-3000:]
+        killed = ranks(command, count)[0]
+        assert killed.code == -signal.SIGKILL, killed.err[-3000:]
         return {}
-    assert all(end.code == 0 for end in ends), "\n".join(end.err[-3000:] for end in ends)
-    return json.loads(ends[0].out.splitlines()[-1])
+    return json.loads(last_lines(command, count)[0])
 
 
 def main() -> None:

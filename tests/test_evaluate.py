@@ -16,7 +16,7 @@ from logitcache.student.head import attach_head
 from logitcache.student.order import split
 from logitcache.student.views import SECTIONS, View
 from tests import tiny
-from tests.runs import ranks
+from tests.runs import last_lines
 from tests.tiny import one_thread  # noqa: F401
 
 NOTHING = {"kl": None, "top1": None, "rows": 0, "ce": None, "ece": None, "tail": {"teacher": None, "student": None}}
@@ -265,9 +265,7 @@ leave()
 
 @pytest.mark.slow
 def test_two_ranks_give_what_one_gives(cache, home):
-    ends = ranks(["-c", EVALUATE, str(cache.path), str(home / "model")])
-    assert all(end.code == 0 for end in ends), ends
-    first, second = (json.loads(end.out.splitlines()[-1]) for end in ends)
+    first, second = map(json.loads, last_lines(["-c", EVALUATE, str(cache.path), str(home / "model")]))
     assert first == second
     data = TraceDataset(Cache.open(cache.path))
     one = flat(evaluate(tiny.model(seed=1), data, tokens_per_batch=100))

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
-from tests.runs import ROOT, ranks
+from tests.runs import ROOT, last_lines
 
 EXAMPLES = ROOT / "examples"
 
@@ -151,9 +151,7 @@ compare(sys.argv[1], shard)
 
 def run(script: str, *arguments: Any, **environment: str) -> str:
     """What rank 0 of two printed last."""
-    ends = ranks(["-c", script, *map(str, arguments)], **environment)
-    assert all(end.code == 0 for end in ends), "\n".join(end.err[-3000:] for end in ends)
-    return ends[0].out.splitlines()[-1]
+    return last_lines(["-c", script, *map(str, arguments)], **environment)[0]
 
 
 def check(found: dict[str, dict[str, float]]) -> None:
