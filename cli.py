@@ -1,5 +1,6 @@
 """The command line: one function a verb. Heavy imports live inside the functions, so that --help is quick."""
 
+import atexit
 import json
 import os
 import signal
@@ -952,14 +953,29 @@ def _pairs(option: str, given: list[str] | None) -> dict[str, Any]:
 
 
 def main() -> NoReturn:
-    """Entry point: a deliberate error is one line and its exit code; a Ctrl-C is no traceback."""
+    """Entry point. The process ends after what Python runs at its exit, and before the interpreter takes itself apart:
+    a library's thread that is in C++ then aborts a command that has done its work (pytorch/pytorch#38228)."""
+    codes: list[int] = []
+    atexit.register(lambda: codes and _leave(codes[0]))  # what is registered first runs last
+    codes.append(call())
+    sys.exit(codes[0])
+
+
+def call() -> int:
+    """Does what the command line asks for, and returns its exit code.
+
+    A deliberate error is one line; a Ctrl-C is no traceback.
+    """
     try:
         code = app(standalone_mode=False) or 0
+        sys.stdout.flush()
     except LogitcacheError as e:
         print(f"logitcache: {e}", file=sys.stderr)
         code = e.exit_code
+    except BrokenPipeError:  # who read it has read enough
+        code = 1
     except OSError as e:
-        print(f"logitcache: {e.strerror or e}: {e.filename}", file=sys.stderr)
+        print(f"logitcache: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
         code = 1
     except typer.Abort:
         print("logitcache: stopped; run the same command again", file=sys.stderr)
@@ -967,7 +983,14 @@ def main() -> NoReturn:
     except _USAGE_ERROR as e:
         e.show()
         code = e.exit_code
-    sys.exit(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

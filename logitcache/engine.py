@@ -7,7 +7,6 @@ import re
 import signal
 import sys
 import threading
-import time
 import warnings
 from array import array
 from collections.abc import Sequence
@@ -110,7 +109,9 @@ class Engine:
             reason = "" if "root cause above" in str(e) else f": {first_line(e)}"
             raise EngineError(f"vLLM cannot start{reason}") from e
         self._killed = False
-        threading.Thread(target=self._wake_on_death, daemon=True).start()
+        self._closing = threading.Event()
+        self._watch = threading.Thread(target=self._wake_on_death, daemon=True)
+        self._watch.start()
         self.max_model_len: int = self._engine.vllm_config.model_config.max_model_len
         self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
 
@@ -150,6 +151,8 @@ class Engine:
         """Ends the engine's processes."""
         import psutil  # vLLM's own
 
+        self._closing.set()
+        self._watch.join()
         client: Any = self._engine.engine_core
         try:
             client.shutdown()
@@ -167,7 +170,8 @@ class Engine:
         if not hasattr(client, "outputs_queue"):
             return  # the engine runs in this process
         while not client.resources.engine_dead:
-            time.sleep(1)
+            if self._closing.wait(1):
+                return
         self._killed = client.outputs_queue.empty()  # what died of an error of its own has said so there
         client.outputs_queue.put(RuntimeError("the engine is dead"))
 

@@ -64,14 +64,15 @@ def check(code: int, what: str, log: Path) -> str | None:
         return killed
     if code == 0:
         return None
-    if killed:
-        memory = " (out of memory?)" if killed == "SIGKILL" else ""
-        raise TrainingError(
-            f"{what} was killed by {killed}{memory}; run the same command again to go on (its log: {log})"
-        )
     said = (
         [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()] if log.exists() else []
     )
+    if killed:
+        memory = " (out of memory?)" if killed == "SIGKILL" else ""
+        last = f" after {said[-1]!r}" if said else ""
+        raise TrainingError(
+            f"{what} was killed by {killed}{memory}{last}; run the same command again to go on (its log: {log})"
+        )
     own = [line.removeprefix("logitcache: ") for line in said if line.startswith("logitcache: ")]
     kind: type[LogitcacheError] = InputError if code == 2 else TrainingError
     raise kind(f"{what}: {(own or said or [f'exit code {code}'])[-1]} (its log: {log})")

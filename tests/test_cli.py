@@ -24,10 +24,9 @@ def run(monkeypatch, capfd):
     def call(*arguments) -> tuple[int, str, str]:
         capfd.readouterr()
         monkeypatch.setattr(sys, "argv", ["logitcache", *map(str, arguments)])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
+        code = cli.call()
         out = capfd.readouterr()
-        return int(ended.value.code or 0), out.out, out.err
+        return code, out.out, out.err
 
     return call
 
@@ -206,3 +205,34 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
         "import sys, logitcache.cli; print({'torch', 'vllm', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules))"
     )
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True).stdout == "set()\n"
+
+
+BUSY = """
+import sys, threading, torch
+from logitcache.cli import main
+
+def busy(numbers=torch.randn(100)):
+    while True:
+        numbers + numbers
+
+for _ in range(4):
+    threading.Thread(target=busy, daemon=True).start()
+main()
+"""
+
+
+@pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["info", "nowhere"], 2)])
+def test_a_librarys_thread_aborts_no_command_that_is_done(arguments, code) -> None:
+    """Such a thread is sent away when the interpreter ends, and C++ does not take that."""
+    ended = subprocess.run([sys.executable, "-c", BUSY, *arguments], capture_output=True, text=True)
+    assert ended.returncode == code, ended.stderr
+    assert ended.stdout or ended.stderr.count("\n") == 1
+
+
+def test_a_reader_that_has_enough_is_no_error_and_a_full_disk_is_one() -> None:
+    command = str(Path(sys.executable).with_name("logitcache"))
+    piped = subprocess.run(f"{command} generate --help | true", shell=True, capture_output=True, text=True)
+    assert piped.stderr == ""
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([command, "--help"], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (ended.returncode, ended.stderr) == (1, "logitcache: No space left on device\n")

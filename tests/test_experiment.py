@@ -469,7 +469,7 @@ def test_a_command_that_fails_says_why_and_where_its_log_lies(tmp_path):
         commands.check(code, "train lsp:1 seed 0", log)
     assert commands.check(143, "x", log) == "SIGTERM"
     log.write_text("12/600 traces\n")
-    with pytest.raises(TrainingError, match=r"x was killed by SIGKILL \(out of memory\?\); run .* again"):
+    with pytest.raises(TrainingError, match=r"x was killed by SIGKILL \(out of memory\?\) after '12/600 traces'; run"):
         commands.check(137, "x", log)
     with pytest.raises(TrainingError, match="x: 12/600 traces"):
         commands.check(255, "x", log)

@@ -1,4 +1,5 @@
 import dataclasses
+import threading
 from array import array
 from pathlib import Path
 from types import SimpleNamespace
@@ -61,8 +62,11 @@ def test_an_engine_that_ends_by_itself_while_it_is_ended_is_ended() -> None:
 
     ended = engine.Engine.__new__(engine.Engine)
     ended._engine = SimpleNamespace(engine_core=Client())
+    ended._closing, ended._watch = threading.Event(), threading.Thread(target=lambda: ended._closing.wait())
+    ended._watch.start()
     ended.close()
     assert let_go
+    assert not ended._watch.is_alive()
 
 
 @pytest.mark.slow
