@@ -15,7 +15,7 @@ import numpy as np
 from logitcache import prompts, teacher, verdicts
 from logitcache.answers import NO_ROOM, Answer, AnswerFile, Delimiters, Key, Questions, Run, digest_of
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError, TeacherError
-from logitcache.files import exclusive, publish_json, read_json, taken
+from logitcache.files import exclusive, left_behind, publish_json, read_json, taken
 from logitcache.manifest import first_difference
 from logitcache.prompts import PromptSet
 from logitcache.sections import Markers
@@ -279,7 +279,7 @@ def _match(out: Path, settings: dict[str, Any]) -> dict[str, list[int]] | None:
 
     Raises: IdentityError naming the first setting that differs, NotACacheError for a directory of other things.
     """
-    foreign = taken(out, lambda p: p.name in (".lock", "logs"))
+    foreign = taken(out, left_behind)
     if (out / SETTINGS).is_file():
         there = read_json(out / SETTINGS)
         if difference := first_difference(there.get("settings", {}), settings):

@@ -148,6 +148,11 @@ def taken(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bool:
     return path.exists() and not (path.is_dir() and all(map(own, path.iterdir())))
 
 
+def left_behind(path: Path) -> bool:
+    """Whether it is what a command leaves that ended before it had a record of its own: a lock, a log, a part."""
+    return path.name.startswith(".lock") or path.name == "logs" or path.suffix == ".part"
+
+
 @contextlib.contextmanager
 def whole_directory(out: Path) -> Iterator[Path]:
     """A place to make the directory ``out`` in, which appears when the block ends without an error, and not before.

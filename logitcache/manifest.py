@@ -10,7 +10,7 @@ from typing import Any
 
 import logitcache
 from logitcache.errors import FormatVersionError, IdentityError, NotACacheError
-from logitcache.files import exclusive, publish_json, read_json, taken
+from logitcache.files import exclusive, left_behind, publish_json, read_json, taken
 from logitcache.sections import Markers
 
 FORMAT_VERSION = 1
@@ -127,7 +127,7 @@ def match(cache: Path, identity: Identity) -> Identity | None:
 
     Raises: IdentityError naming the first field that differs, NotACacheError for a directory of other things.
     """
-    foreign = taken(cache, _is_ours)
+    foreign = taken(cache, left_behind)
     if (cache / FILE_NAME).exists():
         found = read(cache)
         refuse_difference(cache, found, identity)
@@ -135,11 +135,6 @@ def match(cache: Path, identity: Identity) -> Identity | None:
     if foreign:
         raise NotACacheError(f"{cache} exists and is not a cache; give --out an empty or a new directory")
     return None
-
-
-def _is_ours(path: Path) -> bool:
-    """What a run that ended before it had a manifest leaves."""
-    return path.name.startswith(".lock") or path.name == "logs" or path.suffix == ".part"
 
 
 def create_or_match(cache: Path, identity: Identity) -> Identity:

@@ -21,7 +21,7 @@ from typing import Any
 from logitcache.budgets import Budget
 from logitcache.console import Stop
 from logitcache.errors import IdentityError, NotACacheError
-from logitcache.files import exclusive, publish_json, read_json, taken
+from logitcache.files import exclusive, left_behind, publish_json, read_json, taken
 from logitcache.manifest import first_difference, weights_fingerprint
 from logitcache.student import findings
 from logitcache.student.arms import BEFORE, Arm
@@ -119,7 +119,7 @@ def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
                 f"{options.out} holds answers to {there['prompts']}, and its report would lose them; give --prompts as "
                 "before, or --out a new directory"
             )
-    elif taken(options.out, lambda p: p.name == LOCK):
+    elif taken(options.out, left_behind):
         raise NotACacheError(f"{options.out} holds other things than an experiment; give --out a new directory")
     machines = list(dict.fromkeys([*there.get("machines", ()), _machine()]))
     now = {"settings": settings, "machines": machines, "prompts": options.prompts}

@@ -12,10 +12,10 @@ import transformers
 import logitcache
 from logitcache.cache import Cache
 from logitcache.errors import StudentError
-from logitcache.files import publish, taken
+from logitcache.files import left_behind, publish, taken
 from logitcache.filters import Filter
 from logitcache.manifest import first_difference
-from logitcache.student.checkpoints import LOCK_FILE, RUN_FILE, find_run, latest_checkpoint
+from logitcache.student.checkpoints import RUN_FILE, find_run, latest_checkpoint
 from logitcache.student.config import DistillConfig
 from logitcache.student.options import TrainOptions
 from logitcache.student.views import View
@@ -74,7 +74,7 @@ def claim(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
 
     Raises: StudentError for a directory of other things, and for a run made otherwise, naming the difference.
     """
-    foreign = taken(out, lambda p: p.name == LOCK_FILE)
+    foreign = taken(out, left_behind)
     _, found = find_run(out)
     if not found:
         if foreign:

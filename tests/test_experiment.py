@@ -375,6 +375,8 @@ def test_a_directory_of_other_things_is_left_alone(options, spy):
     (asked.out / "letter.txt").touch()
     with pytest.raises(NotACacheError, match="holds other things"):
         run(asked, spy, silent)
+    (asked.out / "letter.txt").rename(asked.out / "experiment.json.part")  # what a kill leaves
+    assert run(asked, spy, silent)["status"] == "finished"
 
 
 def test_arms_are_those_that_the_cache_can_serve():

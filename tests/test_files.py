@@ -1,13 +1,17 @@
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from logitcache import budgets, manifest
 from logitcache.errors import CacheBusyError, ShardCorruptError, WriteError
 from logitcache.files import exclusive, publish, publish_json, read_json
+from logitcache.student import record
+from tests import tiny
 
 
 def test_a_published_file_is_whole_and_leaves_no_part(tmp_path: Path) -> None:
@@ -55,3 +59,23 @@ def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path:
     holder.wait()
     with exclusive(lock, "c"):
         assert lock.read_text().startswith(f"pid {os.getpid()} on ")
+
+
+@pytest.mark.parametrize(
+    ("name", "begun"),
+    [
+        (manifest.FILE_NAME, lambda out: manifest.match(out, tiny.identity())),
+        (budgets.SETTINGS, lambda out: budgets._match(out, {})),
+        (record.RUN_FILE, lambda out: record.claim(out, {}) or None),
+    ],
+)
+def test_a_kill_while_the_first_record_is_published_leaves_a_place_to_begin_anew(tmp_path: Path, name, begun) -> None:
+    script = (
+        "import os, signal; from pathlib import Path; from logitcache.files import exclusive, publish\n"
+        "Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"out = Path({str(tmp_path)!r})\n"
+        f"with exclusive(out / '.lock', 'out'): publish(out / {name!r}, b'1234')"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", f"{name}.part"]
+    assert begun(tmp_path) is None
