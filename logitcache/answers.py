@@ -19,6 +19,7 @@ from logitcache import sections, teacher, verdicts
 from logitcache.console import Progress, Stop, chatter_to
 from logitcache.engine import Engine, cause_in
 from logitcache.errors import EngineError, InputError, ShardCorruptError, WriteError
+from logitcache.files import LOGS
 from logitcache.prompts import Prompt
 from logitcache.sections import Markers
 from logitcache.teacher import TeacherFacts, TeacherSpec
@@ -184,7 +185,7 @@ class Run:
     ) -> None:
         self.questions, self.file, self.delimiters, self.publish = questions, file, delimiters, publish
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        self.log = out / "logs" / f"eval-{stamp}-{secrets.token_hex(3)}-{os.getpid()}.log"
+        self.log = out / LOGS / f"eval-{stamp}-{secrets.token_hex(3)}-{os.getpid()}.log"
         self.prompt_ids: dict[str, list[int]] = {}
         self.backlog: deque[Future[None]] = deque()
         self.finisher = ThreadPoolExecutor(1, thread_name_prefix="verdicts")

@@ -15,7 +15,7 @@ import numpy as np
 from logitcache import prompts, teacher, verdicts
 from logitcache.answers import NO_ROOM, Answer, AnswerFile, Delimiters, Key, Questions, Run, digest_of
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError, TeacherError
-from logitcache.files import exclusive, left_behind, publish_json, read_json, taken
+from logitcache.files import LOCK, exclusive, left_behind, publish_json, read_json, taken
 from logitcache.manifest import first_difference
 from logitcache.prompts import PromptSet
 from logitcache.sections import Markers
@@ -156,7 +156,7 @@ def measure(options: BudgetOptions) -> dict[str, Any]:
         options.answer_tokens,
         options.verifier,
     )
-    with exclusive(out / ".lock", str(out)), closing(AnswerFile(out / ANSWERS)) as file:
+    with exclusive(out / LOCK, str(out)), closing(AnswerFile(out / ANSWERS)) as file:
         found = _match(out, settings)
         _refuse_other_prompts(out, file.answers, source)
         before, stopped = len(file.answers), None

@@ -14,6 +14,8 @@ from typing import Any, TextIO
 
 from logitcache.errors import CacheBusyError, NotACacheError, ShardCorruptError, WriteError
 
+LOCK, LOGS = ".lock", "logs"  # in each directory that a command makes
+
 
 def publish(path: Path, data: bytes | memoryview) -> None:
     """Writes ``path`` so that a reader, or a crash, sees all of it or nothing: ``.part``, fsync, rename, fsync.
@@ -150,7 +152,7 @@ def taken(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bool:
 
 def left_behind(path: Path) -> bool:
     """Whether it is what a command leaves that ended before it had a record of its own: a lock, a log, a part."""
-    return path.name.startswith(".lock") or path.name == "logs" or path.suffix == ".part"
+    return path.name.startswith(LOCK) or path.name == LOGS or path.suffix == ".part"
 
 
 @contextlib.contextmanager

@@ -19,7 +19,7 @@ from logitcache.cache import Cache
 from logitcache.console import Progress, Stop, chatter_to
 from logitcache.engine import Completion, Engine, cause_in
 from logitcache.errors import EngineError, InputError, ShardCorruptError, first_line
-from logitcache.files import publish_json, read_json
+from logitcache.files import LOGS, publish_json, read_json
 from logitcache.manifest import Identity
 from logitcache.shard import EncodedTrace
 from logitcache.summary import Summary
@@ -102,7 +102,7 @@ def rows_of(completion: Completion, identity: Identity) -> SparseRows:
 def _skipped_before(out: Path) -> dict[str, str]:
     """Trace ids that an earlier call could not ask the teacher for, with the reason; the ids bind it to the identity."""
     found: dict[str, str] = {}
-    for path in (out / "logs").glob("generate-*.json"):
+    for path in (out / LOGS).glob("generate-*.json"):
         with suppress(ShardCorruptError):  # then they are tried again
             found |= dict.fromkeys(read_json(path)["skipped_traces"], "as an earlier call found")
     return found
@@ -121,7 +121,7 @@ class _Run:
         self.finisher = ThreadPoolExecutor(1, thread_name_prefix="shards")
         stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
         name = f"generate-{stamp}-{secrets.token_hex(3)}-{os.getpid()}.log"  # of several machines, no two alike
-        self.log = self.options.out / "logs" / name
+        self.log = self.options.out / LOGS / name
 
     def work(self, missing: dict[str, None]) -> None:
         with ExitStack() as stack:

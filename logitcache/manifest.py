@@ -10,7 +10,7 @@ from typing import Any
 
 import logitcache
 from logitcache.errors import FormatVersionError, IdentityError, NotACacheError
-from logitcache.files import exclusive, left_behind, publish_json, read_json, taken
+from logitcache.files import LOCK, exclusive, left_behind, publish_json, read_json, taken
 from logitcache.sections import Markers
 
 FORMAT_VERSION = 1
@@ -144,7 +144,7 @@ def create_or_match(cache: Path, identity: Identity) -> Identity:
     """
     if found := match(cache, identity):
         return found
-    with exclusive(cache / ".lock", str(cache), wait=True):  # several workers may come to this together
+    with exclusive(cache / LOCK, str(cache), wait=True):  # several workers may come to this together
         if not match(cache, identity):
             write(cache, identity)
     return read(cache)

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from logitcache import shard
 from logitcache.cache import Cache
 from logitcache.errors import InputError
-from logitcache.files import read_json
+from logitcache.files import LOGS, read_json
 from logitcache.generate import GenerateOptions, generate
 from logitcache.prompts import load
 
@@ -90,7 +90,7 @@ def plan(options: GenerateOptions, prompts: int, workers: int = 1, keep: bool = 
         summary = generate(replace(options, out=out, draw=prompts))
         if summary.stopped:
             raise KeyboardInterrupt
-        calls = [read_json(path) for path in (out / "logs").glob("generate-*.json")]
+        calls = [read_json(path) for path in (out / LOGS).glob("generate-*.json")]
         tokens, seconds = (sum(call[name] for call in calls) for name in ("tokens", "seconds"))
         if not tokens:
             raise InputError(

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.errors import CacheBusyError, InputError
-from logitcache.files import exclusive, holder
+from logitcache.files import LOCK, exclusive, holder
 
-_LOCK = re.compile(r"\.lock-(\d+)-of-(\d+)")
+_LOCK = re.compile(re.escape(LOCK) + r"-(\d+)-of-(\d+)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +69,9 @@ class Worker:
         Raises: CacheBusyError where the same worker runs, or one that shares the prompts out by another count.
         """
         with ExitStack() as stack:
-            stack.enter_context(exclusive(cache / f".lock-{self.index}-of-{self.count}", f"{cache}, {self},"))
+            stack.enter_context(exclusive(cache / f"{LOCK}-{self.index}-of-{self.count}", f"{cache}, {self},"))
             # After its own: of two that start together, one at least sees the other.
-            for path in cache.glob(".lock-*"):
+            for path in cache.glob(f"{LOCK}-*"):
                 match = _LOCK.fullmatch(path.name)
                 if match and int(match[2]) != self.count and (who := holder(path)):
                     raise CacheBusyError(

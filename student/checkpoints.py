@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.errors import StudentError
-from logitcache.files import holder
+from logitcache.files import LOCK, holder
 
-RUN_FILE, STATE_FILE, SPENT_FILE, LOCK_FILE = "run.json", "trainer_state.json", "spent.json", ".lock"
+RUN_FILE, STATE_FILE, SPENT_FILE = "run.json", "trainer_state.json", "spent.json"
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
@@ -63,4 +63,4 @@ def find_run(path: Path) -> tuple[Path | None, dict[str, Any]]:
 
 def standing(home: Path, run: dict[str, Any]) -> str:
     """finished, running or stopped: a kill leaves no word behind."""
-    return "finished" if run["status"] == "finished" else "running" if holder(home / LOCK_FILE) else "stopped"
+    return "finished" if run["status"] == "finished" else "running" if holder(home / LOCK) else "stopped"

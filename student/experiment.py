@@ -21,7 +21,7 @@ from typing import Any
 from logitcache.budgets import Budget
 from logitcache.console import Stop
 from logitcache.errors import IdentityError, NotACacheError
-from logitcache.files import exclusive, left_behind, publish_json, read_json, taken
+from logitcache.files import LOCK, exclusive, left_behind, publish_json, read_json, taken
 from logitcache.manifest import first_difference, weights_fingerprint
 from logitcache.student import findings
 from logitcache.student.arms import BEFORE, Arm
@@ -30,7 +30,7 @@ from logitcache.student.design import SEED, ExperimentOptions, Plan, plan, prepa
 from logitcache.student.work import Work, finished, measured
 
 __all__ = ["ExperimentOptions", "describe", "plan", "run"]
-SETTINGS, LOCK = "experiment.json", ".lock"
+SETTINGS = "experiment.json"
 
 
 def run(

@@ -11,9 +11,8 @@ from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from logitcache.console import Stop
 from logitcache.errors import StudentError, TrainingError, WriteError, first_line
-from logitcache.files import exclusive
+from logitcache.files import LOCK, exclusive
 from logitcache.manifest import Identity
-from logitcache.student.checkpoints import LOCK_FILE
 from logitcache.student.config import DistillConfig
 from logitcache.student.model import adapter_base, add_lora, load_student, quiet
 from logitcache.student.options import TrainOptions, configure
@@ -53,7 +52,7 @@ def _train(options: TrainOptions) -> dict[str, Any]:
         with together(config.device):
             if main:
                 options.out.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(exclusive(options.out / LOCK_FILE, str(options.out)))
+                stack.enter_context(exclusive(options.out / LOCK, str(options.out)))
         if (before := claim(options.out, wanted)).get("status") == "finished":  # by another process, meanwhile
             return before | {"again": True}
         trainer = _trainer(student, config, data, eval_dataset=held_data, processing_class=tokenizer)

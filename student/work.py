@@ -17,7 +17,7 @@ from logitcache.budgets import ANSWERS, RESULTS, Budget, pass_at_1, prompts_dige
 from logitcache.cache import Cache
 from logitcache.console import Stop
 from logitcache.errors import IdentityError, LogitcacheError, NotACacheError, PromptsError
-from logitcache.files import publish_json, read_json
+from logitcache.files import LOGS, publish_json, read_json
 from logitcache.manifest import first_difference
 from logitcache.prompts import PromptSet
 from logitcache.student import commands
@@ -65,7 +65,7 @@ class Work:
 
     def _run(self, what: str, arguments: list[str]) -> str | None:
         """What a command printed; None where a signal ended it."""
-        log = self.options.out / "logs" / (what.replace(" ", "-").replace(":", "-").replace("/", "-") + ".log")
+        log = self.options.out / LOGS / (what.replace(" ", "-").replace(":", "-").replace("/", "-") + ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
         self.made += 1
         code, printed = self.call(arguments, log, self.stop)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from logitcache import answers as module
-from logitcache import budgets, teacher
+from logitcache import teacher
 from logitcache.answers import Answer, AnswerFile, Delimiters
 from logitcache.budgets import ANSWERS, RESULTS, Budget, BudgetOptions, measure, pass_at_1
 from logitcache.errors import (
@@ -28,7 +28,7 @@ from logitcache.errors import (
     ShardCorruptError,
     WriteError,
 )
-from logitcache.files import exclusive, publish_json, read_json
+from logitcache.files import exclusive, read_json
 from logitcache.report import describe_budgets
 from logitcache.sections import Markers
 from tests import fake_engine
@@ -468,19 +468,6 @@ def test_the_table_names_model_prompts_and_settings(run) -> None:
         "ended",
     ]
     assert lines[-2].split() == ["none", "50.0%", "15.0%", "-", "85.0%", "6.5", "1.5", "9.8", "75.0%"]
-
-
-def test_settings_that_another_process_publishes_meanwhile_are_no_foreign_thing(tmp_path, monkeypatch) -> None:
-    listed = Path.iterdir
-
-    def late(path: Path):
-        monkeypatch.undo()
-        publish_json(path / budgets.SETTINGS, {"settings": {"model": "m"}, "delimiters": None})
-        return listed(path)
-
-    monkeypatch.setattr(Path, "iterdir", late)
-    assert budgets._match(tmp_path, {"model": "m"}) is None
-    assert (tmp_path / budgets.SETTINGS).exists()
 
 
 ASK = """

@@ -1,10 +1,7 @@
-from pathlib import Path
-
 import pytest
 import torch
 
 from logitcache.student.checkpoints import drop_after, latest_checkpoint
-from logitcache.student.record import claim, write
 from logitcache.student.run import train
 from logitcache.student.trainer import DistillTrainer
 from tests import tiny
@@ -97,15 +94,3 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
     drop_after(tmp_path, latest_checkpoint(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
-
-
-def test_a_run_that_another_process_begins_meanwhile_is_no_foreign_thing(tmp_path, monkeypatch):
-    run, listed = {"status": "running", "seed": 0}, Path.iterdir
-
-    def late(path: Path):
-        monkeypatch.undo()
-        write(path, run)
-        return listed(path)
-
-    monkeypatch.setattr(Path, "iterdir", late)
-    assert claim(tmp_path, {"seed": 0}) == run

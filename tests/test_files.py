@@ -61,15 +61,51 @@ def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path:
         assert lock.read_text().startswith(f"pid {os.getpid()} on ")
 
 
-@pytest.mark.parametrize(
-    ("name", "begun"),
-    [
-        (manifest.FILE_NAME, lambda out: manifest.match(out, tiny.identity())),
-        (budgets.SETTINGS, lambda out: budgets._match(out, {})),
-        (record.RUN_FILE, lambda out: record.claim(out, {}) or None),
-    ],
-)
-def test_a_kill_while_the_first_record_is_published_leaves_a_place_to_begin_anew(tmp_path: Path, name, begun) -> None:
+RUN = {"status": "running", "seed": 0}
+SETTINGS = {"settings": {"model": "m"}, "delimiters": {"open": [1], "close": [2]}}
+RECORDS = {  # of a directory that a command makes: its name, what publishes it, what looks for it, and what that finds
+    "cache": (
+        manifest.FILE_NAME,
+        lambda out: manifest.write(out, tiny.identity()),
+        lambda out: manifest.match(out, tiny.identity()),
+        tiny.identity(),
+    ),
+    "answers": (
+        budgets.SETTINGS,
+        lambda out: publish_json(out / budgets.SETTINGS, SETTINGS),
+        lambda out: budgets._match(out, SETTINGS["settings"]),
+        SETTINGS["delimiters"],
+    ),
+    "run": (
+        record.RUN_FILE,
+        lambda out: record.write(out, RUN),
+        lambda out: record.claim(out, {"seed": 0}) or None,
+        RUN,
+    ),
+}
+records = pytest.mark.parametrize(("name", "publishes", "look", "found"), RECORDS.values(), ids=RECORDS)
+
+
+@records
+def test_a_record_that_another_process_publishes_meanwhile_is_no_foreign_thing(
+    tmp_path: Path, monkeypatch, name, publishes, look, found
+) -> None:
+    listed = Path.iterdir
+
+    def late(path: Path):
+        monkeypatch.undo()
+        publishes(path)
+        return listed(path)
+
+    monkeypatch.setattr(Path, "iterdir", late)
+    assert look(tmp_path) == found
+    assert (tmp_path / name).exists()
+
+
+@records
+def test_a_kill_while_the_first_record_is_published_leaves_a_place_to_begin_anew(
+    tmp_path: Path, name, publishes, look, found
+) -> None:
     script = (
         "import os, signal; from pathlib import Path; from logitcache.files import exclusive, publish\n"
         "Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
@@ -78,4 +114,6 @@ def test_a_kill_while_the_first_record_is_published_leaves_a_place_to_begin_anew
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
     assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", f"{name}.part"]
-    assert begun(tmp_path) is None
+    assert look(tmp_path) is None
+    publishes(tmp_path)
+    assert look(tmp_path) == found
