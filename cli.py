@@ -144,7 +144,7 @@ def generate(
 
     Example: logitcache generate math.jsonl --teacher Qwen/Qwen3-8B --out math-cache --max-tokens 16384
     """
-    from logitcache.generate import generate as run
+    from logitcache.capture.generate import generate as run
 
     _report_fill(run(_generate_options(**locals())), out)
 
@@ -187,7 +187,7 @@ def plan(
 
     Example: logitcache plan math.jsonl --teacher Qwen/Qwen3-8B --max-tokens 16384 --samples 4 --workers 8
     """
-    from logitcache.plan import plan as run
+    from logitcache.capture.plan import plan as run
 
     options: dict[str, Any] = {
         k: v for k, v in locals().items() if k not in ("try_prompts", "workers", "as_json", "run")
@@ -244,9 +244,9 @@ def score(
 
     Example: logitcache score --from-cache math-cache --crop right:0.5 --teacher Qwen/Qwen3-8B --out math-right
     """
-    from logitcache.score import Crop, ScoreOptions
-    from logitcache.score import score as run
-    from logitcache.teacher import TeacherSpec
+    from logitcache.capture.score import Crop, ScoreOptions
+    from logitcache.capture.score import score as run
+    from logitcache.inference.model import TeacherSpec
 
     if (traces is None) == (from_cache is None):
         raise InputError("give either TRACES, a file of prompts with completions, or --from-cache CACHE")
@@ -385,10 +385,10 @@ def train(
 
     logitcache train math-cache --student Qwen/Qwen3-0.6B --out half --view lsp:0.5 --sections reasoning --where correct
     """
-    from logitcache.report import describe_run
-    from logitcache.student.options import TrainOptions
-    from logitcache.student.ranks import leave
-    from logitcache.student.run import train as run
+    from logitcache.commands.text import describe_run
+    from logitcache.student.training.distributed import leave
+    from logitcache.student.training.options import TrainOptions
+    from logitcache.student.training.run import train as run
 
     given: dict[str, Any] = {
         name: value for name, value in locals().items() if name in TrainOptions.__dataclass_fields__
@@ -477,9 +477,9 @@ def eval_(
     of_both = {"cache", "student", "prompts", "dtype", "as_json"}
     if cache is not None:
         _refuse_given(context, set(context.params) - of_cache - of_both, "it is of answers to --prompts, not of CACHE")
-        from logitcache.report import describe_evaluation
-        from logitcache.student.evaluate import EvalOptions, evaluate_run
-        from logitcache.student.ranks import leave
+        from logitcache.commands.text import describe_evaluation
+        from logitcache.student.evaluation.evaluate_run import EvalOptions, evaluate_run
+        from logitcache.student.training.distributed import leave
 
         found = evaluate_run(
             EvalOptions(cache, student, held_out, everything, where, view, _names(sections), tokens_per_batch, dtype)
@@ -488,8 +488,8 @@ def eval_(
         _echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
         return
     _refuse_given(context, of_cache, "it is of CACHE, not of answers to --prompts")
-    from logitcache.budgets import BudgetOptions, measure
-    from logitcache.report import describe_budgets
+    from logitcache.accuracy.budgets import BudgetOptions, measure
+    from logitcache.commands.text import describe_budgets
 
     if prompts is None or out is None:
         raise InputError("--prompts needs --out, a directory where the answers are kept and gone on with")
@@ -514,8 +514,8 @@ def compare(
 
     Example: logitcache compare full lsp-50 answer-only --out figures
     """
-    from logitcache.report import describe_comparison
-    from logitcache.student.compare import compare as run
+    from logitcache.commands.text import describe_comparison
+    from logitcache.student.evaluation.compare import compare as run
 
     found = run(runs, out)
     typer.echo(json.dumps(found, indent=1) if as_json else describe_comparison(found))
@@ -573,8 +573,8 @@ def experiment(
         of_answers = {"verifier", "budgets", "by", "samples", "temperature", "max_tokens", "answer_tokens"}
         of_answers |= {"reasoning_markers"} | ({"engine_arg"} if teacher is None else set())
         _refuse_given(context, of_answers, "it is of the answers; give --prompts as well")
-    from logitcache.student.estimate import describe_plan, estimate
-    from logitcache.student.experiment import ExperimentOptions, describe, plan, run
+    from logitcache.student.experiments.estimate import describe_plan, estimate
+    from logitcache.student.experiments.experiment import ExperimentOptions, describe, plan, run
 
     shared = {
         "where": where, "held_out": held_out, "dtype": dtype, "tokens_per_batch": tokens_per_batch, "epochs": epochs,
@@ -604,8 +604,8 @@ def info(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """What a cache holds: teacher, traces, tokens by section, bytes a token, support and tail."""
-    from logitcache.cache import Cache
-    from logitcache.report import describe
+    from logitcache.cache.reader import Cache
+    from logitcache.commands.text import describe
 
     facts = Cache.open(cache).info()
     typer.echo(json.dumps(facts, indent=1) if as_json else describe(facts))
@@ -621,8 +621,8 @@ def verify(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Reads all of a cache and names whatever is wrong: checksums, columns, spans, ids, probabilities. Exit code 2 if any."""
-    from logitcache.verify import repair as set_aside
-    from logitcache.verify import verify as find
+    from logitcache.cache.verify import repair as set_aside
+    from logitcache.cache.verify import verify as find
 
     problems, moved = set_aside(cache, workers) if repair else (find(cache, workers), [])
     if as_json:
@@ -666,7 +666,7 @@ def slice_(
 
     Example: logitcache slice math-cache --out math-right --top-k 32 --where "correct and tokens<=8192"
     """
-    from logitcache.surgery import slice_cache
+    from logitcache.transform.slice import slice_cache
 
     chosen = tuple(name.strip() for name in sections.split(",")) if sections else None
     report = slice_cache(
@@ -692,7 +692,7 @@ def merge(
 
     Example: logitcache merge part-a part-b --out whole
     """
-    from logitcache.surgery import merge as run
+    from logitcache.transform.slice import merge as run
 
     typer.echo(run(caches, out, allow=allow or (), workers=workers).text())
 
@@ -709,7 +709,7 @@ def split(
 
     Example: logitcache split math-cache --into train=0.95 --into test=0.05
     """
-    from logitcache.surgery import split as run
+    from logitcache.transform.slice import split as run
 
     parts = [(Path(name), share) for name, share in map(_part, into)]
     typer.echo(run(cache, parts, workers=workers).text())
@@ -727,7 +727,7 @@ def export(
 
     Example: logitcache export math-cache --to parquet --out math-parquet
     """
-    from logitcache.export import export_parquet
+    from logitcache.interop.parquet import export_parquet
 
     typer.echo(export_parquet(cache, out).text(out))
 
@@ -753,7 +753,7 @@ def import_(
 
     Example: logitcache import capture/ --from distillkit --tokenizer Qwen/Qwen3-8B --out cache
     """
-    from logitcache.distillkit import import_distillkit
+    from logitcache.interop.distillkit import import_distillkit
 
     report = import_distillkit(
         source, out, tokenizer=tokenizer, teacher=teacher, config=config, vocab_size=vocab_size,
@@ -780,9 +780,9 @@ def push(
 
     Example: logitcache push math-cache me/math-cache
     """
+    from logitcache.cache.verify import verify as find
     from logitcache.errors import ShardCorruptError
-    from logitcache.hub import push as run
-    from logitcache.verify import verify as find
+    from logitcache.interop.hub import push as run
 
     if problems := find(cache):
         raise ShardCorruptError(
@@ -802,7 +802,7 @@ def pull(
 
     Example: logitcache pull me/math-cache --out math-cache
     """
-    from logitcache.hub import pull as run
+    from logitcache.interop.hub import pull as run
 
     typer.echo(run(repo, out, revision=revision, workers=workers))
 
@@ -842,8 +842,8 @@ def _generate_options(
     **options: Any,
 ) -> Any:
     """What generate and plan were asked for. Keywords of the two dataclasses are the options' own names."""
-    from logitcache.generate import GenerateOptions
-    from logitcache.teacher import TeacherSpec
+    from logitcache.capture.generate import GenerateOptions
+    from logitcache.inference.model import TeacherSpec
 
     of_spec = (
         "top_k",
@@ -923,7 +923,7 @@ def _markers(text: str | None) -> Any:
 
 
 def _worker(text: str | None) -> Any:
-    from logitcache.workers import from_environment
+    from logitcache.cache.workers import from_environment
 
     return from_environment(text)
 

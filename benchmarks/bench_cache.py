@@ -27,13 +27,13 @@ from typing import Any
 
 import numpy as np
 
-from logitcache import manifest, shard
-from logitcache.cache import Cache
-from logitcache.manifest import Identity
-from logitcache.schema import Trace
+from logitcache.cache import manifest, shard
+from logitcache.cache.manifest import Identity
+from logitcache.cache.reader import Cache
+from logitcache.cache.schema import Trace
+from logitcache.cache.shard import EncodedTrace
 from logitcache.sections import Sections
-from logitcache.shard import EncodedTrace
-from logitcache.topk import from_topk
+from logitcache.sparse_rows import from_topk
 
 SHARDS = (10, 100, 1000)
 VOCAB = 49_152

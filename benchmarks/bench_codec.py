@@ -31,9 +31,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zstandard
 
-from logitcache import codec, topk
-from logitcache.table import FrequencyTable, build_table
-from logitcache.topk import SparseRows
+from logitcache import codec, sparse_rows
+from logitcache.codec.frequency_table import FrequencyTable, build_table
+from logitcache.codec.rows import DEFAULT_LEVEL, HIGHEST_LEVEL
+from logitcache.sparse_rows import SparseRows
 
 # T tokens, K kept ids of a row.
 
@@ -176,9 +177,9 @@ def layouts(pinned: Sequence[int] = (), vocab_size: int = 0) -> list[Layout]:
         return partial(write_blocks, level=level, exact=exact, pinned=pinned)
 
     return [
-        Layout("logitcache", blocks(codec.DEFAULT_LEVEL), open_blocks),
-        Layout("logitcache highest", blocks(codec.HIGHEST_LEVEL), open_blocks),
-        Layout("logitcache exact", blocks(codec.DEFAULT_LEVEL, exact=True), open_blocks),
+        Layout("logitcache", blocks(DEFAULT_LEVEL), open_blocks),
+        Layout("logitcache highest", blocks(HIGHEST_LEVEL), open_blocks),
+        Layout("logitcache exact", blocks(DEFAULT_LEVEL, exact=True), open_blocks),
         Layout("parquet-zstd int32+float32", write_parquet, open_parquet),
         Layout("arrow-zstd int32+float16", write_arrow, open_arrow),
         Layout("raw uint32+float16", write_raw, open_raw),
@@ -203,7 +204,7 @@ def measure(layout: Layout, traces: Sequence[SparseRows], seconds: float) -> dic
             read(i)
 
     decode_s = best_of(read_all, seconds / 2)
-    kl = np.concatenate([topk.bucketed_kl(rows, read(i)) for i, rows in enumerate(traces)])
+    kl = np.concatenate([sparse_rows.bucketed_kl(rows, read(i)) for i, rows in enumerate(traces)])
     return {
         "bytes_per_token": round(sum(map(len, stored)) / tokens, 2),
         "kl_mean": float(kl.mean()),
@@ -238,8 +239,8 @@ class Source:
 def cases(source: Source, ks: Sequence[int], top_ps: Sequence[float | None], seconds: float) -> Iterator[dict]:
     for k in ks:
         for top_p in top_ps:
-            folded = [topk.fold(trace, k, source.pinned) for trace in source.traces]
-            rows = [topk.trim(trace, top_p=top_p, pinned_ids=source.pinned) for trace in folded]
+            folded = [sparse_rows.fold(trace, k, source.pinned) for trace in source.traces]
+            rows = [sparse_rows.trim(trace, top_p=top_p, pinned_ids=source.pinned) for trace in folded]
             for layout in layouts(source.pinned, source.vocab_size):
                 yield {"layout": layout.name, "k": k, "top_p": top_p, **measure(layout, rows, seconds)}
 
@@ -259,14 +260,14 @@ def first(traces: Iterable[SparseRows], tokens: float) -> list[SparseRows]:
 def read_capture(path: Path, tokens: float) -> Source:
     with np.load(path) as capture:
         vocab_size = int(capture["vocab_size"]) if "vocab_size" in capture else 49_152
-        rows = topk.from_topk(capture["ids"], capture["logprobs"], vocab_size)
+        rows = sparse_rows.from_topk(capture["ids"], capture["logprobs"], vocab_size)
         ends = np.cumsum(capture["lengths"]).tolist()
     traces = (rows[start:end] for start, end in zip([0, *ends], ends, strict=False))
     return Source(first(traces, tokens), vocab_size, [], captured=True)
 
 
 def read_cache(path: Path, tokens: float) -> Source:
-    from logitcache.cache import Cache
+    from logitcache.cache.reader import Cache
 
     cache = Cache.open(path)
     identity = cache.identity

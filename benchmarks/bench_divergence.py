@@ -39,8 +39,8 @@ sys.path.append(str(ROOT / "benchmarks"))  # some other package may own the name
 
 from divergence_report import plot, save, table  # noqa: E402
 
-from logitcache.kernels import linear  # noqa: E402
-from logitcache.kernels.linear import linear_sparse_divergence  # noqa: E402
+from logitcache.kernels import fused_linear  # noqa: E402
+from logitcache.kernels.fused_linear import linear_sparse_divergence  # noqa: E402
 from logitcache.kernels.reference import DIVERGENCES, Objective, SparseTargets  # noqa: E402
 
 # N taught rows, H hidden, V vocabulary, K ids a row.
@@ -192,7 +192,11 @@ def products(p: Problem) -> None:
     """The three matrix products and nothing else: in our chunks on a GPU, of all rows at once on a CPU."""
     hidden_NH, weight_VH = p.hidden_NH.detach(), p.weight_VH.detach()
     device = hidden_NH.device
-    rows = linear.default_rows(p.case.N, p.case.V, p.case.H, hidden_NH.dtype, device) if hidden_NH.is_cuda else p.case.N
+    rows = (
+        fused_linear.default_rows(p.case.N, p.case.V, p.case.H, hidden_NH.dtype, device)
+        if hidden_NH.is_cuda
+        else p.case.N
+    )
     logits_CV = hidden_NH.new_empty(min(rows, p.case.N), p.case.V)
     grad_NH, grad_VH = torch.empty_like(hidden_NH), torch.empty_like(weight_VH)
     for start in range(0, p.case.N, rows):
@@ -361,7 +365,7 @@ def sweeps(reps: int, until: float) -> Iterator[list[Result]]:
     tables += [(replace(base, k=k), {f"logitcache k={k}": ours()}) for k in (1, 8, 64, 256)]
     for case, steps in tables:
         yield run_case(case, "cuda", reps, steps, until=until)
-    from logitcache.kernels.sparse_divergence import sparse_divergence_
+    from logitcache.kernels.triton_rows import sparse_divergence_
 
     for vocab in (128256, 151936) if time.monotonic() < until else ():
         problem, clock = Problem(Case(2048, 64, vocab), "cuda"), Clock("cuda")

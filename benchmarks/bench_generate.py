@@ -73,11 +73,12 @@ def run_plain(load: Load) -> Case:
     os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
     import vllm
 
-    from logitcache import prompts, teacher
+    from logitcache import prompts
+    from logitcache.inference import model
 
-    spec = teacher.TeacherSpec(load.teacher)
-    facts = teacher.inspect(spec)
-    asked: Any = [{"prompt_token_ids": teacher.render(facts, p, {})} for p in prompts.load(load.source)]
+    spec = model.TeacherSpec(load.teacher)
+    facts = model.inspect(spec)
+    asked: Any = [{"prompt_token_ids": model.render(facts, p, {})} for p in prompts.load(load.source)]
     llm = vllm.LLM(load.teacher, dtype=facts.dtype, seed=0, **load.engine_args)  # type: ignore[arg-type]
     params = vllm.SamplingParams(temperature=1.0, max_tokens=load.max_tokens, ignore_eos=True)
     few = vllm.SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True)
@@ -90,10 +91,10 @@ def run_plain(load: Load) -> Case:
 
 
 def run_ours(load: Load, k: int) -> Case:
-    from logitcache import fill
-    from logitcache.engine import Engine
-    from logitcache.generate import GenerateOptions, generate
-    from logitcache.teacher import TeacherSpec
+    from logitcache.capture import runner
+    from logitcache.capture.generate import GenerateOptions, generate
+    from logitcache.inference.engine import Engine
+    from logitcache.inference.model import TeacherSpec
 
     class WarmEngine(Engine):
         """Warm before its first request; `fill` counts that as loading."""
@@ -116,7 +117,7 @@ def run_ours(load: Load, k: int) -> Case:
             super().close()
 
     spent: Case = {}
-    fill.Engine = WarmEngine
+    runner.Engine = WarmEngine
     sampling = {"ignore_eos": True}
     spec = TeacherSpec(
         load.teacher, top_k=k, max_tokens=load.max_tokens, sampling=sampling, engine_args=load.engine_args
@@ -196,17 +197,18 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
     """
     from vllm.v1.outputs import LogprobsLists
 
-    from logitcache import engine, generate, teacher
-    from logitcache.engine import Completion
-    from logitcache.fill import Request
+    from logitcache.cache.shard import EncodedTrace
+    from logitcache.capture import generate
+    from logitcache.capture.runner import Request
+    from logitcache.inference import engine, model
+    from logitcache.inference.engine import Completion
     from logitcache.prompts import Prompt
-    from logitcache.shard import EncodedTrace
 
     front_end: Any = importlib.import_module("vllm.v1.engine.logprobs")
     if kind == "logitcache":
         engine._use_typed_rows()
-    options = generate.GenerateOptions("", Path(), teacher.TeacherSpec(str(folder), top_k=k), pin_tokens="none")
-    facts = teacher.inspect(options.spec)
+    options = generate.GenerateOptions("", Path(), model.TeacherSpec(str(folder), top_k=k), pin_tokens="none")
+    facts = model.inspect(options.spec)
     identity = generate.identify(options, facts, {})
     ids_PK, logprobs_PK, ranks_P = synthetic_rows(facts.vocab_size, k)
     ranges = [slice(i, i + 1) for i in range(len(ranks_P))]

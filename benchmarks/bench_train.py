@@ -54,14 +54,14 @@ from transformers import (
 
 from benchmarks.bench_divergence import ROOT, machine, say
 from benchmarks.embedded import embedded_teacher
-from logitcache.cache import Cache
-from logitcache.student.config import DistillConfig
-from logitcache.student.cost import PeakMemory
-from logitcache.student.data import TraceDataset
-from logitcache.student.evaluate import evaluate
-from logitcache.student.model import prune_layers
-from logitcache.student.order import StepSampler, split
-from logitcache.student.trainer import DistillTrainer
+from logitcache.cache.reader import Cache
+from logitcache.student.data.dataset import TraceDataset
+from logitcache.student.data.sampler import StepSampler, split
+from logitcache.student.evaluation.evaluate_run import evaluate
+from logitcache.student.model.load import prune_layers
+from logitcache.student.training.config import DistillConfig
+from logitcache.student.training.flops import PeakMemory
+from logitcache.student.training.trainer import DistillTrainer
 
 # B traces of a step, T tokens of the longest, N taught rows, V vocabulary.
 

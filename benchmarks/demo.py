@@ -62,7 +62,7 @@ def logitcache(*arguments: str, where: Path | None = None) -> None:
 
 def prune() -> None:
     """A copy of the teacher with every third layer: 10 of 30."""
-    from logitcache.student.model import prune_layers
+    from logitcache.student.model.load import prune_layers
 
     if not PRUNED.exists():
         part = PRUNED.with_suffix(".part")
@@ -71,7 +71,7 @@ def prune() -> None:
 
 
 def table(seconds: dict[str, float]) -> str:
-    from logitcache.cache import Cache
+    from logitcache.cache.reader import Cache
 
     info, run = Cache.open(CACHE).info(), json.loads((RUN / "run.json").read_text())
     calls = [json.loads(path.read_text()) for path in (CACHE / "logs").glob("*.json")]

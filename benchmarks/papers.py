@@ -16,9 +16,9 @@ from pathlib import Path
 from benchmarks.demo import logitcache
 from benchmarks.reasoner.make import SIZES, make
 from benchmarks.reasoner.problems import FAMILIES
-from logitcache.budgets import DEFAULT
-from logitcache.student.figures import COSTS, Rows, relative, values
-from logitcache.student.findings import CSV_FILE, REPORT_FILE, TENTHS, from_csv, markdown, spread
+from logitcache.accuracy.budgets import DEFAULT
+from logitcache.student.experiments.plots import COSTS, Rows, relative, values
+from logitcache.student.experiments.report import CSV_FILE, REPORT_FILE, TENTHS, from_csv, markdown, spread
 
 ACCURACY = "accuracy none"
 REPORTS = Path(__file__).with_name("reports")

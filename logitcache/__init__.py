@@ -3,15 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from logitcache.cache import Cache
-    from logitcache.schema import Trace
+    from logitcache.cache.reader import Cache
+    from logitcache.cache.schema import Trace
     from logitcache.sections import Sections
-    from logitcache.topk import SparseRows
+    from logitcache.sparse_rows import SparseRows
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "Sections", "SparseRows", "Trace"]
 
-_HOMES = {"Cache": "cache", "Trace": "schema", "Sections": "sections", "SparseRows": "topk"}
+_HOMES = {"Cache": "cache.reader", "Trace": "cache.schema", "Sections": "sections", "SparseRows": "sparse_rows"}
 
 
 def __getattr__(name: str) -> Any:

@@ -40,7 +40,7 @@ def home(tmp_path_factory):
 @pytest.fixture
 def options(home, tmp_path):
     """TrainOptions of a run of 8 steps in 2 epochs; keywords change it."""
-    from logitcache.student.options import TrainOptions
+    from logitcache.student.training.options import TrainOptions
 
     def make(out: str = "run", **changes) -> TrainOptions:
         given = {"cache": home / "cache", "student": str(home / "model"), "out": tmp_path / out}

@@ -2,9 +2,9 @@
 
 import numpy as np
 
-from logitcache import teacher
-from logitcache.engine import Completion
-from logitcache.teacher import TeacherFacts, TeacherSpec
+from logitcache.inference import model
+from logitcache.inference.engine import Completion
+from logitcache.inference.model import TeacherFacts, TeacherSpec
 
 VOCAB = 50
 WORDS = [f"w{i} " for i in range(VOCAB - 3)] + ["<think>", "</think>", "<eos>"]
@@ -109,10 +109,10 @@ def facts(spec: TeacherSpec) -> TeacherFacts:
 
 def install(monkeypatch) -> type[FakeEngine]:
     """A fresh engine class in place of vLLM."""
-    from logitcache import fill
+    from logitcache.capture import runner
 
     engine = type("Engine", (FakeEngine,), {})
-    monkeypatch.setattr(fill, "Engine", engine)
-    monkeypatch.setattr(teacher, "inspect", facts)
-    monkeypatch.setattr(teacher, "engine_version", lambda: "fake 1")
+    monkeypatch.setattr(runner, "Engine", engine)
+    monkeypatch.setattr(model, "inspect", facts)
+    monkeypatch.setattr(model, "engine_version", lambda: "fake 1")
     return engine

@@ -12,10 +12,10 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, TrainerState
 
-from logitcache.student.options import TrainOptions
-from logitcache.student.ranks import leave
-from logitcache.student.run import train
-from logitcache.student.trainer import DistillTrainer
+from logitcache.student.training.distributed import leave
+from logitcache.student.training.options import TrainOptions
+from logitcache.student.training.run import train
+from logitcache.student.training.trainer import DistillTrainer
 
 ROOT = Path(__file__).parents[1]
 

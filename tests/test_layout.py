@@ -56,7 +56,10 @@ def test_only_the_engine_imports_vllm_and_only_inside_functions() -> None:
 
 
 def test_the_core_needs_neither_torch_nor_transformers_nor_vllm() -> None:
-    script = "import sys, logitcache.cache, logitcache.generate, logitcache.report, logitcache.cli; print(*sys.modules)"
+    script = (
+        "import sys, logitcache.cache.reader, logitcache.capture.generate, logitcache.commands.text, logitcache.cli; "
+        "print(*sys.modules)"
+    )
     loaded = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert not {"torch", "transformers", "vllm", "triton", "pandas"} & set(loaded)
 

@@ -11,13 +11,13 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from logitcache import manifest, shard
-from logitcache.cache import Cache
-from logitcache.manifest import Identity
-from logitcache.schema import Trace
+from logitcache.cache import manifest, shard
+from logitcache.cache.manifest import Identity
+from logitcache.cache.reader import Cache
+from logitcache.cache.schema import Trace
 from logitcache.sections import Sections
-from logitcache.student.views import NOT_TAUGHT, Lesson, View
-from logitcache.topk import from_topk
+from logitcache.sparse_rows import from_topk
+from logitcache.student.data.views import NOT_TAUGHT, Lesson, View
 
 VOCAB = 64
 

@@ -1,0 +1,139 @@
+"""A cache on disk: open, index, random access."""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from logitcache.cache import manifest, schema, shard
+from logitcache.cache.manifest import Identity
+from logitcache.cache.schema import Trace
+from logitcache.cache.shard import Shard, ShardIndex
+from logitcache.sections import Sections
+
+_MAPPED = 256  # shards mapped at once
+
+
+class Cache:
+    """Traces in shard order, read-only; safe to pickle into worker processes.
+
+    Every shard's bytes are held against their checksum when this process first touches them: damage raises, and never
+    becomes numbers.
+    """
+
+    def __init__(self, path: Path, identity: Identity, shards: list[ShardIndex]) -> None:
+        self.path, self.identity, self.shards = path, identity, shards
+        self._starts = np.cumsum([0, *(s.rows for s in shards)])
+        self._mapped: OrderedDict[int, Shard] = OrderedDict()
+        self._checked: set[int] = set()
+
+    @classmethod
+    def open(cls, path: str | Path) -> "Cache":
+        """Opens the cache in the directory ``path``, reading its indexes only.
+
+        Raises: NotACacheError, FormatVersionError, ShardCorruptError.
+        """
+        path = Path(path)
+        identity = manifest.read(path)
+        return cls(path, identity, [shard.read_index(p) for p in sorted((path / shard.DIRECTORY).glob("unit-*.json"))])
+
+    def __len__(self) -> int:
+        """Traces."""
+        return int(self._starts[-1])
+
+    def __getitem__(self, i: int) -> Trace:
+        """Trace ``i``; decodes that trace and no other.
+
+        Raises: IndexError, ShardCorruptError.
+        """
+        number, row = self._place(i)
+        return self.shard(number).trace(row)
+
+    def _place(self, i: int) -> tuple[int, int]:
+        """The shard that holds trace ``i``, and its row there."""
+        if not -len(self) <= i < len(self):
+            raise IndexError(f"trace {i} of a cache of {len(self)}")
+        i %= len(self)
+        number = int(np.searchsorted(self._starts, i, side="right")) - 1
+        return number, i - int(self._starts[number])
+
+    def tokens(self, i: int) -> tuple[np.ndarray, Sections]:
+        """int32 [L] and the sections of trace ``i``; decodes no block."""
+        number, row = self._place(i)
+        batch = self.shard(number).batch
+        token_ids = batch.column("token_ids")[row].values.to_numpy()
+        return token_ids, Sections(**batch.column("sections")[row].as_py(), length=len(token_ids))
+
+    def __iter__(self) -> Iterator[Trace]:
+        return (self[i] for i in range(len(self)))
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """int32 [len(self)], tokens of each trace, prompt included."""
+        return np.concatenate([np.zeros(0, np.int32), *(np.array(s.token_lengths, np.int32) for s in self.shards)])
+
+    @cached_property
+    def trace_ids(self) -> list[str]:
+        return [t for s in self.shards for t in s.trace_ids]
+
+    @cached_property
+    def prompt_ids(self) -> list[str]:
+        return [p for s in self.shards for p in s.prompt_ids]
+
+    @cached_property
+    def traces_digest(self) -> str:
+        """Hash of which traces it holds, in whatever order and shards."""
+        return hashlib.blake2b("\n".join(sorted(self.trace_ids)).encode(), digest_size=16).hexdigest()
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A plain column of all traces, in order, without decoding a block."""
+        return pa.chunked_array(
+            [self.shard(i).batch.column(name) for i in range(len(self.shards))], type=schema.SCHEMA.field(name).type
+        )
+
+    def shard(self, number: int) -> Shard:
+        """Shard ``number`` of ``shards``, mapped; its bytes are checked on the first touch, and not again when it was let
+        go meanwhile: a shard takes 0.3 MB with its frequency table, of which no more than a few hundred are kept."""
+        if number not in self._mapped:
+            directory, index = self.path / shard.DIRECTORY, self.shards[number]
+            self._mapped[number] = shard.read(directory, index, checked=number in self._checked)
+            self._checked.add(number)
+            if len(self._mapped) > _MAPPED:
+                self._mapped.popitem(last=False)
+        self._mapped.move_to_end(number)
+        return self._mapped[number]
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A mapping does not survive pickling; it is made again on touch.
+        return self.__dict__ | {"_mapped": OrderedDict(), "_checked": set()}
+
+    def info(self) -> dict[str, Any]:
+        """Identity, counts and sizes, from the indexes alone."""
+        totals = {
+            name: sum(getattr(s, name) for s in self.shards)
+            for name in ("bytes", "taught_rows", "entries", "block_bytes", "tail_mass")
+        }
+        rows = totals["taught_rows"] or 1
+        tokens = {name: sum(s.section_tokens[name] for s in self.shards) for name in shard.NAMES}
+        return {
+            "path": str(self.path),
+            "identity": asdict(self.identity),
+            "shards": len(self.shards),
+            "traces": len(self),
+            "prompts": len(set(self.prompt_ids)),
+            "tokens": int(self.lengths.sum()),
+            "section_tokens": tokens,
+            "taught_rows": totals["taught_rows"],
+            "bytes": totals["bytes"],
+            "bytes_per_token": totals["bytes"] / rows,
+            "block_bytes_per_token": totals["block_bytes"] / rows,
+            "mean_support": totals["entries"] / rows,
+            "mean_tail_mass": totals["tail_mass"] / rows,
+            "verdicts": {name: sum(s.verdicts[name] for s in self.shards) for name in ("correct", "incorrect")},
+        }

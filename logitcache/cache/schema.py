@@ -1,0 +1,127 @@
+"""The on-disk contract: the columns of a shard, and a trace in memory. FORMAT.md says it for other readers."""
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from logitcache.codec import decode
+from logitcache.codec.frequency_table import FrequencyTable
+from logitcache.sections import Sections
+from logitcache.sparse_rows import SparseRows
+
+SECTION_FIELDS = ("prompt_end", "reasoning_start", "reasoning_end", "answer_start")
+
+SCHEMA = pa.schema(
+    [
+        pa.field("trace_id", pa.string(), nullable=False),
+        pa.field("prompt_id", pa.string(), nullable=False),
+        pa.field("sample_index", pa.int32(), nullable=False),
+        pa.field("token_ids", pa.list_(pa.int32()), nullable=False),
+        pa.field("sections", pa.struct([(name, pa.int32()) for name in SECTION_FIELDS]), nullable=False),
+        pa.field("row_start", pa.int32(), nullable=False),
+        pa.field("token_logprob", pa.list_(pa.float32()), nullable=False),
+        pa.field("token_rank", pa.list_(pa.int32()), nullable=False),
+        pa.field("topk", pa.large_binary(), nullable=False),
+        pa.field("text", pa.string(), nullable=False),
+        pa.field("finish_reason", pa.string(), nullable=False),
+        pa.field("answer", pa.string()),
+        pa.field("correct", pa.bool_()),
+        pa.field("metadata", pa.string()),  # JSON object
+    ]
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """One prompt with one completion of the teacher. L tokens, R rows, nnz kept entries.
+
+    Row r holds the teacher's distribution of token ``row_start + r`` given the tokens before it.
+    """
+
+    trace_id: str
+    prompt_id: str
+    sample_index: int
+    token_ids: np.ndarray  # int32 [L]
+    sections: Sections
+    row_start: int
+    rows: SparseRows
+    token_logprob: np.ndarray  # float32 [R], the realised token's log-probability in nats, T=1
+    token_rank: np.ndarray  # int32 [R], its rank in the whole vocabulary, 1 = most likely
+    text: str  # the completion
+    finish_reason: str
+    answer: str | None = None  # gold answer of the prompt
+    correct: bool | None = None
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def row_offsets(self) -> np.ndarray:
+        """int64 [R+1]: entries of row r are ``row_offsets[r]:row_offsets[r+1]``."""
+        return self.rows.offsets
+
+    @property
+    def ids(self) -> np.ndarray:
+        """int32 [nnz], kept token ids."""
+        return self.rows.ids
+
+    @property
+    def logprobs(self) -> np.ndarray:
+        """float32 [nnz], log-probabilities in nats at temperature 1, descending in each row."""
+        return self.rows.logprobs
+
+    @property
+    def log_tail(self) -> np.ndarray:
+        """float32 [R], log of the mass outside the kept ids."""
+        return self.rows.log_tail
+
+
+def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
+    """One row of a shard, its rows already encoded as ``block``."""
+    bounds = trace.sections.bounds()
+    return {
+        "trace_id": trace.trace_id,
+        "prompt_id": trace.prompt_id,
+        "sample_index": trace.sample_index,
+        "token_ids": trace.token_ids,
+        "sections": dict(zip(SECTION_FIELDS, bounds, strict=False)),
+        "row_start": trace.row_start,
+        "token_logprob": trace.token_logprob,
+        "token_rank": trace.token_rank,
+        "topk": block,
+        "text": trace.text,
+        "finish_reason": trace.finish_reason,
+        "answer": trace.answer,
+        "correct": trace.correct,
+        "metadata": json.dumps(trace.metadata, ensure_ascii=False) if trace.metadata else None,
+    }
+
+
+def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) -> Trace:
+    """The trace at ``row`` of a shard; decodes its block, with the shard's table, and no other.
+
+    Raises: ShardCorruptError if the block is not what an encoder wrote.
+    """
+
+    def cell(name: str) -> Any:
+        return batch.column(name)[row]
+
+    token_ids = cell("token_ids").values.to_numpy()
+    metadata = cell("metadata").as_py()
+    return Trace(
+        trace_id=cell("trace_id").as_py(),
+        prompt_id=cell("prompt_id").as_py(),
+        sample_index=cell("sample_index").as_py(),
+        token_ids=token_ids,
+        sections=Sections(**cell("sections").as_py(), length=len(token_ids)),
+        row_start=cell("row_start").as_py(),
+        rows=decode(memoryview(cell("topk").as_buffer()), table=table),
+        token_logprob=cell("token_logprob").values.to_numpy(),
+        token_rank=cell("token_rank").values.to_numpy(),
+        text=cell("text").as_py(),
+        finish_reason=cell("finish_reason").as_py(),
+        answer=cell("answer").as_py(),
+        correct=cell("correct").as_py(),
+        metadata=json.loads(metadata) if metadata else {},
+    )

@@ -1,0 +1,86 @@
+"""Several processes that fill one cache: who makes which prompts, and nobody twice."""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from logitcache.errors import CacheBusyError, InputError
+from logitcache.runtime.files import LOCK, exclusive, holder
+
+_LOCK = re.compile(re.escape(LOCK) + r"-(\d+)-of-(\d+)")
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """One of ``count`` processes, each with its own share of the prompts and its own unit numbers."""
+
+    index: int = 0
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if self.count < 1 or not 0 <= self.index < self.count:
+            raise InputError(f"--worker {self.index}/{self.count}: give I/N with 0 <= I < N")
+
+    def __str__(self) -> str:
+        return f"worker {self.index} of {self.count}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Worker":
+        """``I/N``, I from 0 on."""
+        match = re.fullmatch(r"(\d+)/(\d+)", text)
+        if not match:
+            raise InputError(f"--worker {text!r}: write I/N, such as 0/8 for the first of eight")
+        return cls(int(match[1]), int(match[2]))
+
+    @classmethod
+    def of_slurm(cls, environment: Mapping[str, str]) -> "Worker | None":
+        """The place of a Slurm job in its array, whatever number that counts from; None outside an array."""
+        try:
+            task, count = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
+            first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
+            step = int(environment.get("SLURM_ARRAY_TASK_STEP", 1))
+        except (KeyError, ValueError):
+            return None
+        index, rest = divmod(task - first, step)
+        if rest or not 0 <= index < count:
+            raise InputError(
+                f"SLURM_ARRAY_TASK_ID={task} is no place among {count} tasks from {first} in steps of {step}; "
+                "give --worker I/N"
+            )
+        return cls(index, count)
+
+    def owns(self, prompt_id: str) -> bool:
+        """Whether this worker makes the prompt; a matter of its id alone, so that all workers agree."""
+        digest = hashlib.blake2b(prompt_id.encode(), digest_size=8, person=b"worker").digest()
+        return int.from_bytes(digest, "little") % self.count == self.index
+
+    def number_after(self, number: int) -> int:
+        """The first unit number above ``number`` that is this worker's own."""
+        return number + 1 + (self.index - number - 1) % self.count
+
+    @contextmanager
+    def alone(self, cache: Path) -> Iterator[None]:
+        """Holds this worker's place for the block.
+
+        Raises: CacheBusyError where the same worker runs, or one that shares the prompts out by another count.
+        """
+        with ExitStack() as stack:
+            stack.enter_context(exclusive(cache / f"{LOCK}-{self.index}-of-{self.count}", f"{cache}, {self},"))
+            # After its own: of two that start together, one at least sees the other.
+            for path in cache.glob(f"{LOCK}-*"):
+                match = _LOCK.fullmatch(path.name)
+                if match and int(match[2]) != self.count and (who := holder(path)):
+                    raise CacheBusyError(
+                        f"{cache}: {Worker(int(match[1]), int(match[2]))} runs ({who}), {self} would make its prompts "
+                        "too; end all workers before N changes"
+                    )
+            yield
+
+
+def from_environment(text: str | None) -> Worker:
+    """``--worker I/N``, or the place in a Slurm job array, or the only one."""
+    return Worker.parse(text) if text else Worker.of_slurm(os.environ) or Worker()

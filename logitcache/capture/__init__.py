@@ -1,0 +1,1 @@
+"""Prompts or texts become a cache: generate, score, and the plan of a job."""

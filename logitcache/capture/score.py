@@ -1,0 +1,208 @@
+"""The teacher's rows of text that exists already: of a file, or of another cache's traces, whole or cropped."""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from logitcache import prompts
+from logitcache.cache.manifest import Identity
+from logitcache.cache.reader import Cache
+from logitcache.cache.schema import Trace
+from logitcache.capture.generate import trace_of
+from logitcache.capture.job import CacheOptions, Request, Tokens, identify
+from logitcache.capture.runner import fill, rows_of
+from logitcache.capture.summary import Summary
+from logitcache.errors import InputError, PromptsError
+from logitcache.grading.verdicts import verdict
+from logitcache.inference import model
+from logitcache.inference.engine import Completion
+from logitcache.inference.model import TeacherFacts
+from logitcache.prompts import Prompt
+from logitcache.sections import Sections, answer_text
+
+
+@dataclass(frozen=True, slots=True)
+class Crop:
+    """A part of each trace, seen by the teacher without the rest: ``left``, ``middle`` or ``right``, and its share."""
+
+    where: str = "left"
+    share: float = 1.0
+
+    def __str__(self) -> str:
+        return f"{self.where}:{self.share}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Crop":
+        """``right:0.5`` is the last half of a trace's tokens, prompt included."""
+        where, _, share = text.partition(":")
+        try:
+            crop = cls(where, float(share))
+        except ValueError:
+            crop = cls("", 0)
+        if crop.where not in ("left", "middle", "right") or not 0 < crop.share <= 1:
+            raise InputError(f"--crop {text!r}: write left:SHARE, middle:SHARE or right:SHARE, with 0 < SHARE <= 1")
+        return crop
+
+    def span(self, length: int) -> slice:
+        """The tokens it keeps, at least one."""
+        kept = max(1, int(self.share * length + 1e-9))  # 0.29 of 100 are 29
+        start = {"left": 0, "middle": (length - kept) // 2, "right": length - kept}[self.where]
+        return slice(start, start + kept)
+
+
+@dataclass(frozen=True)
+class ScoreOptions(CacheOptions):
+    """One call of ``logitcache score``; ``source`` is a file of prompts with completions, or a cache."""
+
+    from_cache: bool = False
+    crop: Crop | None = None  # of a cache's traces
+    eos: bool = True  # ends the completions of a file, which are text
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.crop and not self.from_cache:
+            raise InputError("--crop cuts the traces of a cache; give --from-cache CACHE")
+        if self.from_cache and (self.markers or self.answer_regex or self.spec.template_args or not self.eos):
+            raise InputError(
+                "--from-cache takes tokens and sections as they are; leave --reasoning-markers, --answer-regex, "
+                "--template-arg and --no-eos out"
+            )
+
+
+def score(options: ScoreOptions) -> Summary:
+    """Fills the cache at ``options.out`` with the teacher's rows of every token of the source, as `fill` does.
+
+    Raises: as `generate`.
+    """
+    cache = Cache.open(options.source) if options.from_cache else None
+    facts = model.inspect(options.spec)
+    # Nothing was sampled from this teacher.
+    if cache is None:
+        identity = identify(options, facts, {}, ("score" if options.eos else "score --no-eos",))
+        return fill(_Texts(options, facts), identity)
+    words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
+    identity = replace(
+        identify(options, facts, {}, (*cache.identity.derived, words)),
+        chat_template_hash=cache.identity.chat_template_hash,
+        reasoning_markers=cache.identity.reasoning_markers,
+        answer_regex=cache.identity.answer_regex,
+    )
+    return fill(_Traces(options, facts, cache), identity)
+
+
+@dataclass(frozen=True, slots=True)
+class _Text:
+    prompt: Prompt
+    completion: str
+    finish_reason: str
+
+
+class _Texts:
+    """Prompts with completions, as text."""
+
+    scored = True
+
+    def __init__(self, options: ScoreOptions, facts: TeacherFacts) -> None:
+        self.options, self.facts = options, facts
+
+    def requests(self, identity: Identity) -> Iterator[Request]:
+        contents: dict[str, str] = {}  # of each prompt id
+        samples: Counter[str] = Counter()
+        repeats: Counter[str] = Counter()
+        for i, (where, row) in enumerate(prompts.rows(self.options.source)):
+            if i == self.options.limit:
+                return
+            completion, reason = row.pop("completion", None), row.pop("finish_reason", None) or "stop"
+            if not isinstance(completion, str):
+                raise PromptsError(f"{where}: `completion` is a {type(completion).__name__}, expected text")
+            prompt, _ = prompts.parse(where, row)
+            if contents.setdefault(prompt.id, prompt.digest()) != prompt.digest():
+                raise PromptsError(f"{where}: id {prompt.id!r} stands for another prompt above; give each its own")
+            # By content, not by place: a row put above others leaves their ids alone.
+            text = hashlib.blake2b(
+                json.dumps([prompt.digest(), completion, reason]).encode(), digest_size=16
+            ).hexdigest()
+            trace_id = identity.trace_id(prompt.id, text, repeats[text])
+            yield Request(trace_id, prompt.id, samples[prompt.id], _Text(prompt, completion, str(reason)))
+            repeats[text] += 1
+            samples[prompt.id] += 1
+
+    def tokens(self, request: Request) -> Tokens:
+        text: _Text = request.content
+        prompt = model.render(self.facts, text.prompt, self.options.spec.template_args)
+        tokenizer: Any = self.facts.tokenizer
+        completion: list[int] = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
+        ended = bool(completion) and completion[-1] in self.facts.eos_ids
+        if self.options.eos and text.finish_reason == "stop" and not ended and tokenizer.eos_token_id is not None:
+            completion.append(tokenizer.eos_token_id)
+        return Tokens([*prompt, *completion], len(prompt))
+
+    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
+        text: _Text = request.content
+        completion = replace(completion, finish_reason=text.finish_reason)
+        return trace_of(request, text.prompt, completion, identity, self.facts, self.options.verifier)
+
+
+class _Traces:
+    """Traces of another cache: their tokens and sections, as they are."""
+
+    scored = True
+
+    def __init__(self, options: ScoreOptions, facts: TeacherFacts, cache: Cache) -> None:
+        self.options, self.facts, self.cache = options, facts, cache
+        self.crop = options.crop or Crop()
+        if options.out.resolve() == cache.path.resolve():
+            raise InputError(f"--out {options.out} is the cache to score; give a new directory")
+        if (there := cache.identity.tokenizer_hash) != facts.tokenizer_hash:
+            raise InputError(
+                f"{cache.path} was made with tokenizer {there[:12]}, --teacher {options.spec.model} has "
+                f"{facts.tokenizer_hash[:12]}: its token ids mean other tokens; score the text instead (a .jsonl file)"
+            )
+
+    def requests(self, identity: Identity) -> Iterator[Request]:
+        ids = zip(self.cache.trace_ids, self.cache.prompt_ids, strict=True)
+        for i, (trace_id, prompt_id) in enumerate(ids):
+            if i == self.options.limit:
+                return
+            yield Request(identity.trace_id(prompt_id, trace_id, 0), prompt_id, 0, i)
+
+    def tokens(self, request: Request) -> Tokens:
+        token_ids, spans = self.cache.tokens(request.content)
+        span = self.crop.span(len(token_ids))
+        return Tokens(token_ids[span].tolist(), _cropped(spans, span).prompt_end)
+
+    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
+        trace, verifier = self.cache[request.content], self.options.verifier
+        span = self.crop.span(len(trace.token_ids))
+        rows = rows_of(completion, identity)
+        text, correct = trace.text, trace.correct
+        if span != slice(0, len(trace.token_ids)):
+            text = self._text(trace, span)
+        if verifier:  # of the whole answer, of which a crop may hold a part
+            answer = answer_text(trace.text, trace.sections, identity.markers)
+            correct = verdict(verifier, answer, trace.answer, trace.metadata)
+        return replace(
+            trace,
+            trace_id=request.trace_id,
+            token_ids=completion.token_ids,
+            sections=_cropped(trace.sections, span),
+            row_start=len(completion.token_ids) - len(rows),
+            rows=rows,
+            token_logprob=completion.token_logprob,
+            token_rank=completion.token_rank,
+            text=text,
+            correct=correct,
+        )
+
+    def _text(self, trace: Trace, span: slice) -> str:
+        pieces = model.pieces(self.facts, trace.token_ids[span].tolist())
+        ended = int(trace.token_ids[span][-1]) in self.facts.eos_ids
+        start = max(0, trace.sections.prompt_end - span.start)
+        return "".join(piece or "" for piece in pieces[start : len(pieces) - ended])
+
+
+def _cropped(spans: Sections, span: slice) -> Sections:
+    return Sections(*(min(max(bound - span.start, 0), span.stop - span.start) for bound in spans.bounds()))

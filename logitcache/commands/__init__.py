@@ -1,0 +1,1 @@
+"""What the command line mounts: options, commands and the text of their results."""

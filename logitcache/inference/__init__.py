@@ -1,0 +1,1 @@
+"""A model in vLLM: what its files say, the engine, the capture hooks."""

@@ -1,0 +1,360 @@
+"""vLLM behind a small face: requests in, completions with their top-k rows out. The only file that imports vllm."""
+
+import importlib
+import itertools
+import os
+import re
+import signal
+import sys
+import threading
+import warnings
+from array import array
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from difflib import get_close_matches
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from logitcache.errors import EngineError, InputError, first_line
+from logitcache.inference.model import TeacherSpec, engine_version
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """One answer of the teacher. R rows: of the completion, or of prompt and completion without the first token."""
+
+    key: str
+    token_ids: np.ndarray  # int32 [L], prompt and completion
+    prompt_length: int
+    ids_RK: np.ndarray  # int32 [R, K]; K is top_k, and two more for each pinned id
+    logprobs_RK: np.ndarray  # float32 [R, K], before temperature, penalties and filters
+    pinned_RP: np.ndarray  # float32 [R, P], the pinned ids' log-probabilities, in their order
+    token_logprob: np.ndarray  # float32 [R], realised token
+    token_rank: np.ndarray  # int32 [R]
+    finish_reason: str
+
+    def split_at(self, prompt_length: int, first: int) -> "Completion":
+        """The same tokens as a prompt of that length and its completion, with the rows of tokens ``first`` and on."""
+        skip = first - (len(self.token_ids) - len(self.token_rank))
+        rows = {name: getattr(self, name)[skip:] for name in _ROWS}
+        return replace(self, prompt_length=prompt_length, **rows)
+
+
+_ROWS = ("ids_RK", "logprobs_RK", "pinned_RP", "token_logprob", "token_rank")
+
+
+class Engine:
+    """A vLLM engine that hands out top-k rows: requests go in under a key, completions come out of ``step``."""
+
+    def __init__(self, spec: TeacherSpec, seed: int, pinned: Sequence[int] = (), scored: bool = False) -> None:
+        """Loads the model: minutes for a large one.
+
+        Args:
+            seed: where the engine's one sampler starts.
+            pinned: ids whose log-probabilities come with every row.
+            scored: give the rows of what is submitted, and no answer to it.
+        Raises: InputError for an option that vLLM does not have or refuses, EngineError where it cannot start.
+        """
+        os.environ[_PARENT] = str(os.getpid())
+        os.environ[_PINNED] = ",".join(map(str, pinned))
+        # A forked process would not load plugins again, `prepare_process` among them.
+        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
+        import vllm
+        from vllm.platforms import current_platform
+        from vllm.sampling_params import RequestOutputKind
+
+        _use_typed_rows()
+        self._pinned, self._scored = list(pinned), scored
+        width = spec.top_k + 2 * len(pinned)
+        prompt_rows = spec.prompt_logits or scored
+        _refuse_unknown("--engine-arg", spec.engine_args, set(vllm.EngineArgs.__dataclass_fields__))
+        _refuse_unknown("--sampling", spec.sampling, set(vllm.SamplingParams.__struct_fields__))
+        args = {
+            "disable_log_stats": True,
+            "enable_prefix_caching": not prompt_rows,
+            **spec.engine_args,
+            "model": spec.model,
+            "revision": spec.revision,
+            "dtype": spec.dtype,
+            "seed": seed,
+            "tensor_parallel_size": spec.tensor_parallel_size,
+            "max_logprobs": width,
+            "logprobs_mode": "raw_logprobs",
+        }
+        if prompt_rows:
+            # vLLM makes [tokens, vocabulary] in float32 outside its memory profile when it scores a prompt.
+            args.setdefault("max_num_batched_tokens", 2048)
+        if current_platform.is_cpu():
+            args.setdefault("kv_cache_memory_bytes", min(2 << 30, _available_memory() // 4))
+        try:
+            engine_args = vllm.EngineArgs(**args)
+            sampling: dict[str, Any] = {**spec.sampling, "temperature": spec.temperature, "max_tokens": spec.max_tokens}
+            self._params = vllm.SamplingParams(
+                **({"temperature": 0.0, "max_tokens": 1} if scored else sampling),
+                logprobs=None if scored else width,
+                prompt_logprobs=width if prompt_rows else None,
+                flat_logprobs=True,
+                detokenize=bool(spec.sampling.get("stop")),
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+        except (ValueError, TypeError) as e:
+            raise InputError(f"vLLM refuses these settings: {first_line(e)}") from e
+        try:
+            self._engine = vllm.LLMEngine.from_engine_args(engine_args)
+        except Exception as e:
+            reason = "" if "root cause above" in str(e) else f": {first_line(e)}"
+            raise EngineError(f"vLLM cannot start{reason}") from e
+        self._killed = False
+        self._closing = threading.Event()
+        self._watch = threading.Thread(target=self._wake_on_death, daemon=True)
+        self._watch.start()
+        self.max_model_len: int = self._engine.vllm_config.model_config.max_model_len
+        self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
+
+    def submit(self, key: str, prompt_ids: list[int], max_tokens: int | None = None) -> None:
+        """Queues one request; several of one prompt differ by the sampler's state.
+
+        Args:
+            max_tokens: of this completion and those after it, if not as many as the spec says.
+        Raises: InputError where vLLM refuses it, EngineError if the engine died.
+        """
+        if max_tokens not in (None, self._params.max_tokens):
+            self._params = self._params.clone()
+            self._params.max_tokens = max_tokens
+        try:
+            self._engine.add_request(key, {"prompt_token_ids": prompt_ids}, self._params)
+        except ValueError as e:
+            raise InputError(f"vLLM refuses a request: {first_line(e)}") from e
+        except Exception as e:
+            raise self._died(e) from e
+
+    def step(self) -> list[Completion]:
+        """One step of the engine: the completions that finished in it.
+
+        Raises: EngineError if the engine died.
+        """
+        try:
+            finished: list[Any] = [output for output in self._engine.step() if output.finished]
+        except Exception as e:
+            raise self._died(e) from e
+        # An engine that is told to end hands out what it has as if it were whole.
+        if broken := [o for o in finished if o.outputs[0].finish_reason not in ("stop", "length", "repetition")]:
+            raise EngineError(f"vLLM gave up its requests: {broken[0].outputs[0].finish_reason}")
+        finished.reverse()  # and each let go as it is converted: many long ones may end in one step
+        return [_completion(finished.pop(), self._pinned, self._scored) for _ in range(len(finished))]
+
+    def close(self) -> None:
+        """Ends the engine's processes."""
+        import psutil  # vLLM's own
+
+        self._closing.set()
+        self._watch.join()
+        client: Any = self._engine.engine_core
+        try:
+            client.shutdown()
+        except psutil.NoSuchProcess:  # vLLM 0.32 trips over a process that ends by itself just then
+            client.resources()  # what it did not come to
+
+    def _died(self, error: Exception) -> EngineError:
+        killed = "its process was killed, perhaps for want of memory"
+        return EngineError(f"vLLM died: {killed if self._killed else first_line(error)}")
+
+    def _wake_on_death(self) -> None:
+        """vLLM 0.32 notices that its engine process was killed (by the kernel for memory, say) and still lets a caller
+        of ``step`` wait for it for ever: this puts the news where that caller waits."""
+        client: Any = self._engine.engine_core
+        if not hasattr(client, "outputs_queue"):
+            return  # the engine runs in this process
+        while not client.resources.engine_dead:
+            if self._closing.wait(1):
+                return
+        self._killed = client.outputs_queue.empty()  # what died of an error of its own has said so there
+        client.outputs_queue.put(RuntimeError("the engine is dead"))
+
+
+def _completion(output: Any, pinned: list[int], scored: bool) -> Completion:
+    sample = output.outputs[0]
+    parts = [p for p in (output.prompt_logprobs, sample.logprobs) if p is not None and len(p.token_ids)]
+    ids, logprobs, rank = (np.concatenate(c) for c in zip(*(_rows(part) for part in parts), strict=True))
+    top = slice(1, ids.shape[1] - len(pinned))
+    if (ids[:, top.stop :] != pinned).any():
+        raise EngineError(f"{engine_version()} did not give the rows of the pinned ids; run with --pin-tokens none")
+    return Completion(
+        key=output.request_id,
+        token_ids=np.array([*output.prompt_token_ids, *([] if scored else sample.token_ids)], np.int32),
+        prompt_length=len(output.prompt_token_ids),
+        ids_RK=ids[:, top],
+        logprobs_RK=logprobs[:, top],
+        pinned_RP=logprobs[:, top.stop :],
+        token_logprob=np.ascontiguousarray(logprobs[:, 0]),
+        token_rank=rank,
+        finish_reason=sample.finish_reason or "unknown",
+    )
+
+
+def _rows(flat: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids int32 [R, 1 + K] and log-probabilities float32 [R, 1 + K], realised token first, and its rank int32 [R]."""
+    counts = np.asarray(flat.end_indices, np.int64) - np.asarray(flat.start_indices, np.int64)
+    scored = counts > 0  # a prompt's first token has no row
+    width = int(counts.max(initial=0))
+    assert (counts[scored] == width).all(), "vLLM gave rows of different widths"
+    shape = (int(scored.sum()), width)
+    ranks = flat.first_ranks if isinstance(flat, _typed_rows()) else flat.ranks[::width]
+    return (
+        np.asarray(flat.token_ids, np.int32).reshape(shape),
+        np.asarray(flat.logprobs, np.float32).reshape(shape),
+        np.asarray(ranks, np.int32),
+    )
+
+
+@cache
+def _typed_rows() -> type:
+    """vLLM's flat log-probabilities in typed arrays: 8 bytes an entry instead of about 84 in Python objects."""
+    from vllm.logprobs import FlatLogprobs
+
+    class TypedRows(FlatLogprobs):
+        def __init__(self) -> None:
+            super().__init__(array("q"), array("q"), array("i"), array("f"))  # type: ignore[arg-type]
+            self.first_ranks = array("i")
+
+        def append_fast(self, token_ids, logprobs, ranks, decoded_tokens) -> None:
+            self.start_indices.append(len(self.logprobs))
+            self.token_ids.fromlist(token_ids)  # type: ignore[attr-defined] # 6 us a row at k = 64, extend takes 9
+            self.logprobs.fromlist(logprobs)  # type: ignore[attr-defined]
+            self.first_ranks.append(next(iter(ranks)))
+            self.end_indices.append(len(self.logprobs))
+
+    return TypedRows
+
+
+def _use_typed_rows() -> None:
+    """The narrowest hook: the two functions by which the front end makes an empty container."""
+    typed = _typed_rows()
+    try:
+        module: Any = importlib.import_module("vllm.v1.engine.logprobs")
+
+        trial = typed()
+        trial.append(None)
+        module.append_logprobs_for_next_position(trial, [7, 7, 9], [-0.5, -0.5, -1.5], itertools.repeat(None), 1, 2)
+        ids, _, rank = _rows(trial)
+        assert ids.tolist() == [[7, 7, 9]]
+        assert rank.tolist() == [1]
+
+        def sample_rows(flat_logprobs: bool) -> Any:
+            return typed() if flat_logprobs else []
+
+        def prompt_rows(flat_logprobs: bool) -> Any:
+            rows = sample_rows(flat_logprobs)
+            rows.append(None)
+            return rows
+
+        for name, made in (("create_sample_logprobs", sample_rows), ("create_prompt_logprobs", prompt_rows)):
+            getattr(module, name)
+            setattr(module, name, made)
+    except (ImportError, AttributeError, TypeError, AssertionError) as e:
+        warnings.warn(
+            f"{engine_version()} keeps its log-probabilities in another way ({e!r}): "
+            "rows take about ten times the memory while in flight",
+            stacklevel=2,
+        )
+
+
+_PARENT = "LOGITCACHE_ENGINE_PARENT"
+_PINNED = "LOGITCACHE_PINNED"
+
+
+def prepare_process() -> None:
+    """A vLLM plugin, run in each of its processes; does nothing where no `Engine` of ours started them."""
+    parent = os.environ.get(_PARENT)
+    if parent is None:
+        return
+    if pinned := [int(i) for i in os.environ.get(_PINNED, "").split(",") if i]:
+        _pin(pinned)
+    if os.getpid() != int(parent) and sys.platform.startswith("linux"):
+        _end_with(int(parent))
+
+
+def _end_with(parent: int) -> None:
+    """An engine that `Engine` started is killed with it, where vLLM 0.32 lets it live on as an orphan.
+
+    Its workers end with it by vLLM's own means.
+    """
+    if os.getppid() == parent:
+        import ctypes
+
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before the call
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _pin(pinned: list[int]) -> None:
+    """The narrowest hook: where the sampler gathers a row's most likely ids, the last of them give way to pinned ones.
+
+    Both of vLLM's model runners have such a place; a row without its pinned ids is refused when it arrives.
+    """
+    P = len(pinned)
+    kept: dict[Any, Any] = {}
+
+    def ids_beside(tensor: Any, token_ids: Any) -> Any:
+        """The pinned ids on a tensor's device, int64 as the sampled ones; sent there once."""
+        if tensor.device not in kept:
+            kept[tensor.device] = tensor.new_tensor(pinned, dtype=token_ids.dtype)
+        return kept[tensor.device]
+
+    def overwrite(made: Any, logprobs_NP: Any, ids_P: Any) -> Any:
+        made.logprob_token_ids[:, -P:] = ids_P
+        made.logprobs[:, -P:] = logprobs_NP
+        return made
+
+    with suppress(ImportError, AttributeError):
+        from vllm.v1.sample.sampler import Sampler
+
+        gather = Sampler.gather_logprobs
+
+        def gather_pinned(logprobs: Any, num_logprobs: int, token_ids: Any) -> Any:
+            made = gather(logprobs, num_logprobs, token_ids)
+            if num_logprobs <= P:
+                return made
+            ids_P = ids_beside(logprobs, token_ids)
+            return overwrite(made, logprobs.index_select(-1, ids_P), ids_P)
+
+        Sampler.gather_logprobs = staticmethod(gather_pinned)
+
+    with suppress(ImportError, AttributeError):
+        module: Any = importlib.import_module("vllm.v1.worker.gpu.sample.logprob")
+        score = module.compute_topk_scores
+
+        def score_pinned(logits: Any, num_logprobs: int, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
+            made = score(logits, num_logprobs, sampled_token_ids, *args, **kwargs)
+            if num_logprobs <= P:
+                return made
+            ids_P = ids_beside(logits, sampled_token_ids)
+            return overwrite(made, module.compute_token_logprobs(logits, ids_P.expand(len(logits), P)), ids_P)
+
+        for name in ("logprob", "sampler", "prompt_logprob"):
+            setattr(importlib.import_module(f"vllm.v1.worker.gpu.sample.{name}"), score.__name__, score_pinned)
+
+
+def cause_in(log: Path) -> str | None:
+    """The first exception that an engine's log reports, on one line: the root, not what followed from it."""
+    report = re.compile(r" ERROR .*\] ((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
+    with log.open(errors="replace") as lines:
+        return next((m.group(1).strip()[:500] for line in lines if (m := report.search(line))), None)
+
+
+def _refuse_unknown(option: str, given: dict[str, Any], known: set[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            raise InputError(
+                f"{option} {name}: vLLM has no such setting" + (f"; did you mean {near[0]}?" if near else "")
+            )
+
+
+def _available_memory() -> int:
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

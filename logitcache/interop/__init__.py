@@ -1,0 +1,1 @@
+"""Other formats and places: Parquet, the Hugging Face hub, DistillKit."""

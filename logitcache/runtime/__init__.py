@@ -1,0 +1,1 @@
+"""Atomic files, locks and the terminal: what every command stands on."""

@@ -1,0 +1,1 @@
+"""Caches made from caches, without the teacher: slice, merge, split."""

@@ -1,0 +1,204 @@
+"""Views: a pure function from a trace to what a student is fed and which cached rows it is taught.
+
+    view = step { "+" step }      step = NAME [":" ARGUMENT]      such as lsp:0.5, trsd:0.1-0.9+random-mask:0.5
+
+At most one step cuts the trace, and comes first; others choose among what is taught (steps.py has the table). Sections
+choose last, by the token that a row belongs to. Both delimiters belong to the reasoning: the one opens it, the other
+ends it, and a student taught reasoning must do both.
+
+A position's output predicts the next token fed, so the row of an uncut trace's token t is taught at position t - 1.
+"""
+
+import difflib
+import functools
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from logitcache.cache.manifest import Identity
+from logitcache.cache.schema import Trace
+from logitcache.errors import StudentError
+from logitcache.student.data.token_masks import (
+    SECTIONS,
+    STEPS,
+    Plan,
+    Share,
+    Step,
+    crop,
+    reasoning_lsp,
+    sections_of,
+    trsd,
+    trsd_anchored,
+)
+
+# T input positions of a lesson, L tokens of its trace, N some of them.
+
+NOT_TAUGHT = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Lesson:
+    """What a student sees of one trace. Nothing after the last taught position is fed: it could change no taught row.
+
+    input_ids: int64 [T]; target: int64 [T], the token that each position is taught to predict, as an index into the
+    trace's tokens, or NOT_TAUGHT; row: int64 [T], the cached row it is taught, or NOT_TAUGHT, also where the target is
+    taught by its token alone; kd, ce: float32 [T], weights of the divergence from the row and of the cross-entropy with
+    the token, 0 where not taught.
+    """
+
+    input_ids: np.ndarray
+    target: np.ndarray
+    row: np.ndarray
+    kd: np.ndarray
+    ce: np.ndarray
+
+
+@dataclass(frozen=True)
+class View:
+    """What a student sees of each trace, taught on some sections only. Equal views give equal lessons.
+
+    `text` and `sections` are kept in their canonical form: View("lsp:0.50") equals View("lsp:0.5").
+
+    Raises: StudentError for a step or a section that does not exist, with the nearest one, and for steps that cannot be
+        put together so.
+    """
+
+    text: str = "full"
+    sections: tuple[str, ...] = tuple(SECTIONS)
+
+    def __post_init__(self) -> None:
+        for name in self.sections:
+            if name not in SECTIONS:
+                near = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.0)[0]
+                raise StudentError(f"section {name!r} is unknown: did you mean {near!r}? All: {', '.join(SECTIONS)}")
+        if not self.sections:
+            raise StudentError(f"no section is left to teach: choose some of {', '.join(SECTIONS)}")
+        object.__setattr__(self, "text", _text(parse(self.text)))
+        object.__setattr__(self, "sections", tuple(name for name in SECTIONS if name in self.sections))
+
+    def __str__(self) -> str:
+        return self.text
+
+    def __call__(self, trace: Trace, epoch: int = 0) -> Lesson:
+        (first, argument), *choices = parse(self.text)
+        assert first.cut
+        plan = first.cut(trace, epoch, argument)
+        taught_L = plan.by_row | plan.by_token
+        for step, argument in choices:
+            assert step.choose
+            taught_L = step.choose(trace, taught_L, argument)
+        chosen = [i for i, name in enumerate(SECTIONS) if name in self.sections]
+        return _lesson(trace, plan, taught_L & np.isin(sections_of(trace), chosen))
+
+    def check(self, identity: Identity, path: str) -> None:
+        """Whether a cache can serve this view.
+
+        Raises: StudentError for a crop that the cache at `path` was not scored on, and for a cut of the reasoning where
+            its traces have none, with the command that makes such a cache.
+        """
+        (step, argument), *_ = parse(self.text)
+        path = path.rstrip("/") or path
+        if step.cut is crop:
+            _check_crop(f"{step.name}:{argument}", identity, path)
+        if step.cut in (reasoning_lsp, trsd, trsd_anchored):
+            _check_reasoning(step.name, identity, path)
+
+
+@functools.lru_cache
+def parse(text: str) -> tuple[tuple[Step, Any], ...]:
+    """The steps of a view's text with their arguments; one that cuts is first, `full` where none does.
+
+    Raises: StudentError for an unknown name with the nearest, a bad argument, two cuts, and a cut that is not first.
+    """
+    named = [_step(text, part.strip()) for part in text.split("+")]
+    named = [(step, argument) for step, argument in named if step.name != "full"]  # it changes nothing
+    cuts, choices = [s for s in named if s[0].cut], [s for s in named if s[0].choose]
+    if len(cuts) > 1:
+        raise StudentError(f"view {text!r}: {cuts[0][0].name} and {cuts[1][0].name} both cut; choose one of them")
+    if cuts and named[0] != cuts[0]:
+        raise StudentError(f"view {text!r}: {cuts[0][0].name} cuts and comes first; write {_text(cuts + choices)}")
+    return (*(cuts or [(STEPS["full"], None)]), *choices)
+
+
+def _text(named: Sequence[tuple[Step, Any]]) -> str:
+    """What `parse` reads as these steps, in one spelling."""
+    shown = [f"{step.name}:{argument}" if step.takes else step.name for step, argument in named if step.name != "full"]
+    return "+".join(shown) or "full"
+
+
+def _step(view: str, text: str) -> tuple[Step, Any]:
+    name, colon, argument = text.partition(":")
+    if name not in STEPS:
+        near = difflib.get_close_matches(name, STEPS, n=1, cutoff=0.0)[0] if name else "full"
+        raise StudentError(
+            f"view {view!r}: {name!r} is unknown: did you mean {STEPS[near].example!r}? "
+            f"All: {', '.join(step.usage for step in STEPS.values())}, joined by +; --sections chooses sections"
+        )
+    step = STEPS[name]
+    if step.takes is None:
+        if colon:
+            raise StudentError(f"view {view!r}: {name} takes no argument; write {name}")
+        return step, None
+    try:
+        return step, step.takes.parse(argument)
+    except ValueError:
+        raise StudentError(f"view {view!r}: {name} takes {step.takes.wants}; write {step.example}") from None
+
+
+def _lesson(trace: Trace, plan: Plan, taught_L: np.ndarray) -> Lesson:
+    index = plan.fed.nonzero()[0]
+    source_T, target_T = index[:-1], index[1:]
+    taught_T = taught_L[target_T]
+    fed = int(taught_T.nonzero()[0][-1]) + 1 if taught_T.any() else 0
+    source_T, target_T, taught_T = source_T[:fed], target_T[:fed], taught_T[:fed]
+    by_row_T, by_token_T = taught_T & plan.by_row[target_T], taught_T & plan.by_token[target_T]
+    return Lesson(
+        input_ids=trace.token_ids[source_T].astype(np.int64),
+        target=np.where(taught_T, target_T, NOT_TAUGHT),
+        row=np.where(by_row_T, target_T - trace.row_start, NOT_TAUGHT),
+        kd=by_row_T.astype(np.float32),
+        ce=by_token_T.astype(np.float32),
+    )
+
+
+def section_of(trace: Trace, target_N: np.ndarray) -> np.ndarray:
+    """int64 [N], the section of each token (an index into the trace's tokens), as an index into SECTIONS; NOT_TAUGHT stays."""
+    return np.append(sections_of(trace), NOT_TAUGHT)[target_N]
+
+
+def tenth_of(trace: Trace, target_N: np.ndarray) -> np.ndarray:
+    """int64 [N], 0 to 9, the tenth of the completion that each token lies in; -1 for the prompt's and for NOT_TAUGHT."""
+    start, length = trace.sections.prompt_end, len(trace.token_ids)
+    return np.where(target_N < start, -1, (target_N - start) * 10 // max(1, length - start))
+
+
+def _check_crop(wanted: str, identity: Identity, path: str) -> None:
+    """`wanted` is such as right:0.5. What a slice, a merge or a split did later leaves a crop what it is."""
+    where, _, share = wanted.partition(":")
+    made = [m for what in identity.derived if (m := re.fullmatch(r"score .*--crop (\w+):(\S+)", what))]
+    found = (made[-1][1], float(made[-1][2])) if made else None
+    if found == (where, float(share)):
+        return
+    whole = "WHOLE" if found else path
+    words = ["--from-cache", whole, "--crop", wanted, "--teacher", identity.teacher, "--out", f"{path}-{where}"]
+    raise StudentError(
+        f"{path}: view {wanted} needs rows that the teacher made of that crop alone, its rows were made of "
+        + (f"the crop {found[0]}:{Share(found[1])}" if found else "whole traces")
+        + f"; make them with `logitcache score {shlex.join(words)}`"
+        + (", WHOLE being the cache that was cropped" if found else "")
+        + (f", or take view lsp:{share}, which is the same on a cache of whole traces" if where == "left" else "")
+    )
+
+
+def _check_reasoning(name: str, identity: Identity, path: str) -> None:
+    if identity.reasoning_markers or identity.answer_regex:
+        return
+    words = ["--teacher", identity.teacher, "--reasoning-markers", "<think>,</think>", "--out", f"{path}-sections"]
+    raise StudentError(
+        f"{path}: view {name} cuts the reasoning, and its completions are all answer: they were made without "
+        f"--reasoning-markers or --answer-regex; make others with `logitcache generate PROMPTS {shlex.join(words)}`"
+    )

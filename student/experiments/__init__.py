@@ -1,0 +1,1 @@
+"""Whole experiments: variants, seeds, evaluation and a report."""

@@ -1,0 +1,1 @@
+"""The student: loading, LoRA, and the head with its fused divergence."""

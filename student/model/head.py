@@ -1,0 +1,181 @@
+"""The student's head on the taught rows only: found by trying it, run inside the model's own forward."""
+
+import contextlib
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from logitcache.errors import StudentError
+from logitcache.kernels.fused_linear import linear_sparse_divergence, linear_sparse_metrics
+from logitcache.sparse_rows import SparseRows
+from logitcache.student.data.dataset import Batch, Example, collate, targets, to
+
+# N taught rows, H hidden, V rows of the head.
+
+ANYWHERE = ("eager", "sdpa")  # attention that masks what packed traces must not see, and needs no GPU for it
+
+
+@dataclass(frozen=True)
+class Head:
+    """From a hidden state to logits: softcap(logit_scale * (h W^T + b)). The module, since its weight may move."""
+
+    module: nn.Linear
+    logit_scale: float = 1.0
+    softcap: float | None = None
+
+    def options(self) -> dict[str, Any]:
+        return {"bias_V": getattr(self.module, "bias", None), "softcap": self.softcap, "logit_scale": self.logit_scale}
+
+
+@torch.no_grad()
+def find_head(student: PreTrainedModel) -> Head:
+    """The head, with whatever its model does to logits, found by running both on four tokens.
+
+    Raises: StudentError for a model whose logits are made otherwise, and for one that looks ahead.
+    """
+    name, module = type(student).__name__, typing.cast(nn.Linear | None, student.get_output_embeddings())
+    if module is None or student.base_model is student:
+        raise StudentError(f"{name} has no base model with a head on it: give --student a causal language model")
+    if hasattr(module, "lora_A"):
+        raise StudentError(
+            f"{name}: its head carries a LoRA adapter, which the fused head would leave out: merge it first"
+        )
+    probe = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=student.device) % module.weight.shape[0]
+    with _tried(student):
+        hidden = student.base_model(input_ids=probe, use_cache=False).last_hidden_state
+        logits = student(input_ids=probe, use_cache=False).logits.float()
+    close = 1e-3 if student.dtype == torch.float32 else 4e-2
+    if not torch.allclose(hidden[0, :3], hidden[1, :3], rtol=close, atol=close * hidden.abs().max().item()):
+        raise StudentError(f"{name} is not causal: a later token changes what it says of earlier ones")
+    plain = module(hidden).float()
+    for head in _heads(student, module):
+        mine = plain * head.logit_scale
+        mine = mine if head.softcap is None else head.softcap * torch.tanh(mine / head.softcap)
+        if torch.allclose(mine, logits, rtol=close, atol=close * logits.abs().max().item()):
+            return head
+    raise StudentError(
+        f"{name} makes its logits in a way that the fused head does not know; open an issue with its config.json"
+    )
+
+
+@contextlib.contextmanager
+def _tried(student: PreTrainedModel) -> Iterator[None]:
+    """In evaluation mode, and with attention that runs on any device in any dtype."""
+    training, attention = student.training, student.config._attn_implementation
+    student.eval()
+    if attention not in (None, *ANYWHERE):
+        student.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        student.train(training)
+        if attention not in (None, *ANYWHERE):
+            student.set_attn_implementation(attention)
+
+
+def _heads(student: PreTrainedModel, module: nn.Linear) -> Iterator[Head]:
+    """What published models do: Gemma caps, Granite divides, Cohere and others multiply."""
+    config = student.config.get_text_config()
+    caps = [c for c in (getattr(config, "final_logit_softcapping", None),) if c] + [None]
+    named = {name: getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")}
+    scales = [float(s) for s in named.values() if s]
+    for cap in caps:
+        for scale in [*(1 / s for s in scales), *scales, 1.0]:
+            yield Head(module, scale, cap)
+
+
+def plain(student: Any) -> PreTrainedModel:
+    """The causal model itself, out of the adapter that peft may have put around it."""
+    return (
+        student.get_base_model() if hasattr(student, "peft_config") and hasattr(student, "get_base_model") else student
+    )
+
+
+def taught_hidden(student: PreTrainedModel, batch: Batch) -> Tensor:
+    """[N, H], the base model's last hidden states at the taught positions; the head is not run."""
+    # No mask: rows are padded on the right only, and packed ones are told apart by their positions, which transformers
+    # takes for that where there is no mask and no cache of keys and values.
+    positions = {} if batch["position_ids"] is None else {"position_ids": batch["position_ids"]}
+    base = plain(student).base_model
+    outputs = [base(input_ids=ids_BT, use_cache=False, **positions) for ids_BT in batch["groups"]]
+    return torch.cat([o.last_hidden_state.flatten(0, 1) for o in outputs])[batch["taught"]]
+
+
+def lesson_loss(student: PreTrainedModel, head: Head, batch: Batch, **objective: Any) -> Tensor:
+    """Weighted divergence and cross-entropy, summed over taught rows, nats; connected even if none is taught.
+
+    objective: divergence, tail, beta, alpha, temperature, as `linear_sparse_divergence` has them.
+    """
+    return linear_sparse_divergence(
+        taught_hidden(student, batch),
+        head.module.weight,
+        targets(batch),
+        weights_N=batch["kd"],
+        ce_weights_N=batch["ce"],
+        check=False,  # the cache's writer refused repeated ids, the dataset dropped those beyond the head
+        **objective,
+        **head.options(),
+    )
+
+
+@torch.no_grad()
+def lesson_metrics(student: PreTrainedModel, head: Head, batch: Batch) -> dict[str, Tensor]:
+    """Per taught row, as `linear_sparse_metrics` gives it."""
+    return linear_sparse_metrics(
+        taught_hidden(student, batch), head.module.weight, targets(batch), check=False, **head.options()
+    )
+
+
+def attach_head(student: Any, **objective: Any) -> Head:
+    """Lets `student(lesson=batch)` give the loss, and `student(lesson=batch, metrics=True)` the metrics.
+
+    They run inside the model's forward, so that what wraps it (DDP, FSDP, autocast) wraps the head; all other calls
+    are as before.
+    """
+    head = find_head(plain(student))
+
+    def forward(self: Any, *inputs: Any, lesson: Batch | None = None, metrics: bool = False, **named: Any) -> Any:
+        if lesson is None:
+            return type(self).forward(self, *inputs, **named)
+        return lesson_metrics(self, head, lesson) if metrics else lesson_loss(self, head, lesson, **objective)
+
+    student.forward = types.MethodType(forward, student)
+    return head
+
+
+@torch.no_grad()
+def check_packing(student: Any) -> None:
+    """Raises: StudentError for a model that lets packed traces see each other, by its attention or by other layers.
+
+    A trace alone, padded beside another and packed behind it may differ by rounding, of which the padded one shows how
+    much there is.
+    """
+    model = plain(student)
+    ids = np.arange(5, 60) % model.config.get_text_config().vocab_size
+    probes = [_probe(ids[:24]), _probe(ids[24:41]), _probe(ids[41:])]
+
+    def hidden(examples: list[Example], packed: bool = False) -> Tensor:
+        return taught_hidden(model, to(collate(examples, packed=packed), model.device)).float()
+
+    with _tried(model):
+        alone, padded, packed = torch.cat([hidden([p]) for p in probes]), hidden(probes), hidden(probes, packed=True)
+    noise = (padded - alone).abs().max().item()
+    floor = alone.abs().max().item() * (1e-6 if model.dtype == torch.float32 else 1e-2)
+    if (packed - alone).abs().max().item() > 4 * max(noise, floor):
+        raise StudentError(
+            f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed traces see each "
+            "other; train with --no-packing"
+        )
+
+
+def _probe(input_ids: np.ndarray) -> Example:
+    """Input ids, all positions taught by nothing."""
+    none_N, no_rows = np.zeros(len(input_ids), np.int64), SparseRows.concatenate([])
+    return Example("", input_ids, np.arange(len(input_ids)), no_rows, *[none_N] * 5)

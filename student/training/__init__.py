@@ -1,0 +1,1 @@
+"""Training runs: options, trainer, checkpoints, costs."""

@@ -1,0 +1,46 @@
+"""A run as a person watches it."""
+
+import sys
+from typing import Any
+
+from transformers import TrainerCallback
+
+from logitcache.runtime.console import Progress
+from logitcache.student.training.trainer import DistillTrainer
+
+
+class Report(TrainerCallback):
+    """Steps, speed and losses for a person; the training loop's own dictionaries stay in its history."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer, self.fed = trainer, 0
+        self.progress: Any = None
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        self.fed = self.trainer.counts["tokens_fed"]
+        self.progress = Progress(sys.stderr, state.max_steps - state.global_step, "steps").__enter__()
+        data, held, done = self.trainer.train_dataset, self.trainer.eval_dataset, state.global_step
+        self.progress.say(
+            f"{len(data)} traces to learn from, {len(held)} held out; {state.max_steps} steps of about "
+            f"{args.tokens_per_step:,} tokens" + (f", {done} of them done" if done else "")
+        )
+
+    def on_log(self, args, state, control, **found: Any) -> None:
+        if self.progress is not None and "loss" in found["logs"]:
+            self.progress.what = f"steps, loss {found['logs']['loss']:.3f}"
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        fed = self.trainer.counts["tokens_fed"]
+        self.progress.add(1, fed - self.fed)
+        self.fed = fed
+
+    def on_evaluate(self, args, state, control, **found: Any) -> None:
+        metrics = found["metrics"]
+        if self.progress is not None and metrics.get("eval_kl") is not None:
+            self.progress.say(
+                f"epoch {state.epoch:.2g}, step {state.global_step}: held-out KL {metrics['eval_kl']:.4f} nats a row, "
+                f"top-1 {metrics['eval_top1']:.1%}"
+            )
+
+    def on_train_end(self, args, state, control, **_: Any) -> None:
+        self.progress.__exit__(None, None, None)

@@ -1,0 +1,121 @@
+"""One training run: its options, its directory, and what it leaves behind."""
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import PreTrainedTokenizerBase, PrinterCallback
+
+from logitcache.cache.manifest import Identity
+from logitcache.errors import StudentError, TrainingError, WriteError, first_line
+from logitcache.runtime.console import Stop
+from logitcache.runtime.files import LOCK, exclusive
+from logitcache.student.data.views import View
+from logitcache.student.model.load import adapter_base, add_lora, load_student, quiet
+from logitcache.student.training.callbacks import Report
+from logitcache.student.training.config import DistillConfig
+from logitcache.student.training.distributed import together
+from logitcache.student.training.options import TrainOptions, configure
+from logitcache.student.training.run_data import datasets, open_caches, sides
+from logitcache.student.training.run_record import claim, record, versions, write
+from logitcache.student.training.trainer import DistillTrainer
+
+
+def train(options: TrainOptions) -> dict[str, Any]:
+    """Trains `options.student` from a cache into the directory `options.out`, or goes on where an earlier call stopped.
+
+    OUT then holds the model with its tokenizer, `run.json` (what was done, and how the student stood before and after)
+    and its last checkpoints. Works under torchrun.
+    Returns: what run.json holds, its "status" "finished" or, after Ctrl-C or SIGTERM, "stopped" with the "signal";
+        "again" is true where nothing was left to do.
+    Raises: StudentError for a student, an option or an OUT that will not do; CacheError; TrainingError.
+    """
+    with quiet():
+        return _train(options)
+
+
+def _train(options: TrainOptions) -> dict[str, Any]:
+    view, config = View(options.view, tuple(options.sections)), configure(options)
+    caches = open_caches(options, view)
+    wanted = record(options, config, caches, view)
+    if (before := claim(options.out, wanted)).get("status") == "finished":
+        return before | {"again": True}
+    chosen = sides(options, caches)
+    student, tokenizer = _load(options, config, next(iter(caches.values())).identity)
+    data, held_data = datasets(options, config, caches, chosen, view)
+
+    main = config.process_index == 0
+    with contextlib.ExitStack() as stack:
+        with together(config.device):
+            if main:
+                options.out.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(exclusive(options.out / LOCK, str(options.out)))
+        if (before := claim(options.out, wanted)).get("status") == "finished":  # by another process, meanwhile
+            return before | {"again": True}
+        trainer = _trainer(student, config, data, eval_dataset=held_data, processing_class=tokenizer)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Report(trainer)) if main else None
+        run = {"status": "running", **wanted, "eval_before": before.get("eval_before"), "versions": versions()}
+        if run["eval_before"] is None:
+            trainer.evaluate()
+            run["eval_before"] = trainer.last_evaluation[1]
+        trainer.stop = stop = stack.enter_context(Stop())
+        stop.patient = True
+        if main:
+            write(options.out, run)
+        _fit(trainer)
+        run |= trainer.spent() | {"steps": trainer.state.global_step}
+        if trainer.state.global_step < trainer.state.max_steps:
+            return run | {"status": "stopped", "signal": stop.signal}
+        stop.patient = False
+        if trainer.last_evaluation[0] != trainer.state.global_step or config.load_best_model_at_end:
+            trainer.evaluate()
+        run |= {"status": "finished", "eval_after": trainer.last_evaluation[1], "history": trainer.state.log_history}
+        trainer.save_model()
+        with together(config.device):
+            if main:
+                write(options.out, run)
+    return run
+
+
+def _trainer(student: Any, config: DistillConfig, data: Any, **options: Any) -> DistillTrainer:
+    try:
+        return DistillTrainer(student, config, data, **options)
+    except (ValueError, ImportError, RuntimeError) as e:
+        raise StudentError(f"training arguments: {first_line(e)}") from e
+
+
+def _load(options: TrainOptions, config: DistillConfig, identity: Identity) -> tuple[Any, PreTrainedTokenizerBase]:
+    """The student, ready to learn; of one with an adapter only that learns, and the rest need not be float32."""
+    if options.lora_rank is None:
+        return load_student(options.student, identity, attention=options.attention)
+    if adapter_base(options.student):
+        raise StudentError(
+            f"{options.student} is an adapter already, and a second one would be saved without it: give --student its "
+            "base model, or a folder with the adapter merged into it (peft: merge_and_unload, save_pretrained)"
+        )
+    transformers.set_seed(config.seed)  # an adapter begins with random weights
+    student = Path(options.student).resolve() if Path(options.student).exists() else options.student
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model, tokenizer = load_student(student, identity, dtype, options.attention)
+    return add_lora(model, options.lora_rank, options.lora_alpha), tokenizer
+
+
+def _fit(trainer: DistillTrainer) -> None:
+    """Trains on; what the machine lacks becomes one line."""
+    try:
+        trainer.train(resume_from_checkpoint=True)
+    except torch.OutOfMemoryError as e:
+        raise TrainingError(
+            f"out of memory with {trainer.args.tokens_per_batch} tokens a batch; lower --tokens-per-batch, or "
+            "--set gradient_checkpointing=true, and run the same command again"
+        ) from e
+    except ImportError as e:
+        raise StudentError(f"training arguments: {first_line(e)}") from e
+    except (OSError, SafetensorError) as e:
+        raise WriteError(
+            f"{trainer.args.output_dir}: {e}; the checkpoint before is whole: mend that and run the same command again"
+        ) from e

@@ -1,0 +1,331 @@
+"""A transformers Trainer whose loss is the divergence from a cache's rows, exact on any number of ranks.
+
+The loss of an optimiser step is the sum over its taught rows, on all ranks and in all accumulated batches, by their
+number.
+"""
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.utils.data import DataLoader
+from transformers import IntervalStrategy, PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers.integrations.integration_utils import TensorBoardCallback
+
+from logitcache.errors import StudentError, TrainingError
+from logitcache.runtime.console import Stop
+from logitcache.student.data.dataset import Batch, Lessons, Mixture, TraceDataset, collate, loader, to
+from logitcache.student.data.sampler import StepSampler
+from logitcache.student.data.views import SECTIONS
+from logitcache.student.evaluation.evaluate_run import evaluate
+from logitcache.student.model.head import ANYWHERE, attach_head, check_packing, plain
+from logitcache.student.training.checkpoints import SPENT_FILE, STATE_FILE, drop_after, latest_checkpoint
+from logitcache.student.training.config import DistillConfig
+from logitcache.student.training.flops import Costs, work
+
+
+class DistillTrainer(Trainer):
+    """A Trainer whose examples are lessons and whose loss is the divergence from a cache's rows.
+
+    Any Trainer argument goes; `train_dataset` and `eval_dataset` are TraceDatasets or Mixtures of them, the model one
+    of transformers, or peft's adapter on one. Evaluation gives eval_kl, eval_top1, eval_ece and eval_rows.
+    """
+
+    args: DistillConfig
+    model: Any
+    train_dataset: Any
+    eval_dataset: Any
+
+    def __init__(self, model: PreTrainedModel, args: DistillConfig, train_dataset: Lessons, **options: Any):
+        if options.get("eval_dataset") is None:
+            args.eval_strategy = IntervalStrategy.NO
+        if args.n_gpu > 1:  # no DataParallel: one process drives one device, torchrun starts more of them
+            args._n_gpu = 1
+        self.head = attach_head(model, **args.objective())
+        causal = plain(model)
+        _check_sampled(train_dataset, args.tail)
+        self._fit_to_head(train_dataset)
+        self.packed = bool(args.packing)
+        if args.packing:
+            check_packing(causal)
+        elif args.packing is None and (causal.config._attn_implementation or "eager") not in ANYWHERE:
+            with contextlib.suppress(StudentError):  # padded rows are right for any model
+                check_packing(causal)
+                self.packed = True
+        if args.gradient_checkpointing:  # Trainer would do so too, but only after its cost was counted
+            causal.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
+        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if args.bf16 and plugin is not None and plugin.fsdp_version == 2:
+            # accelerate's own would cast the teacher's rows and the loss to bfloat16, and add gradients up in it.
+            plugin.mixed_precision_policy = MixedPrecisionPolicy(
+                param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
+            )
+        if args.compile:
+            causal.base_model.compile(dynamic=True)
+        if self.is_deepspeed_enabled:
+            _register_head(model, self.head.module)
+        self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
+        self.work = work(model, training=True)
+        self.costs = Costs(args.device)
+        self.counts = {"tokens_fed": 0, "tokens_taught": 0, "flops": 0}
+        self.stop: Stop | None = None
+        self.last_evaluation: tuple[int | None, dict[str, Any]] = (None, {})  # at which step, what evaluate() found
+        self._suspects: list[tuple[Tensor, list[str]]] = []  # losses of the step's batches, and their traces
+        self.add_callback(_Flow(self))
+        for callback in self.callback_handler.callbacks:
+            # It would learn of the output folder when training begins, and an evaluation may come before.
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                callback.logging_dir = str(Path(args.output_dir or ".") / "tensorboard")
+
+    def _fit_to_head(self, data: Lessons) -> None:
+        """Kept ids for which the head has no row join the tail."""
+        for part in data.parts:
+            part.vocab = part.vocab or self.head.module.weight.shape[0]
+
+    def make_sampler(self) -> StepSampler:
+        return StepSampler(
+            self.train_dataset.pool,
+            self.args.tokens_per_batch,
+            seed=self.args.seed if self.args.data_seed is None else self.args.data_seed,
+            accumulation=self.args.gradient_accumulation_steps,
+            rank=self.args.process_index,
+            world=self.args.world_size,
+        )
+
+    def get_train_dataloader(self) -> DataLoader:
+        # Not prepared by accelerate, which would deal batches out to ranks: the sampler knows ranks and accumulation.
+        self.sampler = self.make_sampler()
+        return loader(
+            self.train_dataset,
+            self.sampler,
+            self.packed,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory and self.args.device.type == "cuda",
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+        )
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor]:
+        """The step's micro-batches, and the taught rows of the whole step over all ranks."""
+        self.costs.switch("data")
+        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        self.costs.switch("other")
+        taught = [sum(len(b["taught"]) for b in samples), sum(b["tokens"] for b in samples)]
+        flops = sum(self.work.flops(b["shapes"], len(b["taught"])) for b in samples)
+        counts = torch.tensor([*taught, flops], device=device)
+        self._reduce(counts)
+        for name, count in zip(("tokens_taught", "tokens_fed", "flops"), counts.tolist(), strict=True):
+            self.counts[name] += count
+        return samples, counts[0].clamp(min=1)
+
+    def _prepare_inputs(self, inputs: Batch) -> Batch:
+        """To the device, in the dtypes they have: Trainer's own would cast the teacher's rows under DeepSpeed."""
+        return to(inputs, self.args.device)
+
+    def training_step(self, *inputs: Any, **named: Any) -> Tensor:
+        with self.costs.time("backward"):  # the forward takes its share out of it
+            return super().training_step(*inputs, **named)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Sum over this batch's rows by the step's rows, times the ranks, over which gradients are averaged."""
+        with self.costs.time("forward"):
+            loss = model(lesson=self._weighted(inputs))
+        self._suspects.append((loss.detach(), inputs["trace_ids"]))
+        rows = len(inputs["taught"]) if num_items_in_batch is None else num_items_in_batch
+        loss = loss * (self.args.world_size / max(rows, 1))
+        return (loss, None) if return_outputs else loss
+
+    def _weighted(self, batch: Batch) -> Batch:
+        """The batch with the configuration's weights on what its view weighs."""
+        kd, ce = batch["kd"], batch["ce"]
+        if self.args.ce_weight:
+            ce = self.args.ce_weight * (kd > 0) + (0 if ce is None else ce)
+        if self.args.section_weights:
+            weight_S = kd.new_tensor([self.args.section_weights.get(name, 1.0) for name in SECTIONS])
+            weight_N = weight_S[batch["sections"]]
+            kd, ce = kd * weight_N, None if ce is None else ce * weight_N
+        return batch | {"kd": kd, "ce": ce}
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """Before the weights change.
+
+        Raises: TrainingError naming the traces of a step whose loss or gradient is no number.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        good = torch.isfinite(torch.stack([loss.float() for loss, _ in self._suspects]))
+        overflown = torch.tensor(norm is not None and not math.isfinite(norm), device=good.device)
+        found = torch.stack([~good.all(), overflown]).int()
+        self._reduce(found)
+        mine = [traces for (_, traces), fine in zip(self._suspects, good.tolist(), strict=True) if not fine]
+        everyone = [traces for _, traces in self._suspects]
+        self._suspects.clear()
+        if found.any():
+            names = ", ".join(name for names in (mine if found[0] else everyone) for name in names)
+            where = f"in a batch of traces {names}" if names else "in a batch of another process"
+            raise TrainingError(
+                f"the {'loss' if found[0] else 'gradient'} is no finite number at step {self.state.global_step + 1}, "
+                f"{where}; lower the learning rate, or use --dtype fp32"
+            )
+        return norm
+
+    def log(self, logs: dict[str, float], *inputs: Any, **named: Any) -> None:
+        """Losses go with what they have cost so far, the x axis of a comparison."""
+        if "loss" in logs:
+            logs = logs | self.counts | {"seconds": self.seconds}
+        super().log(logs, *inputs, **named)
+
+    def spent(self) -> dict[str, Any]:
+        """What training has cost so far: tokens and FLOPs of all ranks, seconds and peak bytes of this one."""
+        seconds, flops = self.seconds, self.counts["flops"]
+        return {name: self.counts[name] for name in ("tokens_fed", "tokens_taught")} | {
+            "seconds": seconds,
+            "tokens_per_second": self.counts["tokens_fed"] / max(seconds, 1e-9),
+            "cost": {"flops": flops, **self.costs.state_dict()},
+        }
+
+    @property
+    def seconds(self) -> float:
+        """Spent in steps so far, not in evaluations and checkpoints."""
+        return sum(self.costs.seconds.values())
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        began = time.monotonic()
+        data = self.eval_dataset if eval_dataset is None else eval_dataset
+        if not isinstance(data, TraceDataset | Mixture):
+            raise ValueError(f"eval_dataset is a {type(data).__name__}: give a TraceDataset or a Mixture")
+        self._fit_to_head(data)
+        # What FSDP or DeepSpeed will share out is on no device before training begins.
+        parked = self.model.device if self.model.device.type != self.args.device.type else None
+        if parked is not None:
+            self.model.to(self.args.device)
+        with self.costs.other_memory():
+            found = evaluate(
+                self.model,
+                data,
+                measure=lambda batch: self.model(lesson=batch, metrics=True),
+                tokens_per_batch=self.args.tokens_per_batch,
+                autocast=torch.bfloat16 if self.args.bf16 else None,
+            )
+        if parked is not None:
+            self.model.to(parked)
+        self.last_evaluation = (self.state.global_step, found)
+        metrics = {"loss": found["kl"], **{name: found[name] for name in ("kl", "top1", "ece", "rows")}}
+        metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
+        metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def train(
+        self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
+    ) -> Any:
+        """As Trainer.train; True goes on from the newest whole checkpoint in the output folder, if any."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir or "."))
+            if self.args.should_save:
+                drop_after(Path(self.args.output_dir or "."), resume_from_checkpoint)
+        if not resume_from_checkpoint:
+            return super().train(None, trial, ignore_keys_for_eval)
+        path = Path(resume_from_checkpoint)
+        if (path / SPENT_FILE).exists():
+            spent = json.loads((path / SPENT_FILE).read_text())
+            self.counts = {name: spent.get(name, spent["cost"].get(name)) for name in self.counts}
+            self.costs.load_state_dict(spent["cost"])
+        state = TrainerState.load_from_json(str(path / STATE_FILE))
+        if state.global_step >= (
+            self.args.max_steps
+            if self.args.max_steps > 0
+            else math.ceil(self.args.num_train_epochs * self.make_sampler().steps)
+        ):
+            self._load_from_checkpoint(str(path))  # Trainer would take one step more
+            self.state = state
+            return None
+        return super().train(str(path), trial, ignore_keys_for_eval)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        super().save_model(output_dir, _internal_call=_internal_call)
+        if _internal_call and output_dir and self.args.should_save:
+            (Path(output_dir) / SPENT_FILE).write_text(json.dumps(self.spent()))
+
+    def _reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
+        if self.args.world_size > 1:
+            dist.all_reduce(tensor, op)
+
+
+def _check_sampled(data: Lessons, tail: str) -> None:
+    """Raises: StudentError where the tail `sampled` is asked for tokens that the teacher did not draw at temperature 1."""
+    for part in data.parts if tail == "sampled" else []:
+        identity, sections = part.cache.identity, getattr(part.view, "sections", ())
+        what = identity.not_drawn
+        if what is None and identity.prompt_logits and "prompt" in sections:
+            what = "no prompt was sampled: leave the prompt out of --sections"
+        if what:
+            raise StudentError(
+                f"tail sampled: {part.cache.path}: {what}; it needs tokens drawn at temperature 1 without a filter: "
+                "take --tail bucket"
+            )
+
+
+def _register_head(model: PreTrainedModel, head: nn.Module) -> None:
+    """ZeRO-3 gathers a weight for its own module's forward; the head's is used by the model's."""
+    from deepspeed.runtime.zero import register_external_parameter  # pyright: ignore[reportMissingImports]
+
+    for weight in head.parameters(recurse=False):
+        register_external_parameter(model, weight)
+
+
+class _Flow(TrainerCallback):
+    """Epochs of the sampler, checkpoints by the clock, and the way out on a signal, agreed upon by all ranks."""
+
+    def __init__(self, trainer: DistillTrainer):
+        self.trainer, self.saved, self.stopping = trainer, time.monotonic(), False
+
+    def on_train_begin(self, args, state, control, **_: Any) -> None:
+        # A run that was stopped at the end of an epoch was not evaluated there.
+        ended = state.global_step and state.global_step % self.trainer.make_sampler().steps == 0
+        measured = {entry["step"] for entry in state.log_history if "eval_kl" in entry}
+        if ended and args.eval_strategy == IntervalStrategy.EPOCH and state.global_step not in measured:
+            self.trainer.evaluate()
+
+    def on_epoch_begin(self, args, state, control, **_: Any) -> None:
+        # Trainer's own set_epoch misses a batch sampler that accelerate did not wrap, and a resumed epoch.
+        self.trainer.sampler.set_epoch(int(state.epoch or 0))
+
+    def on_pre_optimizer_step(self, args, state, control, **_: Any) -> None:
+        self.trainer.costs.switch("optimizer")
+
+    def on_optimizer_step(self, args, state, control, **_: Any) -> None:
+        self.trainer.costs.switch("other")
+
+    def on_step_end(self, args, state, control, **_: Any) -> None:
+        t = self.trainer
+        t.costs.stop()
+        stop = t.stop is not None and t.stop.signal is not None
+        due = args.save_minutes is not None and time.monotonic() - self.saved > args.save_minutes * 60
+        flags = torch.tensor([stop, due], dtype=torch.int32, device=args.device)
+        t._reduce(flags, dist.ReduceOp.MAX)
+        self.stopping = bool(flags[0]) and not control.should_training_stop
+        control.should_training_stop |= self.stopping
+        control.should_save |= self.stopping or (bool(flags[1]) and not control.should_training_stop)
+
+    def on_epoch_end(self, args, state, control, **_: Any) -> None:
+        if self.stopping:
+            control.should_evaluate = False
+
+    def on_save(self, args, state, control, **_: Any) -> None:
+        self.saved = time.monotonic()

@@ -1,0 +1,152 @@
+"""The benchmarks run, and what they print can be read; what they find is theirs to say."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import divergence_report
+from logitcache.cache.reader import Cache
+from tests import tiny
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+
+
+def run(name: str, *options: str) -> list[dict]:
+    command = [sys.executable, "-m", f"benchmarks.{name}", *options, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=500)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def test_a_thousand_traces_are_opened_listed_and_read_side_by_side(tmp_path: Path) -> None:
+    ours, theirs = run("bench_cache", "--dir", str(tmp_path), "--shards", "4", "--traces", "50", "--no-large")
+    assert (ours["case"], theirs["case"]) == ("logitcache", "pyarrow.dataset")
+    for case in (ours, theirs):
+        assert case["traces"] == 200
+        assert 0 < case["read_us_median"] <= case["read_us_p95"]
+        assert case["imports_mb"] <= case["peak_mb"]
+    assert ours["mappings"] >= 4
+
+    cache = Cache.open(tmp_path / "4x50")
+    assert len(set(cache.trace_ids)) == len(cache) == 200, "shards share their bytes and no id"
+
+
+def test_rows_in_flight_are_counted_by_the_entry(embedded_teacher: Path) -> None:
+    ours, vllm = run("bench_generate", "--memory", "--quick", "--teacher", str(embedded_teacher))
+    assert ours["entries"] == 16 * 4096 * 65
+    assert 8 <= ours["bytes_per_entry"] < vllm["bytes_per_entry"] / 3
+    assert ours["peak_mb"] >= ours["held_mb"]
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+def test_plain_vllm_and_generate_make_as_many_tokens_of_the_same_prompts(embedded_teacher: Path) -> None:
+    plain, ours = run("bench_generate", "--quick", "--teacher", str(embedded_teacher))
+    assert plain["tokens"] == ours["tokens"] == 16 * 16
+    assert plain["of_plain_rounds"] == [1.0]
+    assert ours["k"] == 64
+    assert ours["of_plain"] == pytest.approx(ours["tokens_per_s"] / plain["tokens_per_s"])
+
+
+DIVERGENCE = ["bench_divergence", "--device", "cpu", "--reps", "3", "--case", "24", "16", "500"]
+
+
+def test_a_head_with_a_divergence_is_measured_saved_and_drawn(tmp_path: Path) -> None:
+    into = ["--csv", str(tmp_path / "here.csv")]
+    rows = run(*DIVERGENCE, *into, "--case", "8", "32", "500", "--skip", "torch.compile")
+    assert [row["N"] for row in rows] == [24] * 4 + [8] * 4
+    assert {row["impl"] for row in rows} >= {"logitcache", "torch", "matrix products"}
+    for row in rows:
+        assert row.keys() >= {"impl", "divergence", "N", "H", "V", "k", "ms_median", "extra_mib", "floor_share"}
+        assert 0 < row["ms_p20"] <= row["ms_median"] <= row["ms_p80"]
+    run(*DIVERGENCE, *into, "--skip", "torch.compile", "--divergence", "jsd")
+    lines = (tmp_path / "here.csv").read_text().splitlines()
+    assert len(lines) == 1 + 8 + 4, "runs are appended"
+
+    assert "| logitcache |" in divergence_report.table(tmp_path / "here.csv")
+    divergence_report.plot(tmp_path / "here.csv", tmp_path / "here.png")
+    assert (tmp_path / "here.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_peer_that_fails_or_hangs_is_skipped_by_name(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from benchmarks import bench_divergence as bench
+
+    made = []
+
+    def broken():
+        raise TypeError("got an unexpected keyword argument")
+
+    def missing():
+        raise ImportError("No module named 'liger_kernel'")
+
+    def later():
+        def step():
+            made.append(0)
+            if len(made) > 3:
+                raise RuntimeError("illegal access\nsecond line")
+
+        return step
+
+    peers = {"broken": broken, "missing": missing, "later": later, "hanging": lambda: lambda: time.sleep(60)}
+    ours = bench.implementations
+    monkeypatch.setattr(bench, "implementations", lambda p: [*peers.items(), next(ours(p))])
+    monkeypatch.setattr(bench, "PATIENCE", 4.0)
+    results = bench.run_case(bench.Case(8, 16, 500, k=8, dtype="float32"), "cpu", reps=3)
+    assert [result.impl for result in results] == ["logitcache"]
+    assert len(results[0].ms) == 3
+    said = capsys.readouterr().err
+    for line in (
+        "broken: skipped, TypeError: got an unexpected keyword argument",
+        "missing: skipped, ImportError: No module named 'liger_kernel'",
+        "later: skipped, RuntimeError: illegal access\n",
+        "hanging: skipped, TimeoutError: no result after 4 s",
+    ):
+        assert line in said
+
+
+def test_what_does_not_fit_the_budget_is_left_out_by_name(capsys) -> None:
+    from benchmarks import bench_divergence as bench
+
+    assert bench.run_case(bench.Case(8, 16, 500, k=8, dtype="float32"), "cpu", reps=3, until=0.0) == []
+    assert "logitcache: skipped, out of time" in capsys.readouterr().err
+
+
+def test_a_peer_that_takes_the_gpu_with_it_is_left_out_by_a_fresh_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks import bench_divergence as bench
+
+    def lost(*_, **__):
+        raise bench.Lost("liger linear jsd")
+
+    again = []
+    monkeypatch.setattr(bench, "run_case", lost)
+    monkeypatch.setattr(bench.os, "execv", lambda _, command: again.append(command))
+    monkeypatch.setattr(
+        sys, "argv", ["bench_divergence.py", "--device", "cpu", "--no-save", "--case", "8", "16", "500"]
+    )
+    bench.main()
+    assert again[0][1:9] == sys.argv
+    options = again[0][9:]
+    assert options[:2] == ["--skip", "liger linear jsd"]
+    assert 0 < int(options[3]) <= 400
+    assert options[-1] == "0"
+
+
+def test_a_step_from_the_cache_stands_beside_fine_tuning_and_a_resident_teacher(tmp_path: Path) -> None:
+    teacher = tiny.save_model(tmp_path / "teacher", layers=6)
+    tiny.write_cache(tmp_path / "cache")
+    cases = run("bench_train", "--quick", "--teacher", str(teacher), "--cache", str(tmp_path / "cache"))
+    ours, plain, online = cases[:3]
+    assert [case["case"] for case in cases[:3]] == ["logitcache", "fine-tuning", "online"]
+    assert plain["of_fine_tuning"] == plain["processor_of_fine_tuning"] == online["of_online_peak"] == 1.0
+    for case in cases:
+        assert case["ms_p20"] <= case["ms_median"] <= case["ms_p80"]
+        assert case["fed_a_step"] == pytest.approx(256, rel=0.5)
+        assert 0 < case["data_share"] < 1
+        assert case["kl"] != case["kl_before"] == plain["kl_before"]
+    assert ours["kl"] < ours["kl_before"]

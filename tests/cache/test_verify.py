@@ -1,0 +1,132 @@
+import dataclasses
+import hashlib
+import io
+import random
+import re
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+
+from logitcache.cache import shard
+from logitcache.cache.reader import Cache
+from logitcache.cache.verify import repair, verify
+from logitcache.capture.generate import GenerateOptions, generate
+from logitcache.codec import encode
+from logitcache.errors import CacheError, NotACacheError
+from logitcache.inference.model import TeacherSpec
+from logitcache.runtime.files import publish, publish_json
+from logitcache.sparse_rows import SparseRows
+from tests import fake_engine
+
+
+@pytest.fixture
+def options(tmp_path, monkeypatch) -> GenerateOptions:
+    fake_engine.install(monkeypatch)
+    (tmp_path / "p.jsonl").write_text("\n".join(f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(9)))
+    return GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "c", TeacherSpec("fake", top_k=8), unit_size=3)
+
+
+@pytest.fixture
+def path(options) -> Path:
+    """A cache of 9 traces in 3 shards."""
+    generate(options)
+    return options.out
+
+
+def rewrite(path: Path, number: int, change) -> None:
+    """Publishes a shard again with its first trace changed: right by its checksum, wrong in itself."""
+    cache = Cache.open(path)
+    records, index = cache.shard(number).batch.to_pylist(), cache.shards[number]
+    records[0] |= change(cache.shard(number).trace(0))
+    buffer = io.BytesIO()
+    with pa.ipc.new_file(buffer, shard.SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(records, schema=shard.SCHEMA))
+    data = buffer.getvalue()
+    publish(path / "shards" / f"{index.name}.arrow", data)
+    fields = dataclasses.asdict(index) | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    publish_json(path / "shards" / f"{index.name}.json", {"format": 1} | fields)
+
+
+def moved_ids(trace) -> bytes:
+    rows = trace.rows
+    return encode(SparseRows(rows.offsets, rows.ids + 40, rows.logprobs, rows.log_tail))
+
+
+def test_a_whole_cache_has_no_problems(path) -> None:
+    assert verify(path, workers=1) == []
+
+
+@pytest.mark.slow
+def test_processes_find_what_one_process_finds(path) -> None:
+    (path / "shards" / "unit-000001.arrow").write_bytes(b"x")
+    assert verify(path, workers=2) == verify(path, workers=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        (lambda _: {"row_start": 0}, "column topk: .* rows from token 0 on do not end with"),
+        (lambda _: {"token_rank": [1]}, "column token_rank: 1 values for"),
+        (lambda _: {"topk": b"LK"}, "."),
+        (lambda t: {"topk": encode(t.rows[:2])}, "column topk: 2 rows"),
+        (
+            lambda _: {"sections": {"prompt_end": 3, "reasoning_start": 1, "reasoning_end": 4, "answer_start": 5}},
+            "sections are not in order",
+        ),
+        (lambda t: {"token_ids": t.token_ids + 40}, "column token_ids: ids from .* the vocabulary has 50"),
+        (lambda t: {"topk": moved_ids(t)}, "column topk: ids from .* the vocabulary has 50"),
+        (lambda _: {"trace_id": "0" * 32}, "its index says trace_ids other than"),
+    ],
+)
+def test_what_is_wrong_in_itself_is_named_by_shard_trace_and_column(path, change, what) -> None:
+    trace_id = Cache.open(path).shards[1].trace_ids[0]
+    rewrite(path, 1, change)
+    problems = verify(path, workers=1)
+    assert {p.shard for p in problems} == {"unit-000001"}
+    assert {p.trace_id for p in problems} <= {trace_id, None}
+    assert any(re.search(what, p.what) for p in problems), problems
+
+
+def test_a_trace_that_stands_twice_is_named(path) -> None:
+    for suffix in (".arrow", ".json"):
+        source = path / "shards" / f"unit-000000{suffix}"
+        (path / "shards" / f"unit-000007{suffix}").write_bytes(source.read_bytes())
+    problems = verify(path, workers=1)
+    assert {p.what for p in problems} >= {"stands in unit-000000 already"}
+    assert {p.shard for p in problems} == {"unit-000007"}, "the first of the two is kept"
+
+
+def test_a_directory_without_a_manifest_is_no_cache(tmp_path) -> None:
+    with pytest.raises(NotACacheError):
+        verify(tmp_path)
+
+
+def test_a_repaired_cache_is_filled_up_by_generate(path, options) -> None:
+    whole = sorted(Cache.open(path).trace_ids)
+    (path / "shards" / "unit-000001.arrow").write_bytes(b"x")
+    (path / "shards" / "unit-000002.json").write_text("{}")
+    problems = verify(path, workers=1)
+    assert {p.shard for p in problems} == {"unit-000001", "unit-000002"}
+    found, moved = repair(path, 1)
+    assert found == problems
+    assert {p.name for p in moved} == {f"unit-00000{i}.{s}" for i in (1, 2) for s in ("arrow", "json")}
+    assert all(p.parent == path / "set-aside" for p in moved)
+    assert generate(options).made == 6
+    assert sorted(Cache.open(path).trace_ids) == whole
+    assert verify(path, workers=1) == []
+
+
+def test_every_one_of_a_thousand_flipped_bytes_is_found(path) -> None:
+    """In a shard, its index, or the manifest; reading the shard raises, and never gives numbers."""
+    rng = random.Random(0)
+    files = [path / "shards" / "unit-000001.arrow", path / "shards" / "unit-000001.json", path / "manifest.json"]
+    wholes = [f.read_bytes() for f in files]
+    for i in range(1002):
+        file, data = files[i % 3], wholes[i % 3]
+        place = rng.randrange(len(data))
+        file.write_bytes(data[:place] + bytes([data[place] ^ (1 << rng.randrange(8))]) + data[place + 1 :])
+        with pytest.raises(CacheError, match=file.name):
+            Cache.open(path)[3]
+        file.write_bytes(data)
+    assert verify(path, workers=1) == []

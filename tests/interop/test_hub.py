@@ -1,0 +1,403 @@
+"""Push and pull against a stand-in of the hub's file API on the loopback, through the real client."""
+
+import base64
+import hashlib
+import json
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote
+
+import pytest
+import yaml
+
+from logitcache.cache import manifest
+from logitcache.cache.reader import Cache
+from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, ShardCorruptError, WriteError
+from logitcache.interop.hub import _reaching, card, pull, push
+from tests import tiny
+
+constants = pytest.importorskip("huggingface_hub.constants")
+TOKEN = "hf_secret"
+
+
+class Hub(ThreadingHTTPServer):
+    """Datasets as lists of commits, each a whole tree: branch -> [{path: bytes}]."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server_address[1]}"
+        self.repos: dict[str, dict[str, list[dict[str, bytes]]]] = {}
+        self.private: dict[str, bool] = {}
+        self.sent: list[str] = []  # paths of files in commits
+        self.read: list[str] = []
+
+    def tree(self, repo: str, revision: str) -> tuple[str, dict[str, bytes]]:
+        """Commit and files, by branch or by commit."""
+        branches = self.repos[repo]
+        if revision in branches:
+            tree = branches[revision][-1]
+            return commit_of(tree), tree
+        return revision, next(t for trees in branches.values() for t in trees if commit_of(t) == revision)
+
+
+def commit_of(tree: dict[str, bytes]) -> str:
+    return hashlib.sha1(repr(sorted(tree.items())).encode()).hexdigest()
+
+
+def blob(data: bytes) -> str:
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Hub  # pyright: ignore[reportIncompatibleVariableOverride]
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_) -> None:
+        pass
+
+    def answer(self, what, status: int = 200, **headers: str) -> None:
+        data = what if isinstance(what, bytes) else json.dumps(what).encode()
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(data)), **headers}.items():
+            self.send_header(name.replace("_", "-"), value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data)
+
+    def visibility(self, repo: str) -> dict[str, bool]:
+        return {"private": self.server.private[repo]} if repo in self.server.private else {}
+
+    def handle_any(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            return self.answer({"error": "Invalid username or password."}, 401)
+        path = unquote(self.path.partition("?")[0])
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            repo = f"{asked['organization']}/{asked['name']}"
+            if repo in self.server.repos:
+                return self.answer({"url": f"{self.server.url}/datasets/{repo}"}, 409)
+            self.server.repos[repo] = {"main": [{".gitattributes": b""}]}
+            self.server.private[repo] = asked.get("private", asked.get("visibility") == "private")
+            return self.answer({"url": f"{self.server.url}/datasets/{repo}"})
+        if path == "/api/validate-yaml":
+            return self.answer({"errors": [], "warnings": []})
+        if match := re.fullmatch(r"/datasets/(\w+/\w+)/resolve/(\w+)/(.+)", path):
+            repo, revision, name = match.groups()
+            commit, tree = self.server.tree(repo, revision)
+            if name not in tree:
+                return self.answer({}, 404, X_Error_Code="EntryNotFound")
+            if self.command == "GET":
+                self.server.read.append(name)
+            return self.answer(tree[name], ETag=f'"{blob(tree[name])}"', X_Repo_Commit=commit)
+        match = re.fullmatch(r"/api/datasets/(\w+/\w+)(?:/(\w+)/(\w+))?", path)
+        assert match, path
+        repo, verb, revision = match[1], match[2] or "revision", match[3] or "main"
+        if repo not in self.server.repos:
+            return self.answer({"error": "Repository not found"}, 404, X_Error_Code="RepoNotFound")
+        branches = self.server.repos[repo]
+        if verb == "branch":
+            branches.setdefault(revision, branches["main"][:])
+            return self.answer({})
+        commit, tree = self.server.tree(repo, revision)
+        if verb == "revision":
+            return self.answer(
+                {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in tree]} | self.visibility(repo)
+            )
+        if verb == "tree":
+            files = [{"type": "file", "path": n, "size": len(d), "oid": blob(d)} for n, d in tree.items()]
+            return self.answer(files)
+        if verb == "preupload":
+            asked = [f["path"] for f in json.loads(body)["files"]]
+            oids = {name: blob(data) for name, data in tree.items()}
+            modes = {"uploadMode": "regular", "shouldIgnore": False}
+            return self.answer({"files": [{"path": name, "oid": oids.get(name), **modes} for name in asked]})
+        assert verb == "commit", path
+        changed = dict(tree)
+        for line in map(json.loads, body.splitlines()):
+            if line["key"] == "file":
+                changed[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                self.server.sent.append(line["value"]["path"])
+            elif line["key"] == "deletedFile":
+                del changed[line["value"]["path"]]
+        branches[revision].append(changed)
+        commit = commit_of(changed)
+        return self.answer({"commitUrl": f"{self.server.url}/datasets/{repo}/commit/{commit}", "commitOid": commit})
+
+    do_GET = do_POST = do_HEAD = handle_any
+
+
+def ask(monkeypatch, url: str) -> None:
+    """What HF_ENDPOINT does, in a process that has imported the client."""
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", url + "/{repo_id}/resolve/{revision}/{filename}")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+@pytest.fixture
+def hub(monkeypatch) -> Iterator[Hub]:
+    server = Hub()
+    ask(monkeypatch, server.url)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def cache(tmp_path) -> Cache:
+    return tiny.write_cache(tmp_path / "cache")
+
+
+def contents(path: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(path)): p.read_bytes() for p in path.rglob("*") if p.is_file()}
+
+
+@pytest.mark.slow
+def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
+    (cache.path / ".lock").unlink()
+    before = contents(cache.path)
+    assert push(cache.path, "me/traces", token=TOKEN) == f"{hub.url}/datasets/me/traces"
+    assert hub.private == {"me/traces": True}
+    assert pull("me/traces", tmp_path / "out", token=TOKEN, workers=1) == tmp_path / "out"
+    assert contents(cache.path) == before  # the card was made for the repository alone
+    assert contents(tmp_path / "out") == before | {"README.md": card(cache, "me/traces").encode()}
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
+
+
+@pytest.mark.slow
+def test_only_the_cache_itself_is_pushed(hub, cache) -> None:
+    for name in (".lock", "logs/engine.log", "set-aside/unit-000009.arrow", "shards/unit-000007.arrow.part"):
+        (cache.path / name).parent.mkdir(exist_ok=True)
+        (cache.path / name).write_bytes(b"x")
+    (cache.path / "shards" / "unit-000008.arrow").write_bytes(b"a crash left this without an index")
+    push(cache.path, "me/traces", token=TOKEN)
+    assert set(hub.tree("me/traces", "main")[1]) == {
+        *(".gitattributes", "manifest.json", "README.md"),
+        *(f"shards/unit-00000{i}.{s}" for i in (0, 1) for s in ("arrow", "json")),
+    }
+
+
+@pytest.mark.slow
+def test_pushing_again_sends_what_changed_and_drops_what_is_gone(hub, cache) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    hub.sent.clear()
+    shutil.copy(cache.path / "shards" / "unit-000000.arrow", cache.path / "shards" / "unit-000005.arrow")
+    shutil.copy(cache.path / "shards" / "unit-000000.json", cache.path / "shards" / "unit-000005.json")
+    index = cache.path / "shards" / "unit-000005.json"
+    text = index.read_text().replace("unit-000000", "unit-000005")
+    body = text[: text.rindex(' "check"')]
+    index.write_text(f'{body} "check": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
+    for suffix in (".arrow", ".json"):
+        (cache.path / "shards" / f"unit-000001{suffix}").unlink()
+    push(cache.path, "me/traces", token=TOKEN)
+    assert {p for p in hub.sent if p.startswith("shards/")} == {"shards/unit-000005.arrow", "shards/unit-000005.json"}
+    assert not any("unit-000001" in path for path in hub.tree("me/traces", "main")[1])
+
+
+@pytest.mark.slow
+def test_a_revision_is_a_branch_of_its_own(hub, cache, tmp_path) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    (cache.path / "README.md").write_text("mine")
+    assert push(cache.path, "me/traces", token=TOKEN, revision="v2").endswith("/me/traces/tree/v2")
+    pull("me/traces", tmp_path / "v2", token=TOKEN, revision="v2", workers=1)
+    assert (tmp_path / "v2" / "README.md").read_text() == "mine"
+    assert hub.tree("me/traces", "main")[1]["README.md"] != b"mine"
+
+
+@pytest.mark.slow
+def test_a_card_that_someone_wrote_is_kept_and_ours_is_made_anew(hub, cache, tmp_path) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    push(tmp_path / "out", "me/copy", token=TOKEN)
+    assert hub.tree("me/copy", "main")[1]["README.md"] == card(cache, "me/copy").encode()
+    hub.repos["me/copy"]["main"][-1]["README.md"] = b"written on the hub"
+    push(tmp_path / "out", "me/copy", token=TOKEN)
+    assert hub.tree("me/copy", "main")[1]["README.md"] == b"written on the hub"
+
+
+@pytest.mark.slow
+def test_a_repository_of_another_cache_is_refused(hub, cache, tmp_path) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    shutil.copytree(cache.path, tmp_path / "other")
+    manifest.write(tmp_path / "other", replace(tiny.identity(), teacher="another"))
+    with pytest.raises(IdentityError, match="me/traces holds a cache with teacher = 'tiny', .* has 'another'"):
+        push(tmp_path / "other", "me/traces", token=TOKEN)
+
+
+@pytest.mark.slow
+def test_a_shard_that_was_damaged_on_the_hub_is_not_pulled(hub, cache, tmp_path) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    tree = hub.repos["me/traces"]["main"][-1]
+    tree["shards/unit-000001.arrow"] = tree["shards/unit-000001.arrow"][:-1] + b"x"
+    with pytest.raises(ShardCorruptError, match="me/traces: unit-000001: .* checksum"):
+        pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out.part"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["manifest.json", "shards/unit-000001.arrow"])
+def test_what_was_damaged_on_the_way_is_fetched_again_and_nothing_else(hub, cache, tmp_path, monkeypatch, name) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    from huggingface_hub import HfApi
+
+    download = HfApi.snapshot_download
+
+    def damage(self, repo, **options):
+        download(self, repo, **options)
+        path = Path(options["local_dir"]) / name
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+
+    monkeypatch.setattr(HfApi, "snapshot_download", damage)
+    with pytest.raises(ShardCorruptError, match=f"me/traces: {Path(name).stem}.*; run the same command again"):
+        pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    monkeypatch.setattr(HfApi, "snapshot_download", download)
+    hub.read.clear()
+    pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    shard = ["shards/unit-000001.arrow", "shards/unit-000001.json"]
+    assert sorted(hub.read) == (["manifest.json"] if name == "manifest.json" else shard)
+    assert [t.trace_id for t in Cache.open(tmp_path / "out")] == cache.trace_ids
+
+
+@pytest.mark.slow
+def test_a_shard_that_is_finished_during_a_push_waits_for_the_next(hub, cache, monkeypatch) -> None:
+    from logitcache.interop import hub as module
+
+    def late(*_) -> None:
+        for suffix in (".arrow", ".json"):
+            shutil.copy(cache.path / f"shards/unit-000000{suffix}", cache.path / f"shards/unit-000002{suffix}")
+
+    monkeypatch.setattr(module, "_refuse_another", late)
+    push(cache.path, "me/traces", token=TOKEN)
+    assert not any("unit-000002" in path for path in hub.tree("me/traces", "main")[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("private", "said"), [(True, "is private; leave out"), (False, "is public; give")])
+def test_a_repository_that_others_see_otherwise_than_asked_is_refused(hub, cache, private, said) -> None:
+    push(cache.path, "me/traces", token=TOKEN, private=private)
+    hub.sent.clear()
+    with pytest.raises(InputError, match=f"me/traces {said} --public"):
+        push(cache.path, "me/traces", token=TOKEN, private=not private)
+    assert hub.sent == []
+
+
+@pytest.mark.slow
+def test_a_damaged_manifest_on_the_hub_is_named_by_its_repository(hub, cache, tmp_path) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    tree = hub.repos["me/traces"]["main"][-1]
+    tree["manifest.json"] = tree["manifest.json"][:-1] + b"\xff"
+    with pytest.raises(ShardCorruptError, match="^me/traces/manifest.json: not the bytes"):
+        push(cache.path, "me/traces", token=TOKEN)
+    with pytest.raises(ShardCorruptError, match="^me/traces: manifest.json: not the bytes"):
+        pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+
+
+@pytest.mark.slow
+def test_a_card_that_is_no_utf8_is_kept_there_and_refused_here(hub, cache) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    hub.repos["me/traces"]["main"][-1]["README.md"] = b"\xff mine"
+    push(cache.path, "me/traces", token=TOKEN)
+    assert hub.tree("me/traces", "main")[1]["README.md"] == b"\xff mine"
+    (cache.path / "README.md").write_bytes(b"\xff here")
+    with pytest.raises(InputError, match="README.md: a card must be UTF-8; save it so"):
+        push(cache.path, "me/traces", token=TOKEN)
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "said"),
+    [
+        (PermissionError(13, "Permission denied", "/x"), WriteError, "this machine refuses .*; mend that"),
+        (OSError(28, "No space left on device"), WriteError, "this machine refuses .*; free some space"),
+        (json.JSONDecodeError("Expecting value", "<html>", 0), LogitcacheError, "cannot be reached"),
+        (ConnectionResetError(104, "Connection reset by peer"), LogitcacheError, "cannot be reached"),
+    ],
+)
+def test_errors_of_this_machine_are_not_blamed_on_the_network(error, kind, said) -> None:
+    with pytest.raises(kind, match=f"me/traces: .*{said}") as raised, _reaching("me/traces"):
+        raise error
+    assert type(raised.value) is kind
+
+
+@pytest.mark.slow
+def test_a_pull_that_broke_off_goes_on_and_keeps_nothing_old(hub, cache, tmp_path, monkeypatch) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    from huggingface_hub import HfApi
+
+    download = HfApi.snapshot_download
+
+    def half(self, repo, **options):
+        download(self, repo, **options | {"allow_patterns": ["manifest.json", "shards/unit-000000.*"]})
+        raise ConnectionResetError("the line is cut")
+
+    monkeypatch.setattr(HfApi, "snapshot_download", half)
+    with pytest.raises(LogitcacheError, match="me/traces: the hub cannot be reached .*the line is cut"):
+        pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out.part" / "shards" / "unit-000099.json").write_text("of an older state")
+    monkeypatch.setattr(HfApi, "snapshot_download", download)
+    hub.read.clear()
+    pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    assert sorted(hub.read) == ["README.md", "shards/unit-000001.arrow", "shards/unit-000001.json"]
+    assert [t.trace_id for t in Cache.open(tmp_path / "out")] == cache.trace_ids
+
+
+@pytest.mark.slow
+def test_a_wrong_token_is_refused_with_the_way_out(hub, cache, tmp_path) -> None:
+    with pytest.raises(InputError, match="me/traces: the hub refuses .*hf auth login"):
+        push(cache.path, "me/traces", token="hf_wrong")
+    with pytest.raises(InputError, match="me/traces: the hub refuses .*hf auth login"):
+        pull("me/traces", tmp_path / "out", token="hf_wrong")
+
+
+@pytest.mark.slow
+def test_a_repository_that_is_none_or_no_cache_is_refused(hub, tmp_path) -> None:
+    with pytest.raises(InputError, match="me/nothing: the hub refuses"):
+        pull("me/nothing", tmp_path / "out", token=TOKEN)
+    hub.repos["me/other"] = {"main": [{"data.csv": b""}]}
+    with pytest.raises(InputError, match="me/other: no manifest.json in it"):
+        pull("me/other", tmp_path / "out", token=TOKEN)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hub_that_cannot_be_reached_is_said_in_one_line(cache, tmp_path, monkeypatch) -> None:
+    ask(monkeypatch, "http://127.0.0.1:9")
+    for verb in (lambda: push(cache.path, "me/traces", token=TOKEN), lambda: pull("me/traces", tmp_path / "o")):
+        with pytest.raises(LogitcacheError, match="me/traces: the hub cannot be reached .*HF_ENDPOINT") as raised:
+            verb()
+        assert "\n" not in str(raised.value)
+
+
+def test_what_is_no_cache_and_what_is_there_already_are_refused_before_the_hub_is_asked(cache, tmp_path) -> None:
+    with pytest.raises(NotACacheError):
+        push(tmp_path, "me/traces")
+    manifest.write(tmp_path, tiny.identity())
+    with pytest.raises(InputError, match="holds no traces yet"):
+        push(tmp_path, "me/traces")
+    with pytest.raises(InputError, match="holds something already"):
+        pull("me/traces", cache.path)
+
+
+def test_the_card_opens_the_shards_and_says_what_they_are(cache) -> None:
+    text = card(cache, "me/traces")
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert front["configs"][0]["data_files"] == [{"split": "train", "path": "shards/*.arrow"}]
+    assert front["size_categories"] == ["n<1K"]
+    assert "license" not in front
+    info = cache.info()
+    for said in (
+        "me/traces",
+        "24 of 12 prompts",
+        f"{info['taught_rows']:,}",
+        '| tokenizer_hash | `"',
+        "temperature 1.0",
+    ):
+        assert said in text

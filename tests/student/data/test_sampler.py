@@ -1,0 +1,146 @@
+import numpy as np
+import pytest
+
+from logitcache.errors import StudentError
+from logitcache.student.data.sampler import Pool, StepSampler, cut, evaluation_batches, share, shuffled, split
+
+
+def prompts(count: int) -> list[str]:
+    return [f"prompt {i}" for i in range(count)]
+
+
+def test_no_prompt_is_on_both_sides_of_the_split():
+    ids = prompts(5000) * 3
+    taught, held = split(ids, 0.1)
+    assert sorted([*taught, *held]) == list(range(15_000))
+    assert not {ids[i] for i in taught} & {ids[i] for i in held}
+    assert len(held) == pytest.approx(1500, rel=0.15)
+
+
+def test_a_prompt_keeps_its_side_as_the_cache_grows_and_in_any_order():
+    few, many = prompts(100), prompts(1000)[::-1]
+    held_few = {few[i] for i in split(few, 0.1)[1]}
+    held_many = {many[i] for i in split(many, 0.1)[1]}
+    assert held_few == held_many & set(few)
+
+
+@pytest.mark.parametrize("count", [2, 3, 5, 10])
+@pytest.mark.parametrize("fraction", [0.001, 0.05, 0.5, 0.999])
+def test_neither_side_is_ever_empty(count, fraction):
+    assert all(len(side) for side in split(prompts(count), fraction))
+
+
+def test_a_single_prompt_cannot_be_split():
+    with pytest.raises(StudentError, match="holds 1 prompt"):
+        split(["a", "a"], 0.05)
+    with pytest.raises(StudentError, match="between 0 and 1"):
+        split(prompts(5), 1.0)
+
+
+@pytest.fixture
+def pool() -> Pool:
+    return made(24)
+
+
+def made(count: int, seed: int = 0, **options) -> Pool:
+    rng = np.random.default_rng(seed)
+    return Pool(rng.integers(12, 40, count), rng.integers(0, 2**63, count).astype(np.uint64), **options)
+
+
+def test_the_order_is_a_function_of_seed_epoch_and_traces_alone(pool):
+    order = shuffled(pool.keys, 0, 0)
+    assert sorted(order) == list(range(len(pool)))
+    assert order.tolist() == shuffled(pool.keys, 0, 0).tolist() == pool.order(0, 0).tolist()
+    assert order.tolist() != shuffled(pool.keys, 0, 1).tolist()
+    assert order.tolist() != shuffled(pool.keys, 1, 0).tolist()
+    backwards = pool.keys[::-1]
+    assert pool.keys[order].tolist() == backwards[shuffled(backwards, 0, 0)].tolist()
+
+
+@pytest.mark.parametrize("tokens", [1, 50, 128, 10_000])
+def test_every_epoch_has_every_trace_once_in_as_many_steps_none_of_them_empty(pool, tokens):
+    sampler = StepSampler(pool, tokens)
+    for epoch in range(5):
+        steps = sampler.step_traces(epoch)
+        assert len(steps) == sampler.steps == len(sampler)
+        assert all(len(step) for step in steps)
+        assert sorted(np.concatenate(steps)) == list(range(len(pool)))
+
+
+def test_cut_balances_tokens_even_beside_a_giant():
+    lengths = np.array([10, 10, 5000, 10, 10, 10, 10, 10])
+    assert [s.stop - s.start for s in cut(lengths, 8)] == [1] * 8
+    even = np.full(100, 7)
+    assert {s.stop - s.start for s in cut(even, 10)} == {10}
+
+
+@pytest.mark.parametrize(("accumulation", "world"), [(4, 1), (1, 4), (2, 2)])
+def test_ranks_and_accumulation_share_the_same_steps_out(pool, accumulation, world):
+    whole = StepSampler(pool, 200)
+    ranks = [StepSampler(pool, 50, accumulation=accumulation, rank=r, world=world) for r in range(world)]
+    for sampler in [whole, *ranks]:
+        sampler.set_epoch(3)
+    batches = [list(r) for r in ranks]
+    assert {len(b) for b in batches} == {len(whole) * accumulation}
+    for step, traces in enumerate(whole):
+        shared = [i for b in batches for part in b[step * accumulation : (step + 1) * accumulation] for i in part]
+        assert sorted(shared) == sorted(traces)
+
+
+def test_share_balances_tokens_and_leaves_parts_empty_when_traces_run_out():
+    lengths = np.array([9, 8, 7, 6, 5, 4, 3, 2, 1])
+    parts = share(lengths, 3)
+    assert sorted(np.concatenate(parts)) == list(range(9))
+    assert max(int(lengths[part].sum()) for part in parts) <= 16, "at most a third more than 15"
+    assert sorted(len(part) for part in share(lengths[:2], 4)) == [0, 0, 1, 1]
+
+
+def test_evaluation_batches_hold_every_trace_once_over_all_ranks_within_the_budget(pool):
+    batches = [b for rank in range(3) for b in evaluation_batches(pool.lengths, 100, rank, 3)]
+    assert sorted(i for b in batches for i in b) == list(range(len(pool)))
+    assert all(len(b) * pool.lengths[b].max() <= 100 for b in batches if b)
+
+
+def test_every_rank_evaluates_as_often(pool):
+    assert len({len(evaluation_batches(pool.lengths, 100, rank, 5)) for rank in range(5)}) == 1
+
+
+def test_a_batch_says_which_epoch_it_is_of(pool):
+    sampler = StepSampler(pool, 10_000)
+    for epoch in (0, 3):
+        sampler.set_epoch(epoch)
+        assert sorted(i for batch in sampler for i in batch) == [epoch * len(pool) + i for i in range(len(pool))]
+
+
+def mixed(shares: tuple[float, ...]) -> Pool:
+    return made(130, parts=(slice(0, 100), slice(100, 130)), shares=shares)
+
+
+def test_a_mixture_keeps_its_shares_of_tokens_and_repeats_nothing_within_an_epoch():
+    pool = mixed((0.7, 0.3))
+    for epoch in range(20):
+        order = pool.order(0, epoch)
+        tokens = pool.lengths[order]
+        assert tokens[order >= 100].sum() / tokens.sum() == pytest.approx(0.3, abs=0.05)
+        assert len(order) == sum(pool.counts)
+    assert len(set(pool.order(0, 0))) == len(pool.order(0, 0))
+    assert max(count / size for count, size in zip(pool.counts, (100, 30), strict=True)) == 1.0, "one is used up"
+    assert pool.order(0, 1).tolist() != pool.order(0, 0).tolist()
+    assert pool.order(5, 2).tolist() == pool.order(5, 2).tolist()
+
+
+def test_a_part_of_which_an_epoch_takes_little_is_used_up_in_time():
+    pool = mixed((0.1, 0.9))
+    taken = pool.counts[0]
+    assert taken < 20
+    seen = np.concatenate([pool.order(0, epoch) for epoch in range(-(-100 // taken))])
+    often = np.bincount(seen[seen < 100], minlength=100)
+    assert set(often) <= {1, 2}
+    assert often.sum() == taken * -(-100 // taken)
+
+
+def test_mixed_steps_are_as_many_in_every_epoch():
+    sampler = StepSampler(mixed((0.6, 0.4)), 300)
+    assert {len(sampler.step_traces(epoch)) for epoch in range(10)} == {sampler.steps}
+    tokens = [int(sampler.pool.lengths[step].sum()) for epoch in range(10) for step in sampler.step_traces(epoch)]
+    assert np.mean(tokens) == pytest.approx(300, rel=0.15)

@@ -1,0 +1,96 @@
+import pytest
+import torch
+
+from logitcache.student.training.checkpoints import drop_after, latest_checkpoint
+from logitcache.student.training.run import train
+from logitcache.student.training.trainer import DistillTrainer
+from tests import tiny
+from tests.runs import CHECKPOINT_FILES, history, launch, same, stop_at, weights
+from tests.tiny import one_thread  # noqa: F401
+
+ACROSS_RANKS = 1e-6  # weights of some 0.1: only the order of sums differs
+SHORT = {"save_strategy": "steps", "save_steps": "2"}
+
+
+# In the first epoch, at its end, in the second.
+@pytest.mark.slow
+@pytest.mark.parametrize("step", [1, 4, 6])
+def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypatch, tmp_path, step):
+    tiny.save_model(tmp_path / "drops out", attention_dropout=0.2)  # what is drawn goes on, too
+    whole, cut = (options(name, student=str(tmp_path / "drops out")) for name in ("whole", "cut"))
+    expected = train(whole)
+    assert expected["steps"] == 8
+    monkeypatch.setattr(DistillTrainer, "compute_loss", DistillTrainer.compute_loss)  # and back at the end
+    stop_at(step)
+    stopped = train(cut)
+    assert (stopped["status"], stopped["signal"], stopped["steps"]) == ("stopped", "SIGTERM", step)
+    monkeypatch.undo()
+    assert latest_checkpoint(cut.out) == str(cut.out / f"checkpoint-{step}")
+    resumed = train(cut)
+    assert resumed["status"] == "finished"
+    assert same(weights(whole.out), weights(cut.out))
+    for name in ("eval_before", "eval_after", "tokens_fed", "tokens_taught"):
+        assert resumed[name] == expected[name]
+    assert resumed["cost"]["flops"] == expected["cost"]["flops"]
+    assert history(resumed, "loss") == history(expected, "loss")
+    assert history(resumed, "eval_kl") == history(expected, "eval_kl"), "at the end of an epoch too"
+    assert resumed["seconds"] == pytest.approx(sum(resumed["cost"]["seconds"].values()))
+
+
+@pytest.mark.slow
+def test_a_run_goes_from_one_rank_to_two_and_back_to_the_same_weights(options):
+    def given(name: str, ranks: int):
+        return options(name, tokens_per_batch=128 // ranks, set={"optim": "sgd"}, learning_rate=0.1)
+
+    whole = train(given("whole", 1))
+    for ranks, step in ((1, 2), (2, 6), (1, None)):
+        run = launch(given("moved", ranks), ranks, stop=step)
+        assert run["status"] == ("stopped" if step else "finished")
+    assert run["steps"] == whole["steps"] == 8
+    assert history(run, "loss") == pytest.approx(history(whole, "loss"), rel=1e-6)
+    assert (run["tokens_fed"], run["cost"]["flops"]) == (
+        whole["tokens_fed"],
+        pytest.approx(whole["cost"]["flops"], rel=0.2),
+    )
+    a, b = weights(given("whole", 1).out), weights(given("moved", 1).out)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=0, atol=ACROSS_RANKS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", CHECKPOINT_FILES[::2] + CHECKPOINT_FILES[-1:])
+def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(options, file):
+    opts = options("killed", set=SHORT)
+    launch(opts, kill=[6, file])
+    assert (opts.out / "checkpoint-6").exists()
+    assert latest_checkpoint(opts.out) == str(opts.out / "checkpoint-4")
+    resumed = train(opts)
+    expected = train(options("whole", set=SHORT))
+    assert same(weights(opts.out), weights(options("whole").out))
+    assert history(resumed, "loss") == history(expected, "loss")
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(options):
+    opts = options(max_steps=6, set={"save_strategy": "steps", "save_steps": "3"})
+    expected, record = train(opts), opts.out / "run.json"
+    finished = weights(opts.out)
+    (opts.out / "model.safetensors").unlink()
+    record.write_text(record.read_text().replace('"finished"', '"running"'))
+    resumed = train(opts)
+    assert (resumed["status"], resumed["steps"]) == ("finished", 6)
+    assert resumed["tokens_fed"] == expected["tokens_fed"]
+    assert same(weights(opts.out), finished)
+
+
+def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
+    for step in (2, 4, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
+    assert latest_checkpoint(tmp_path) is None
+    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
+    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epo')
+    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
+    drop_after(tmp_path, latest_checkpoint(tmp_path))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]
