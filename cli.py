@@ -246,11 +246,11 @@ def score(
     """
     from logitcache.capture.score import Crop, ScoreOptions
     from logitcache.capture.score import score as run
-    from logitcache.inference.model import TeacherSpec
+    from logitcache.inference.model import ModelSpec
 
     if (traces is None) == (from_cache is None):
         raise InputError("give either TRACES, a file of prompts with completions, or --from-cache CACHE")
-    spec = TeacherSpec(
+    spec = ModelSpec(
         model=teacher, revision=revision, dtype=dtype, top_k=top_k, prompt_logits=prompt_logits,
         tensor_parallel_size=tensor_parallel_size, engine_args=_pairs("--engine-arg", engine_arg),
         template_args=_pairs("--template-arg", template_arg),
@@ -843,7 +843,7 @@ def _generate_options(
 ) -> Any:
     """What generate and plan were asked for. Keywords of the two dataclasses are the options' own names."""
     from logitcache.capture.generate import GenerateOptions
-    from logitcache.inference.model import TeacherSpec
+    from logitcache.inference.model import ModelSpec
 
     of_spec = (
         "top_k",
@@ -855,7 +855,7 @@ def _generate_options(
         "revision",
         "tensor_parallel_size",
     )
-    spec = TeacherSpec(
+    spec = ModelSpec(
         model=teacher,
         sampling=_pairs("--sampling", sampling),
         engine_args=_pairs("--engine-arg", engine_arg),
@@ -970,7 +970,7 @@ def call() -> int:
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
     except LogitcacheError as e:
-        print(f"logitcache: {e}", file=sys.stderr)
+        print(f"logitcache: {e.text(_flags())}", file=sys.stderr)
         code = e.exit_code
     except BrokenPipeError:  # who read it has read enough
         code = 1
@@ -984,6 +984,22 @@ def call() -> int:
         e.show()
         code = e.exit_code
     return code
+
+
+def _flags() -> dict[str, str]:
+    import typer.main
+
+    group: Any = typer.main.get_command(app)
+    found = {}
+    for command in group.commands.values():
+        for parameter in command.params:
+            if parameter.opts and parameter.opts[0].startswith("--"):
+                found[parameter.name.rstrip("_")] = parameter.opts[0]
+    return found | {
+        "engine_args": "--engine-arg",
+        "template_args": "--template-arg",
+        "section_weights": "--section-weight",
+    }
 
 
 def _leave(code: int) -> NoReturn:

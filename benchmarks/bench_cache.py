@@ -28,12 +28,12 @@ from typing import Any
 import numpy as np
 
 from logitcache.cache import manifest, shard
-from logitcache.cache.manifest import Identity
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import Trace
 from logitcache.cache.shard import EncodedTrace
+from logitcache.identity import Identity
 from logitcache.sections import Sections
 from logitcache.sparse_rows import from_topk
+from logitcache.trace import Trace
 
 SHARDS = (10, 100, 1000)
 VOCAB = 49_152

@@ -76,8 +76,8 @@ def run_plain(load: Load) -> Case:
     from logitcache import prompts
     from logitcache.inference import model
 
-    spec = model.TeacherSpec(load.teacher)
-    facts = model.inspect(spec)
+    spec = model.ModelSpec(load.teacher)
+    facts = model.inspect_model(spec)
     asked: Any = [{"prompt_token_ids": model.render(facts, p, {})} for p in prompts.load(load.source)]
     llm = vllm.LLM(load.teacher, dtype=facts.dtype, seed=0, **load.engine_args)  # type: ignore[arg-type]
     params = vllm.SamplingParams(temperature=1.0, max_tokens=load.max_tokens, ignore_eos=True)
@@ -94,7 +94,7 @@ def run_ours(load: Load, k: int) -> Case:
     from logitcache.capture import runner
     from logitcache.capture.generate import GenerateOptions, generate
     from logitcache.inference.engine import Engine
-    from logitcache.inference.model import TeacherSpec
+    from logitcache.inference.model import ModelSpec
 
     class WarmEngine(Engine):
         """Warm before its first request; `fill` counts that as loading."""
@@ -119,9 +119,7 @@ def run_ours(load: Load, k: int) -> Case:
     spent: Case = {}
     runner.Engine = WarmEngine
     sampling = {"ignore_eos": True}
-    spec = TeacherSpec(
-        load.teacher, top_k=k, max_tokens=load.max_tokens, sampling=sampling, engine_args=load.engine_args
-    )
+    spec = ModelSpec(load.teacher, top_k=k, max_tokens=load.max_tokens, sampling=sampling, engine_args=load.engine_args)
     with tempfile.TemporaryDirectory() as out:
         summary = generate(GenerateOptions(load.source, Path(out) / "cache", spec))
     return {"tokens": summary.tokens, "seconds": summary.seconds} | spent
@@ -207,8 +205,8 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
     front_end: Any = importlib.import_module("vllm.v1.engine.logprobs")
     if kind == "logitcache":
         engine._use_typed_rows()
-    options = generate.GenerateOptions("", Path(), model.TeacherSpec(str(folder), top_k=k), pin_tokens="none")
-    facts = model.inspect(options.spec)
+    options = generate.GenerateOptions("", Path(), model.ModelSpec(str(folder), top_k=k), pin_tokens="none")
+    facts = model.inspect_model(options.spec)
     identity = generate.identify(options, facts, {})
     ids_PK, logprobs_PK, ranks_P = synthetic_rows(facts.vocab_size, k)
     ranges = [slice(i, i + 1) for i in range(len(ranks_P))]

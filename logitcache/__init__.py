@@ -4,14 +4,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from logitcache.cache.reader import Cache
-    from logitcache.cache.schema import Trace
     from logitcache.sections import Sections
     from logitcache.sparse_rows import SparseRows
+    from logitcache.trace import Trace
 
 __version__ = "0.1.0"
 __all__ = ["Cache", "Sections", "SparseRows", "Trace"]
 
-_HOMES = {"Cache": "cache.reader", "Trace": "cache.schema", "Sections": "sections", "SparseRows": "sparse_rows"}
+_HOMES = {"Cache": "cache.reader", "Trace": "trace", "Sections": "sections", "SparseRows": "sparse_rows"}
 
 
 def __getattr__(name: str) -> Any:

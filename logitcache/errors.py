@@ -3,7 +3,7 @@
 LogitcacheError                 all of them; the CLI prints its text as one line
 ├── InputError                  the user's input is wrong: exit code 2
 │   ├── PromptsError            a prompts file: names file and line
-│   ├── TeacherError            the teacher cannot be used as asked
+│   ├── ModelError              the model cannot be used as asked
 │   └── StudentError            the student cannot learn from this cache
 ├── CacheError                  a cache cannot be used: exit code 2
 │   ├── NotACacheError          the directory is something else
@@ -16,11 +16,21 @@ LogitcacheError                 all of them; the CLI prints its text as one line
 └── TrainingError               training stopped: exit code 1
 """
 
+import re
+from collections.abc import Mapping
+
 
 class LogitcacheError(Exception):
-    """Base of every deliberate exception; its text is one line with what, where and the way out."""
+    """Base of every deliberate exception; its text is one line with what, where and the way out.
+
+    Options stand in it by their field's name, in backquotes: ``top_k``. The command line shows the flag instead.
+    """
 
     exit_code = 1
+
+    def text(self, flags: Mapping[str, str]) -> str:
+        """The message with the flags of a command in place of its options' field names: ``--top-k``."""
+        return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(self))
 
 
 class InputError(LogitcacheError):
@@ -31,7 +41,7 @@ class PromptsError(InputError):
     pass
 
 
-class TeacherError(InputError):
+class ModelError(InputError):
     pass
 
 

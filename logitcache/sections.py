@@ -90,7 +90,7 @@ class Markers:
             try:
                 re.compile(self.answer_regex)
             except re.error as e:
-                raise InputError(f"--answer-regex {self.answer_regex!r} is not a regular expression: {e}") from None
+                raise InputError(f"`answer_regex` {self.answer_regex!r} is not a regular expression: {e}") from None
 
     @property
     def pair(self) -> list[str] | None:
@@ -105,7 +105,7 @@ class Markers:
         opening, comma, closing = text.partition(",")
         if not comma or not opening.strip() or not closing.strip():
             raise InputError(
-                f"--reasoning-markers {text!r}: give OPENING,CLOSING such as '<think>,</think>', or 'none'"
+                f"`reasoning_markers` {text!r}: give OPENING,CLOSING such as '<think>,</think>', or 'none'"
             )
         return cls(opening.strip(), closing.strip())
 

@@ -4,7 +4,7 @@ import numpy as np
 
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
-from logitcache.inference.model import TeacherFacts, TeacherSpec
+from logitcache.inference.model import ModelFacts, ModelSpec
 
 VOCAB = 50
 WORDS = [f"w{i} " for i in range(VOCAB - 3)] + ["<think>", "</think>", "<eos>"]
@@ -47,7 +47,7 @@ class FakeEngine:
     most_in_flight = 0
     fewest_waiting_at_work: int
 
-    def __init__(self, spec: TeacherSpec, seed: int, pinned=(), scored: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, seed: int, pinned=(), scored: bool = False) -> None:
         type(self).started += 1
         type(self).seeds = [*type(self).seeds, seed]
         self.spec, self.waiting, self.running = spec, [], {}
@@ -103,8 +103,8 @@ class FakeEngine:
         pass
 
 
-def facts(spec: TeacherSpec) -> TeacherFacts:
-    return TeacherFacts("fake", "r1", "float32", VOCAB, Tokenizer(), "t", None, frozenset([VOCAB - 1]))  # type: ignore[arg-type]
+def facts(spec: ModelSpec) -> ModelFacts:
+    return ModelFacts("fake", "r1", "float32", VOCAB, Tokenizer(), "t", None, frozenset([VOCAB - 1]))  # type: ignore[arg-type]
 
 
 def install(monkeypatch) -> type[FakeEngine]:
@@ -113,6 +113,6 @@ def install(monkeypatch) -> type[FakeEngine]:
 
     engine = type("Engine", (FakeEngine,), {})
     monkeypatch.setattr(runner, "Engine", engine)
-    monkeypatch.setattr(model, "inspect", facts)
+    monkeypatch.setattr(model, "inspect_model", facts)
     monkeypatch.setattr(model, "engine_version", lambda: "fake 1")
     return engine

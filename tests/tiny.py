@@ -12,12 +12,13 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from logitcache.cache import manifest, shard
-from logitcache.cache.manifest import Identity
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import Trace
+from logitcache.identity import Identity
+from logitcache.identity import tokenizer_hash as hash_of_tokenizer
 from logitcache.sections import Sections
 from logitcache.sparse_rows import from_topk
 from logitcache.student.data.views import NOT_TAUGHT, Lesson, View
+from logitcache.trace import Trace
 
 VOCAB = 64
 
@@ -66,7 +67,7 @@ def identity() -> Identity:
     return Identity(
         teacher="tiny",
         teacher_revision="0",
-        tokenizer_hash=manifest.tokenizer_hash(tokenizer()),
+        tokenizer_hash=hash_of_tokenizer(tokenizer()),
         chat_template_hash=None,
         vocab_size=VOCAB,
         top_k=8,

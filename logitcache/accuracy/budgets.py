@@ -14,13 +14,14 @@ import numpy as np
 
 from logitcache import prompts
 from logitcache.accuracy.run import NO_ROOM, Answer, AnswerFile, Delimiters, Key, Questions, Run, digest_of
-from logitcache.cache.manifest import first_difference
-from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError, TeacherError
+from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError
 from logitcache.grading import verdicts
+from logitcache.identity import first_difference
 from logitcache.inference import model
-from logitcache.inference.model import TeacherFacts, TeacherSpec
+from logitcache.inference.model import ModelFacts, ModelSpec
 from logitcache.prompts import PromptSet
-from logitcache.runtime.files import LOCK, exclusive, left_behind, publish_json, read_json, taken
+from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
+from logitcache.runtime.locks import exclusive
 from logitcache.sections import Markers
 
 SETTINGS, ANSWERS, RESULTS = "settings.json", "answers.jsonl", "budgets.json"
@@ -50,7 +51,7 @@ class Budget:
             return cls(tokens=int(text))
         if re.fullmatch(r"\d+(\.\d+)?%", text) and float(text[:-1]) <= 100:
             return cls(percent=float(text[:-1]))
-        raise InputError(f"--budgets {text!r}: write tokens such as 128, a share such as 50%, or none")
+        raise InputError(f"`budgets` {text!r}: write tokens such as 128, a share such as 50%, or none")
 
     def cut(self, length: int) -> int | None:
         """Tokens that are kept of a reasoning of ``length`` tokens; None where it is left to end by itself."""
@@ -84,13 +85,13 @@ class BudgetOptions:
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.answer_tokens < 1 or (self.limit is not None and self.limit < 1):
-            raise InputError("--samples, --answer-tokens and --limit must be at least 1")
+            raise InputError("`samples`, `answer_tokens` and `limit` must be at least 1")
         if self.samples > 1 and self.temperature == 0:
             raise InputError(
-                f"--samples {self.samples} at --temperature 0 are {self.samples} times the same; set one of the two"
+                f"`samples` {self.samples} at `temperature` 0 are {self.samples} times the same; set one of the two"
             )
         if not self.budgets:
-            raise InputError("--budgets is empty; give some, such as 0,50%,none")
+            raise InputError("`budgets` is empty; give some, such as 0,50%,none")
         _ = self.spec, self.parsed  # refuse what they refuse
         Markers(answer_regex=self.answer_regex)
         verdicts.check(self.verifier)
@@ -101,9 +102,10 @@ class BudgetOptions:
         return list(dict.fromkeys(map(Budget.parse, self.budgets)))
 
     @property
-    def spec(self) -> TeacherSpec:
-        return TeacherSpec(
+    def spec(self) -> ModelSpec:
+        return ModelSpec(
             self.model,
+            option="student",
             dtype=self.dtype,
             top_k=1,  # the engine hands out rows, and nobody reads them here
             temperature=self.temperature,
@@ -142,8 +144,8 @@ def measure(options: BudgetOptions) -> dict[str, Any]:
     cutting = [budget for budget in options.parsed if budget != Budget()]
     if cutting and not markers.pair:
         raise InputError(
-            f"--student {options.model}: no reasoning markers are known for it, so nothing can be cut or closed; give "
-            "--reasoning-markers OPENING,CLOSING, or --budgets none"
+            f"`student` {options.model}: no reasoning markers are known for it, so nothing can be cut or closed; give "
+            "`reasoning_markers` OPENING,CLOSING, or `budgets` none"
         )
     model.render(facts, source.prompts[0], options.template_args)  # what it refuses, it refuses now
     settings = _settings(options, facts, markers)
@@ -226,19 +228,16 @@ def _measured(budget: Budget, questions: Questions, answers: Mapping[Key, Answer
     }
 
 
-def _inspect(options: BudgetOptions) -> TeacherFacts:
+def _inspect(options: BudgetOptions) -> ModelFacts:
     folder = Path(options.model)
     if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"--student {folder} is a LoRA adapter, and the engine runs whole models; merge it into its base with peft's "
+            f"`student` {folder} is a LoRA adapter, and the engine runs whole models; merge it into its base with peft's "
             "AutoPeftModelForCausalLM (merge_and_unload, then save_pretrained), and give that folder with the tokenizer"
         )
     if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
-        raise InputError(f"--student {folder} is a run that is not finished; finish it, or give one of its checkpoints")
-    try:
-        return model.inspect(options.spec)
-    except TeacherError as e:
-        raise InputError(str(e).replace("--teacher", "--student")) from None
+        raise InputError(f"`student` {folder} is a run that is not finished; finish it, or give one of its checkpoints")
+    return model.inspect_model(options.spec)
 
 
 def _refuse_unjudgeable(options: BudgetOptions, source: PromptSet) -> None:
@@ -247,7 +246,7 @@ def _refuse_unjudgeable(options: BudgetOptions, source: PromptSet) -> None:
             entry = prompt.metadata.get("gym")
             if not isinstance(entry, dict) or "source_dataset" not in entry:
                 raise PromptsError(
-                    f"{options.prompts}: prompt {prompt.id!r} is none of reasoning-gym; give --verifier math or exact"
+                    f"{options.prompts}: prompt {prompt.id!r} is none of reasoning-gym; give `verifier` math or exact"
                 )
         elif prompt.answer is None or not prompt.answer.strip():
             raise PromptsError(
@@ -255,7 +254,7 @@ def _refuse_unjudgeable(options: BudgetOptions, source: PromptSet) -> None:
             )
 
 
-def _settings(options: BudgetOptions, facts: TeacherFacts, markers: Markers) -> dict[str, Any]:
+def _settings(options: BudgetOptions, facts: ModelFacts, markers: Markers) -> dict[str, Any]:
     """All but the prompts that an answer depends on."""
     return {
         "model": facts.name,
@@ -288,11 +287,11 @@ def _match(out: Path, settings: dict[str, Any]) -> dict[str, list[int]] | None:
             name, found, wanted = difference
             raise IdentityError(
                 f"{out} holds answers made with {name} = {found!r}, this call has {wanted!r}; go back to that, or give "
-                "--out a new directory"
+                "`out` a new directory"
             )
         return there.get("delimiters")
     if foreign:
-        raise NotACacheError(f"{out} holds other things than answers; give --out an empty or a new directory")
+        raise NotACacheError(f"{out} holds other things than answers; give `out` an empty or a new directory")
     return None
 
 
@@ -302,7 +301,7 @@ def _refuse_other_prompts(out: Path, answers: Mapping[Key, Answer], source: Prom
     changed = next((prompt.id for prompt in common if there[prompt.id] != digest_of(prompt)), None)
     if changed is not None or (there and not common):
         what = "none of these prompts" if changed is None else f"prompt {changed!r} with another text or gold answer"
-        raise IdentityError(f"{out} holds answers to {what}; give the prompts as they were, or --out a new directory")
+        raise IdentityError(f"{out} holds answers to {what}; give the prompts as they were, or `out` a new directory")
 
 
 def prompts_digest(source: PromptSet) -> str:

@@ -20,7 +20,7 @@ from logitcache.errors import EngineError, InputError, ShardCorruptError, WriteE
 from logitcache.grading import verdicts
 from logitcache.inference import model
 from logitcache.inference.engine import Engine, cause_in
-from logitcache.inference.model import TeacherFacts, TeacherSpec
+from logitcache.inference.model import ModelFacts, ModelSpec
 from logitcache.prompts import Prompt
 from logitcache.runtime.console import Progress, Stop, chatter_to
 from logitcache.runtime.files import LOGS
@@ -117,7 +117,7 @@ class Delimiters:
     closing: list[int]
 
     @classmethod
-    def of(cls, answers: Iterable[Answer], facts: TeacherFacts, markers: Markers) -> "Delimiters":
+    def of(cls, answers: Iterable[Answer], facts: ModelFacts, markers: Markers) -> "Delimiters":
         """As the model writes them most often in natural answers; the markers' own tokens where it never does.
 
         A form with more in its tokens than marker and white space is none. A model that closes without having opened
@@ -146,8 +146,8 @@ class Delimiters:
 class Questions:
     """What a model is asked, and how its answers are read."""
 
-    spec: TeacherSpec  # max_tokens is of natural completions
-    facts: TeacherFacts
+    spec: ModelSpec  # max_tokens is of natural completions
+    facts: ModelFacts
     markers: Markers
     prompts: dict[str, Prompt]  # by id
     samples: int
@@ -213,7 +213,7 @@ class Run:
                 if not 0 < len(ids) < engine.max_model_len:
                     raise InputError(
                         f"prompt {prompt_id!r}: {len(ids)} tokens, the model takes 1 to {engine.max_model_len - 1}; "
-                        f"--engine-arg max_model_len={len(ids) + 1} may take it, else leave it out"
+                        f"`engine_args` max_model_len={len(ids) + 1} may take it, else leave it out"
                     )
             self.publish(self.delimiters)  # not before: a setting that the engine refuses leaves nothing behind
             stop.patient = True
@@ -241,7 +241,7 @@ class Run:
         if spans.reasoning_end < spans.answer_start and asked.cuts(0):
             raise InputError(
                 f"prompt {prompt.id!r}: the chat template closes the reasoning before it began, so there is none to cut; "
-                "switch it on by --template-arg, or give --budgets none"
+                "switch it on by `template_args`, or give `budgets` none"
             )
         return ids
 

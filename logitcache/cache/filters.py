@@ -94,7 +94,7 @@ class Filter:
             match = _CLAUSE.match(text, place)
             if not match or match["name"] in ("and", "not", "or"):
                 raise InputError(
-                    f"--where {text!r}: no condition at {text[place:]!r}; write some such as correct, not correct, "
+                    f"`where` {text!r}: no condition at {text[place:]!r}; write some such as correct, not correct, "
                     "finish_reason=stop, tokens<=4096 or meta.level>=3, joined by `and`"
                 )
             clauses.append(_clause(text, match))
@@ -103,7 +103,7 @@ class Filter:
                 return cls(tuple(clauses))
             if not re.match(r"and(\s|\Z)", rest):
                 raise InputError(
-                    f"--where {text!r}: `and` joins conditions, {rest!r} does not; quote a value with spaces"
+                    f"`where` {text!r}: `and` joins conditions, {rest!r} does not; quote a value with spaces"
                 )
             place = len(text) - len(rest[3:].lstrip())
 
@@ -136,13 +136,13 @@ class Filter:
                 there |= each.keys()
         if wanted:
             name, good = f"meta.{min(wanted)}", [f"meta.{key}" for key in sorted(there)]
-            raise InputError(f"--where {name}: no trace has it; " + _nearest(name, good, "the prompts have"))
+            raise InputError(f"`where` {name}: no trace has it; " + _nearest(name, good, "the prompts have"))
         return masks
 
 
 def _clause(text: str, match: re.Match[str]) -> Clause:
     name, op, value, negated = match["name"], match["op"], match["value"], bool(match["negated"])
-    where = f"--where {text!r}: {name}"
+    where = f"`where` {text!r}: {name}"
     if not (name in _ALL[:-1] or re.fullmatch(r"meta\..*[^.]", name)):
         raise InputError(f"{where} is unknown; " + _nearest(name, _ALL, "there are"))
     if op is None:
@@ -248,7 +248,7 @@ def _on_metadata(clause: Clause, metadata: list[dict[str, Any]]) -> Any:
 def _holds(clause: Clause, found: Any) -> bool:
     if clause.op is None:
         if not isinstance(found, bool):
-            raise InputError(f"--where {clause}: it is {found!r} in a trace; compare it, as in {clause.name}=...")
+            raise InputError(f"`where` {clause}: it is {found!r} in a trace; compare it, as in {clause.name}=...")
         return found
     compare, wanted = _OPERATORS[clause.op][1], clause.value
     if isinstance(wanted, float):
@@ -258,7 +258,7 @@ def _holds(clause: Clause, found: Any) -> bool:
         except (TypeError, ValueError):
             found = None
         if found is None and clause.op not in ("=", "!="):
-            raise InputError(f"--where {clause}: a trace holds what is no number there; compare it with = or !=")
+            raise InputError(f"`where` {clause}: a trace holds what is no number there; compare it with = or !=")
     elif isinstance(wanted, str):
         found = found if isinstance(found, str) else json.dumps(found)
     elif not isinstance(found, bool):

@@ -1,105 +1,31 @@
 """What makes two caches comparable, written once beside the shards and held against every later run."""
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, fields
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import logitcache
 from logitcache.errors import FormatVersionError, IdentityError, NotACacheError
-from logitcache.runtime.files import LOCK, exclusive, left_behind, publish_json, read_json, taken
-from logitcache.sections import Markers
+from logitcache.identity import Identity, as_json, first_difference
+from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
+from logitcache.runtime.locks import exclusive
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
-# Its ids change with any difference in normalisation, splitting or merges that the vocabulary alone does not show.
-PROBE = "The 3 cats' naïve  idea:\n\tf(x)=x**2 — 12,345.67 «été» 数学 🙂 <think>don't</think>\r\n\n\n  end"
-
-# Sampling parameters that leave the teacher's distribution at temperature 1 as it is, and values of others that do.
-_HARMLESS = {"max_tokens", "seed", "n", "stop", "stop_token_ids", "ignore_eos", "include_stop_str_in_output"}
-_NEUTRAL = {"temperature": (1,), "top_p": (1,), "top_k": (0, -1), "min_p": (0,), "min_tokens": (0,)}
-_NEUTRAL |= {"presence_penalty": (0,), "frequency_penalty": (0,), "repetition_penalty": (1,)}
 
 
-@dataclass(frozen=True)
-class Identity:
-    """All that makes two caches comparable. Order of fields is the order of messages."""
-
-    teacher: str  # hub id, or the folder's name
-    teacher_revision: str  # commit hash, or fingerprint of the weights
-    tokenizer_hash: str
-    chat_template_hash: str | None
-    vocab_size: int  # columns of the teacher's logits; every id is below it
-    top_k: int
-    top_p: float | None
-    min_k: int
-    prompt_logits: bool
-    sampling: dict[str, Any]  # temperature, max_tokens, seed and whatever else was set
-    reasoning_markers: list[str] | None
-    answer_regex: str | None
-    dtype: str
-    engine: str  # name and version
-    engine_args: dict[str, Any]  # those that may change a distribution
-    pin_tokens: list[int] = field(default_factory=list)  # ids that every row keeps, besides its top_k others
-    exact: bool = False  # log-probabilities bit for bit
-    derived: list[str] = field(default_factory=list)  # what was done to the traces since the teacher wrote them
-
-    @cached_property
-    def digest(self) -> str:
-        """Hash of all fields that say something: one that is added later, and empty, leaves it as it was."""
-        fields = {name: value for name, value in _plain(asdict(self)).items() if value}
-        canonical = json.dumps(fields, sort_keys=True, separators=(",", ":"))
-        return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
-
-    @property
-    def markers(self) -> Markers:
-        """How reasoning and answer are told apart."""
-        opening, closing = self.reasoning_markers or (None, None)
-        return Markers(opening, closing, self.answer_regex)
-
-    @property
-    def not_drawn(self) -> str | None:
-        """Why the teacher's tokens are no plain draws from it at temperature 1; None where they are."""
-        if "temperature" not in self.sampling:
-            return "its tokens were scored, not sampled"
-        others = [n for n, v in self.sampling.items() if n not in _HARMLESS and v not in _NEUTRAL.get(n, ())]
-        return f"its tokens were sampled with {others[0]} = {self.sampling[others[0]]}" if others else None
-
-    def trace_id(self, prompt_id: str, prompt_digest: str, sample_index: int) -> str:
-        """Content address of a trace, known before it is generated: 32 hexadecimal digits."""
-        key = "\x00".join((self.digest, prompt_id, prompt_digest, str(sample_index)))
-        return hashlib.blake2b(key.encode(), digest_size=16).hexdigest()
-
-
-def _plain(value: Any) -> Any:
-    """As JSON reads it back, and 1.0 as 1: they set one temperature, and make one hash."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value if isinstance(value, str | int | float | None) else str(value)
-
-
-# How the field is set on the command line: the way out of a refusal.
-_OPTIONS = {
-    "teacher": "--teacher",
-    "dtype": "--dtype",
-    "top_k": "--top-k",
-    "top_p": "--top-p",
-    "min_k": "--min-k",
-    "prompt_logits": "--prompt-logits/--no-prompt-logits",
-    "sampling": "--temperature, --max-tokens, --seed or --sampling",
-    "reasoning_markers": "--reasoning-markers",
-    "answer_regex": "--answer-regex",
-    "engine_args": "--engine-arg or --template-arg",
-    "pin_tokens": "--pin-tokens",
-    "exact": "--exact",
+# The options that set a field: the way out of a refusal.
+_SETTINGS = {
+    "sampling": "`temperature`, `max_tokens`, `seed` or `sampling`",
+    "engine_args": "`engine_args` or `template_args`",
 }
+_SETTINGS |= {
+    name: f"`{name}`"
+    for name in (
+        "teacher", "dtype", "top_k", "top_p", "min_k", "prompt_logits", "reasoning_markers", "answer_regex",
+        "pin_tokens", "exact",
+    )
+}  # fmt: skip
 
 
 def read(cache: Path) -> Identity:
@@ -133,7 +59,7 @@ def match(cache: Path, identity: Identity) -> Identity | None:
         refuse_difference(cache, found, identity)
         return found
     if foreign:
-        raise NotACacheError(f"{cache} exists and is not a cache; give --out an empty or a new directory")
+        raise NotACacheError(f"{cache} exists and is not a cache; give `out` an empty or a new directory")
     return None
 
 
@@ -159,67 +85,15 @@ def write(cache: Path, identity: Identity) -> None:
 
 def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
     """Raises: IdentityError naming the field, both values and the way out."""
-    if difference := first_difference(asdict(found), _plain(asdict(wanted))):
+    if difference := first_difference(asdict(found), as_json(asdict(wanted))):
         name, there, here = difference
-        option = _OPTIONS.get(name.partition(".")[0])
+        option = _SETTINGS.get(name.partition(".")[0])
         undo = f"set {option} as it was" if option else "go back to what it was made with"
         if name == "derived":
             raise IdentityError(
                 f"{cache} holds traces {', '.join(there) or 'as generated'}, this run would add traces "
-                f"{', '.join(here) or 'as generated'}; give --out a new directory"
+                f"{', '.join(here) or 'as generated'}; give `out` a new directory"
             )
         raise IdentityError(
-            f"{cache} was made with {name} = {there!r}, this run has {here!r}; {undo}, or give --out a new directory"
+            f"{cache} was made with {name} = {there!r}, this run has {here!r}; {undo}, or give `out` a new directory"
         )
-
-
-def first_difference(found: dict[str, Any], wanted: dict[str, Any]) -> tuple[str, Any, Any] | None:
-    """Name, value found and value wanted of the first field of ``wanted`` that differs; of a field of objects, its key."""
-    missing = object()  # null is a value
-    for name, here in wanted.items():
-        there = found.get(name)
-        if _same(there, here):
-            continue
-        if isinstance(there, dict) and isinstance(here, dict):
-            key = next(k for k in [*there, *here] if not _same(there.get(k, missing), here.get(k, missing)))
-            return f"{name}.{key}", there.get(key), here.get(key)
-        return name, there, here
-    return None
-
-
-def _same(there: Any, here: Any) -> bool:
-    """1 and 1.0 are, 1 and true are not: as in the hash of an identity."""
-    return json.dumps(_plain(there), sort_keys=True) == json.dumps(_plain(here), sort_keys=True)
-
-
-def tokenizer_hash(tokenizer: Any) -> str:
-    """Hash of a transformers tokenizer: its tokens with their ids, so that ids of one mean the same to the other, and the
-    ids of a probe text, so that one that splits text differently shows."""
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    canonical = json.dumps([vocabulary, probe], ensure_ascii=False, separators=(",", ":"))
-    return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
-
-
-def text_hash(text: str | None) -> str | None:
-    return None if text is None else hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
-
-
-def weights_fingerprint(directory: Path) -> str:
-    """Hash over a local model's configuration and up to 256 evenly spaced 64 KiB blocks of each weight file: all of a
-    file below 16 MiB, and a change of 1% of a larger one is missed with a chance of 0.99^256 = 8%, of 5% never."""
-    digest = hashlib.blake2b(digest_size=16)
-    block, blocks = 1 << 16, 256
-    for path in sorted(
-        p
-        for p in directory.iterdir()
-        if p.suffix in (".safetensors", ".bin", ".pt", ".gguf") or p.name == "config.json"
-    ):
-        size = path.stat().st_size
-        digest.update(f"{path.name}:{size}\n".encode())
-        with path.open("rb") as file:
-            count = min(blocks, -(-size // block))
-            for i in range(count):
-                file.seek(i * block if count < blocks else i * (size - block) // (blocks - 1))
-                digest.update(file.read(block))
-    return digest.hexdigest()

@@ -12,10 +12,10 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.cache import manifest, schema, shard
-from logitcache.cache.manifest import Identity
-from logitcache.cache.schema import Trace
 from logitcache.cache.shard import Shard, ShardIndex
+from logitcache.identity import Identity
 from logitcache.sections import Sections
+from logitcache.trace import Trace
 
 _MAPPED = 256  # shards mapped at once
 

@@ -1,16 +1,14 @@
 """The on-disk contract: the columns of a shard, and a trace in memory. FORMAT.md says it for other readers."""
 
 import json
-from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from logitcache.codec import decode
 from logitcache.codec.frequency_table import FrequencyTable
 from logitcache.sections import Sections
-from logitcache.sparse_rows import SparseRows
+from logitcache.trace import Trace
 
 SECTION_FIELDS = ("prompt_end", "reasoning_start", "reasoning_end", "answer_start")
 
@@ -32,49 +30,6 @@ SCHEMA = pa.schema(
         pa.field("metadata", pa.string()),  # JSON object
     ]
 )
-
-
-@dataclass(frozen=True, slots=True)
-class Trace:
-    """One prompt with one completion of the teacher. L tokens, R rows, nnz kept entries.
-
-    Row r holds the teacher's distribution of token ``row_start + r`` given the tokens before it.
-    """
-
-    trace_id: str
-    prompt_id: str
-    sample_index: int
-    token_ids: np.ndarray  # int32 [L]
-    sections: Sections
-    row_start: int
-    rows: SparseRows
-    token_logprob: np.ndarray  # float32 [R], the realised token's log-probability in nats, T=1
-    token_rank: np.ndarray  # int32 [R], its rank in the whole vocabulary, 1 = most likely
-    text: str  # the completion
-    finish_reason: str
-    answer: str | None = None  # gold answer of the prompt
-    correct: bool | None = None
-    metadata: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def row_offsets(self) -> np.ndarray:
-        """int64 [R+1]: entries of row r are ``row_offsets[r]:row_offsets[r+1]``."""
-        return self.rows.offsets
-
-    @property
-    def ids(self) -> np.ndarray:
-        """int32 [nnz], kept token ids."""
-        return self.rows.ids
-
-    @property
-    def logprobs(self) -> np.ndarray:
-        """float32 [nnz], log-probabilities in nats at temperature 1, descending in each row."""
-        return self.rows.logprobs
-
-    @property
-    def log_tail(self) -> np.ndarray:
-        """float32 [R], log of the mass outside the kept ids."""
-        return self.rows.log_tail
 
 
 def to_record(trace: Trace, block: bytes) -> dict[str, Any]:

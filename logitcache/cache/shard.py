@@ -12,12 +12,14 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache import codec
-from logitcache.cache.manifest import FORMAT_VERSION, Identity
-from logitcache.cache.schema import SCHEMA, SECTION_FIELDS, Trace, from_batch, to_record
+from logitcache.cache.manifest import FORMAT_VERSION
+from logitcache.cache.schema import SCHEMA, SECTION_FIELDS, from_batch, to_record
 from logitcache.codec.frequency_table import FrequencyTable, build_table
 from logitcache.errors import FormatVersionError, LogitcacheError, ShardCorruptError
+from logitcache.identity import Identity
 from logitcache.runtime.files import publish, publish_json, read_json
 from logitcache.sections import NAMES
+from logitcache.trace import Trace
 
 DIRECTORY = "shards"
 TABLE_KEY = b"logitcache.table"  # in the Arrow schema's metadata

@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from logitcache.cache import manifest, shard
-from logitcache.cache.manifest import Identity
-from logitcache.cache.schema import Trace
 from logitcache.cache.workers import Worker
 from logitcache.errors import LogitcacheError
+from logitcache.identity import Identity
+from logitcache.trace import Trace
 
 SET_ASIDE = "set-aside"
 _MASS_SLACK = 1e-4  # of a row's kept mass and tail together

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.errors import CacheBusyError, InputError
-from logitcache.runtime.files import LOCK, exclusive, holder
+from logitcache.runtime.files import LOCK
+from logitcache.runtime.locks import exclusive, holder
 
 _LOCK = re.compile(re.escape(LOCK) + r"-(\d+)-of-(\d+)")
 
@@ -23,7 +24,7 @@ class Worker:
 
     def __post_init__(self) -> None:
         if self.count < 1 or not 0 <= self.index < self.count:
-            raise InputError(f"--worker {self.index}/{self.count}: give I/N with 0 <= I < N")
+            raise InputError(f"`worker` {self.index}/{self.count}: give I/N with 0 <= I < N")
 
     def __str__(self) -> str:
         return f"worker {self.index} of {self.count}"
@@ -33,7 +34,7 @@ class Worker:
         """``I/N``, I from 0 on."""
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if not match:
-            raise InputError(f"--worker {text!r}: write I/N, such as 0/8 for the first of eight")
+            raise InputError(f"`worker` {text!r}: write I/N, such as 0/8 for the first of eight")
         return cls(int(match[1]), int(match[2]))
 
     @classmethod
@@ -49,7 +50,7 @@ class Worker:
         if rest or not 0 <= index < count:
             raise InputError(
                 f"SLURM_ARRAY_TASK_ID={task} is no place among {count} tasks from {first} in steps of {step}; "
-                "give --worker I/N"
+                "give `worker` I/N"
             )
         return cls(index, count)
 

@@ -10,11 +10,11 @@ from typing import Any
 
 import logitcache
 from logitcache.cache import manifest, shard
-from logitcache.cache.manifest import Identity
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import Trace
 from logitcache.cache.shard import EncodedTrace, ShardIndex
+from logitcache.identity import Identity
 from logitcache.runtime.files import publish, whole_directory
+from logitcache.trace import Trace
 
 
 class CacheWriter:

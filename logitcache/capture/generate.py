@@ -5,17 +5,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from logitcache import prompts, sections
-from logitcache.cache.manifest import Identity
-from logitcache.cache.schema import Trace
 from logitcache.capture.job import CacheOptions, Request, Tokens, identify
 from logitcache.capture.runner import fill, rows_of
 from logitcache.capture.summary import Summary
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
+from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
-from logitcache.inference.model import TeacherFacts
+from logitcache.inference.model import ModelFacts
 from logitcache.prompts import Prompt
+from logitcache.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class GenerateOptions(CacheOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.samples < 1 or (self.draw is not None and self.draw < 1):
-            raise InputError("--samples and --try-prompts must be at least 1")
+            raise InputError("`samples` and `try_prompts` must be at least 1")
         if self.samples > 1 and self.spec.temperature == 0:
             raise InputError(
-                f"--samples {self.samples} at --temperature 0 are {self.samples} times the same; set one of the two"
+                f"`samples` {self.samples} at `temperature` 0 are {self.samples} times the same; set one of the two"
             )
 
 
@@ -43,7 +43,7 @@ def generate(options: GenerateOptions) -> Summary:
     """
     spec = options.spec
     source = prompts.load(options.source, options.limit)
-    facts = model.inspect(spec)
+    facts = model.inspect_model(spec)
     model.render(facts, source.prompts[0], spec.template_args)  # what it refuses, it refuses now
     sampling = {"temperature": spec.temperature, "max_tokens": spec.max_tokens, "seed": spec.seed, **spec.sampling}
     drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
@@ -62,7 +62,7 @@ class _Answers:
 
     scored = False
 
-    def __init__(self, options: GenerateOptions, facts: TeacherFacts, prompts: list[Prompt]) -> None:
+    def __init__(self, options: GenerateOptions, facts: ModelFacts, prompts: list[Prompt]) -> None:
         self.options, self.facts, self.prompts = options, facts, prompts
         self.rendered: tuple[Prompt, Tokens] | None = None
 
@@ -88,7 +88,7 @@ def trace_of(
     prompt: Prompt,
     completion: Completion,
     identity: Identity,
-    facts: TeacherFacts,
+    facts: ModelFacts,
     verifier: str | None,
 ) -> Trace:
     """The trace of a finished completion: sections found, rows sorted and trimmed, the answer judged."""

@@ -5,15 +5,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from logitcache.cache.manifest import Identity
-from logitcache.cache.schema import Trace
 from logitcache.cache.workers import Worker
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
+from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
-from logitcache.inference.model import TeacherFacts, TeacherSpec
+from logitcache.inference.model import ModelFacts, ModelSpec
 from logitcache.sections import Markers
+from logitcache.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class CacheOptions:
 
     source: str
     out: Path
-    spec: TeacherSpec
+    spec: ModelSpec
     top_p: float | None = None
     min_k: int = 1
     pin_tokens: str = "auto"  # or "none", or ids and tokens, comma-separated
@@ -36,11 +36,11 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         if self.unit_size < 1 or self.min_k < 1 or (self.limit is not None and self.limit < 1):
-            raise InputError("--unit-size, --min-k and --limit must be at least 1")
+            raise InputError("`unit_size`, `min_k` and `limit` must be at least 1")
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"--top-p {self.top_p}: the share of mass a row keeps lies in (0, 1]")
+            raise InputError(f"`top_p` {self.top_p}: the share of mass a row keeps lies in (0, 1]")
         if self.min_k > self.spec.top_k:
-            raise InputError(f"--min-k {self.min_k} is above --top-k {self.spec.top_k}")
+            raise InputError(f"`min_k` {self.min_k} is above `top_k` {self.spec.top_k}")
         Markers(answer_regex=self.answer_regex)  # refuses a broken pattern
         if self.verifier is not None:
             verdicts.check(self.verifier)
@@ -86,7 +86,7 @@ class Task(Protocol):
 
 
 def identify(
-    options: CacheOptions, facts: TeacherFacts, sampling: dict[str, Any], derived: tuple[str, ...] = ()
+    options: CacheOptions, facts: ModelFacts, sampling: dict[str, Any], derived: tuple[str, ...] = ()
 ) -> Identity:
     """The identity of the cache that ``options`` would make."""
     spec, markers = options.spec, options.markers or Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)

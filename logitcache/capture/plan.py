@@ -83,7 +83,7 @@ def plan(options: GenerateOptions, prompts: int, workers: int = 1, keep: bool = 
     Raises: as `generate`; KeyboardInterrupt where a signal ended it.
     """
     if prompts < 1 or workers < 1:
-        raise InputError("--try-prompts and --workers must be at least 1")
+        raise InputError("`try_prompts` and `workers` must be at least 1")
     source = load(options.source, options.limit).prompts
     with TemporaryDirectory(prefix="logitcache-plan-") as scratch:
         out = options.out if keep else Path(scratch) / "cache"
@@ -95,7 +95,7 @@ def plan(options: GenerateOptions, prompts: int, workers: int = 1, keep: bool = 
         if not tokens:
             raise InputError(
                 f"{options.source}: no trace to plan from, and no record in {out / 'logs'} of how fast any was made; "
-                + (next(iter(summary.skipped.values()), None) or "give --out a new directory")
+                + (next(iter(summary.skipped.values()), None) or "give `out` a new directory")
             )
         job = extrapolate(
             Cache.open(out),
@@ -138,7 +138,7 @@ def extrapolate(
     Raises: InputError for counts below 1 or an empty sample; ShardCorruptError.
     """
     if min(prompts, samples, workers, max_tokens, unit_size) < 1 or not tokens_per_s > 0:
-        raise InputError("a plan needs prompts, samples, workers, tokens/s, --max-tokens and --unit-size above 0")
+        raise InputError("a plan needs prompts, samples, workers, tokens/s, `max_tokens` and `unit_size` above 0")
     if not len(cache):
         raise InputError(f"{cache.path}: no traces to plan from; make some with `logitcache plan`")
     facts = _facts(cache)
@@ -224,19 +224,19 @@ def _warnings(
     cut, n = float(facts["cut"].mean()), int(facts["prompt"].max()) + 1
     if cut > _CUT_SHARE:
         found.append(
-            f"{cut:.0%} of the traces were cut at {max_tokens:,} tokens, most without an answer; try a larger --max-tokens"
+            f"{cut:.0%} of the traces were cut at {max_tokens:,} tokens, most without an answer; try a larger `max_tokens`"
         )
     width = (tokens.high - tokens.low) / max(tokens.mean, 1e-9)
     if n < 2 or width > 1:
         wanted = min(ceil(n * (width / 0.5) ** 2) if n > 1 else 16, prompts)
         found.append(
-            f"a sample of {n:,} prompt{'s'[: n > 1]} says little of {traces:,} traces; --try-prompts {wanted} would say more"
+            f"a sample of {n:,} prompt{'s'[: n > 1]} says little of {traces:,} traces; `try_prompts` {wanted} would say more"
         )
     shard_bytes = size.mean * min(unit_size, traces)
     if shard_bytes > _LARGE or (shard_bytes < _SMALL and traces > unit_size):
         what = "hard to hold in memory" if shard_bytes > _LARGE else "many small files"
         found.append(
-            f"shards of {_bytes(shard_bytes)} are {what}; --unit-size {_unit_size(size.mean, traces)} makes them about "
+            f"shards of {_bytes(shard_bytes)} are {what}; `unit_size` {_unit_size(size.mean, traces)} makes them about "
             f"{_bytes(size.mean * _unit_size(size.mean, traces))}"
         )
     lacking = facts["block"][~facts["table"]].sum() / max(facts["block"].sum(), 1)

@@ -16,13 +16,13 @@ from typing import Any
 import logitcache
 from logitcache import sparse_rows
 from logitcache.cache import manifest, shard
-from logitcache.cache.manifest import Identity
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace
 from logitcache.cache.workers import Worker
 from logitcache.capture.job import Request, Task, Tokens
 from logitcache.capture.summary import Summary
 from logitcache.errors import EngineError, InputError, ShardCorruptError, first_line
+from logitcache.identity import Identity
 from logitcache.inference.engine import Completion, Engine, cause_in
 from logitcache.runtime.console import Progress, Stop, chatter_to
 from logitcache.runtime.files import LOGS, publish_json, read_json
@@ -209,7 +209,7 @@ class _Run:
         tokens = self.task.tokens(request)
         least, most = 2 if self.task.scored else 1, max_model_len - 1  # nothing predicts the first token of a text
         if not least <= len(tokens.ids) <= most:
-            more = f"; --engine-arg max_model_len={len(tokens.ids) + 1} takes it" if tokens.ids[most:] else ""
+            more = f"; `engine_args` max_model_len={len(tokens.ids) + 1} takes it" if tokens.ids[most:] else ""
             raise InputError(f"{len(tokens.ids)} tokens, the teacher takes {least} to {most}{more}")
         return tokens
 

@@ -8,20 +8,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from logitcache import prompts
-from logitcache.cache.manifest import Identity
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import Trace
 from logitcache.capture.generate import trace_of
 from logitcache.capture.job import CacheOptions, Request, Tokens, identify
 from logitcache.capture.runner import fill, rows_of
 from logitcache.capture.summary import Summary
 from logitcache.errors import InputError, PromptsError
 from logitcache.grading.verdicts import verdict
+from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
-from logitcache.inference.model import TeacherFacts
+from logitcache.inference.model import ModelFacts
 from logitcache.prompts import Prompt
 from logitcache.sections import Sections, answer_text
+from logitcache.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class Crop:
         except ValueError:
             crop = cls("", 0)
         if crop.where not in ("left", "middle", "right") or not 0 < crop.share <= 1:
-            raise InputError(f"--crop {text!r}: write left:SHARE, middle:SHARE or right:SHARE, with 0 < SHARE <= 1")
+            raise InputError(f"`crop` {text!r}: write left:SHARE, middle:SHARE or right:SHARE, with 0 < SHARE <= 1")
         return crop
 
     def span(self, length: int) -> slice:
@@ -64,11 +64,11 @@ class ScoreOptions(CacheOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.crop and not self.from_cache:
-            raise InputError("--crop cuts the traces of a cache; give --from-cache CACHE")
+            raise InputError("`crop` cuts the traces of a cache; give `from_cache` CACHE")
         if self.from_cache and (self.markers or self.answer_regex or self.spec.template_args or not self.eos):
             raise InputError(
-                "--from-cache takes tokens and sections as they are; leave --reasoning-markers, --answer-regex, "
-                "--template-arg and --no-eos out"
+                "`from_cache` takes tokens and sections as they are; leave `reasoning_markers`, `answer_regex`, "
+                "`template_args` and `eos` out"
             )
 
 
@@ -78,7 +78,7 @@ def score(options: ScoreOptions) -> Summary:
     Raises: as `generate`.
     """
     cache = Cache.open(options.source) if options.from_cache else None
-    facts = model.inspect(options.spec)
+    facts = model.inspect_model(options.spec)
     # Nothing was sampled from this teacher.
     if cache is None:
         identity = identify(options, facts, {}, ("score" if options.eos else "score --no-eos",))
@@ -105,7 +105,7 @@ class _Texts:
 
     scored = True
 
-    def __init__(self, options: ScoreOptions, facts: TeacherFacts) -> None:
+    def __init__(self, options: ScoreOptions, facts: ModelFacts) -> None:
         self.options, self.facts = options, facts
 
     def requests(self, identity: Identity) -> Iterator[Request]:
@@ -151,14 +151,14 @@ class _Traces:
 
     scored = True
 
-    def __init__(self, options: ScoreOptions, facts: TeacherFacts, cache: Cache) -> None:
+    def __init__(self, options: ScoreOptions, facts: ModelFacts, cache: Cache) -> None:
         self.options, self.facts, self.cache = options, facts, cache
         self.crop = options.crop or Crop()
         if options.out.resolve() == cache.path.resolve():
-            raise InputError(f"--out {options.out} is the cache to score; give a new directory")
+            raise InputError(f"`out` {options.out} is the cache to score; give a new directory")
         if (there := cache.identity.tokenizer_hash) != facts.tokenizer_hash:
             raise InputError(
-                f"{cache.path} was made with tokenizer {there[:12]}, --teacher {options.spec.model} has "
+                f"{cache.path} was made with tokenizer {there[:12]}, `teacher` {options.spec.model} has "
                 f"{facts.tokenizer_hash[:12]}: its token ids mean other tokens; score the text instead (a .jsonl file)"
             )
 

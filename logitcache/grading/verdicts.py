@@ -34,9 +34,9 @@ def check(kind: str) -> None:
     if kind not in KINDS:
         near = get_close_matches(kind, KINDS, n=1)
         hint = f"did you mean {near[0]}?" if near else f"give one of {', '.join(KINDS)}"
-        raise InputError(f"--verifier {kind!r} is unknown; {hint}")
+        raise InputError(f"`verifier` {kind!r} is unknown; {hint}")
     if kind in _NEEDS and find_spec(_NEEDS[kind][0]) is None:
-        raise InputError(f"--verifier {kind} needs {_NEEDS[kind][1]}; pip install 'logitcache[{kind}]'")
+        raise InputError(f"`verifier` {kind} needs {_NEEDS[kind][1]}; pip install 'logitcache[{kind}]'")
 
 
 def verdict(kind: str, answer_text: str, gold: str | None, metadata: dict[str, Any]) -> bool | None:

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.errors import EngineError, InputError, first_line
-from logitcache.inference.model import TeacherSpec, engine_version
+from logitcache.inference.model import ModelSpec, engine_version
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ _ROWS = ("ids_RK", "logprobs_RK", "pinned_RP", "token_logprob", "token_rank")
 class Engine:
     """A vLLM engine that hands out top-k rows: requests go in under a key, completions come out of ``step``."""
 
-    def __init__(self, spec: TeacherSpec, seed: int, pinned: Sequence[int] = (), scored: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, seed: int, pinned: Sequence[int] = (), scored: bool = False) -> None:
         """Loads the model: minutes for a large one.
 
         Args:
@@ -71,8 +71,8 @@ class Engine:
         self._pinned, self._scored = list(pinned), scored
         width = spec.top_k + 2 * len(pinned)
         prompt_rows = spec.prompt_logits or scored
-        _refuse_unknown("--engine-arg", spec.engine_args, set(vllm.EngineArgs.__dataclass_fields__))
-        _refuse_unknown("--sampling", spec.sampling, set(vllm.SamplingParams.__struct_fields__))
+        _refuse_unknown("engine_args", spec.engine_args, set(vllm.EngineArgs.__dataclass_fields__))
+        _refuse_unknown("sampling", spec.sampling, set(vllm.SamplingParams.__struct_fields__))
         args = {
             "disable_log_stats": True,
             "enable_prefix_caching": not prompt_rows,
@@ -182,7 +182,7 @@ def _completion(output: Any, pinned: list[int], scored: bool) -> Completion:
     ids, logprobs, rank = (np.concatenate(c) for c in zip(*(_rows(part) for part in parts), strict=True))
     top = slice(1, ids.shape[1] - len(pinned))
     if (ids[:, top.stop :] != pinned).any():
-        raise EngineError(f"{engine_version()} did not give the rows of the pinned ids; run with --pin-tokens none")
+        raise EngineError(f"{engine_version()} did not give the rows of the pinned ids; run with `pin_tokens` none")
     return Completion(
         key=output.request_id,
         token_ids=np.array([*output.prompt_token_ids, *([] if scored else sample.token_ids)], np.int32),
@@ -352,7 +352,7 @@ def _refuse_unknown(option: str, given: dict[str, Any], known: set[str]) -> None
         if name not in known:
             near = get_close_matches(name, known, n=1)
             raise InputError(
-                f"{option} {name}: vLLM has no such setting" + (f"; did you mean {near[0]}?" if near else "")
+                f"`{option}` {name}: vLLM has no such setting" + (f"; did you mean {near[0]}?" if near else "")
             )
 
 

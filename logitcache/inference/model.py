@@ -9,8 +9,8 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from logitcache.cache.manifest import text_hash, tokenizer_hash, weights_fingerprint
-from logitcache.errors import InputError, TeacherError, first_line
+from logitcache.errors import InputError, ModelError, first_line
+from logitcache.identity import text_hash, tokenizer_hash, weights_fingerprint
 from logitcache.prompts import Prompt
 from logitcache.sections import Markers
 
@@ -42,22 +42,22 @@ CAPACITY_ARGS = frozenset(
 )
 # What logitcache sets itself, with the option that sets it.
 RESERVED_ARGS = {
-    "model": "--teacher",
-    "revision": "--revision",
-    "dtype": "--dtype",
-    "seed": "--seed",
-    "tensor_parallel_size": "--tensor-parallel-size",
-    "max_logprobs": "--top-k",
+    "model": "`teacher`",
+    "revision": "`revision`",
+    "dtype": "`dtype`",
+    "seed": "`seed`",
+    "tensor_parallel_size": "`tensor_parallel_size`",
+    "max_logprobs": "`top_k`",
     "logprobs_mode": None,
-    "data_parallel_size": "--worker I/N",
+    "data_parallel_size": "`worker` I/N",
 }
 RESERVED_SAMPLING = {
-    "temperature": "--temperature",
-    "max_tokens": "--max-tokens",
-    "seed": "--seed",
-    "n": "--samples",
-    "logprobs": "--top-k",
-    "prompt_logprobs": "--prompt-logits",
+    "temperature": "`temperature`",
+    "max_tokens": "`max_tokens`",
+    "seed": "`seed`",
+    "n": "`samples`",
+    "logprobs": "`top_k`",
+    "prompt_logprobs": "`prompt_logits`",
     "flat_logprobs": None,
     "detokenize": None,
     "output_kind": None,
@@ -65,10 +65,11 @@ RESERVED_SAMPLING = {
 
 
 @dataclass(frozen=True)
-class TeacherSpec:
+class ModelSpec:
     """How the teacher is to be run."""
 
     model: str
+    option: str = "model"  # that named it: what a message says
     revision: str | None = None
     dtype: str = "auto"
     top_k: int = 64
@@ -83,17 +84,17 @@ class TeacherSpec:
 
     def __post_init__(self) -> None:
         for given, reserved, kind in (
-            (self.engine_args, RESERVED_ARGS, "--engine-arg"),
-            (self.sampling, RESERVED_SAMPLING, "--sampling"),
+            (self.engine_args, RESERVED_ARGS, "engine_args"),
+            (self.sampling, RESERVED_SAMPLING, "sampling"),
         ):
             for name in given:
                 if name in reserved:
                     raise InputError(
-                        f"{kind} {name}: logitcache sets it itself; use {reserved[name] or 'nothing in its place'}"
+                        f"`{kind}` {name}: logitcache sets it itself; use {reserved[name] or 'nothing in its place'}"
                     )
         if self.temperature < 0 or self.max_tokens < 1 or self.top_k < 1 or self.tensor_parallel_size < 1:
             raise InputError(
-                "--temperature must be >= 0, and --max-tokens, --top-k and --tensor-parallel-size >= 1; "
+                "`temperature` must be >= 0, and `max_tokens`, `top_k` and `tensor_parallel_size` >= 1; "
                 f"found {self.temperature}, {self.max_tokens}, {self.top_k} and {self.tensor_parallel_size}"
             )
 
@@ -104,7 +105,7 @@ class TeacherSpec:
 
 
 @dataclass(frozen=True)
-class TeacherFacts:
+class ModelFacts:
     """What a model's files say, known before any weight is loaded."""
 
     name: str
@@ -128,18 +129,18 @@ def engine_version() -> str:
             return f"vllm {importlib.metadata.version(package)}"
         except importlib.metadata.PackageNotFoundError:
             continue
-    raise TeacherError("vllm is not installed; pip install 'logitcache[teacher]'")
+    raise ModelError("vllm is not installed; pip install 'logitcache[teacher]'")
 
 
-def inspect(spec: TeacherSpec) -> TeacherFacts:
+def inspect_model(spec: ModelSpec) -> ModelFacts:
     """Reads the teacher's configuration and tokenizer.
 
-    Raises: TeacherError for a model that is missing, not causal, or has fewer tokens than ``top_k``.
+    Raises: ModelError for a model that is missing, not causal, or has fewer tokens than ``top_k``.
     """
     engine_version()
     if spec.model[:1] in "./~" and not Path(spec.model).is_dir():
-        raise TeacherError(
-            f"--teacher {spec.model}: no such folder; give a model folder or a hub id such as Qwen/Qwen3-8B"
+        raise ModelError(
+            f"`{spec.option}` {spec.model}: no such folder; give a model folder or a hub id such as Qwen/Qwen3-8B"
         )
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
@@ -150,8 +151,8 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
         config = AutoConfig.from_pretrained(spec.model, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(spec.engine_args.get("tokenizer", spec.model), **kwargs)
     except (OSError, ValueError) as e:
-        raise TeacherError(
-            f"--teacher {spec.model}: cannot be read as a model folder or a hub id ({first_line(e)}); "
+        raise ModelError(
+            f"`{spec.option}` {spec.model}: cannot be read as a model folder or a hub id ({first_line(e)}); "
             "check the name and the network"
         ) from None
     text = config.get_text_config()
@@ -159,13 +160,13 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
     causal = {*chain.from_iterable([n] if isinstance(n, str) else n for n in CAUSAL.values())}
     known = any(n in causal or "CausalLM" in n or "ConditionalGeneration" in n for n in names)
     if config.is_encoder_decoder or not (known or (not names and config.model_type in CAUSAL)):
-        raise TeacherError(
-            f"--teacher {spec.model}: {', '.join(names) or config.model_type} is not a causal language model; "
+        raise ModelError(
+            f"`{spec.option}` {spec.model}: {', '.join(names) or config.model_type} is not a causal language model; "
             "it has no next-token logits"
         )
     if spec.top_k > text.vocab_size:
-        raise TeacherError(
-            f"--top-k {spec.top_k}: the teacher's vocabulary has {text.vocab_size} tokens; ask for at most so many"
+        raise ModelError(
+            f"`top_k` {spec.top_k}: the teacher's vocabulary has {text.vocab_size} tokens; ask for at most so many"
         )
     try:
         eos = GenerationConfig.from_pretrained(spec.model, revision=spec.revision or "main").eos_token_id
@@ -173,7 +174,7 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
         eos = None
     eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
     local = Path(spec.model)
-    return TeacherFacts(
+    return ModelFacts(
         name=local.resolve().name if local.is_dir() else spec.model,
         revision=weights_fingerprint(local) if local.is_dir() else getattr(config, "_commit_hash", None) or "unknown",
         dtype=_dtype(text.dtype or config.dtype) if spec.dtype == "auto" else spec.dtype,
@@ -185,7 +186,7 @@ def inspect(spec: TeacherSpec) -> TeacherFacts:
     )
 
 
-def pinned_ids(text: str, facts: TeacherFacts, markers: Markers, top_k: int) -> list[int]:
+def pinned_ids(text: str, facts: ModelFacts, markers: Markers, top_k: int) -> list[int]:
     """The ids that every row is to keep, ascending.
 
     Args:
@@ -206,7 +207,7 @@ def pinned_ids(text: str, facts: TeacherFacts, markers: Markers, top_k: int) -> 
         if not 0 <= token < facts.vocab_size:
             near = get_close_matches(item, vocabulary, n=1)
             raise InputError(
-                f"--pin-tokens {item!r}: not one token of the teacher's {facts.vocab_size}"
+                f"`pin_tokens` {item!r}: not one token of the teacher's {facts.vocab_size}"
                 + (f"; did you mean {near[0]!r}?" if near else "")
             )
         pinned.add(token)
@@ -214,7 +215,7 @@ def pinned_ids(text: str, facts: TeacherFacts, markers: Markers, top_k: int) -> 
     if text == "auto" and not fits:  # every id is kept anyway, or nearly
         return []
     if not fits:
-        raise InputError(f"--pin-tokens {text!r}: {len(pinned)} ids besides the top {top_k} are too many; give fewer")
+        raise InputError(f"`pin_tokens` {text!r}: {len(pinned)} ids besides the top {top_k} are too many; give fewer")
     return sorted(pinned)
 
 
@@ -224,15 +225,15 @@ def _dtype(saved: Any) -> str:
     return "bfloat16" if name == "float32" else name
 
 
-def render(facts: TeacherFacts, prompt: Prompt, template_args: dict[str, Any]) -> list[int]:
+def render(facts: ModelFacts, prompt: Prompt, template_args: dict[str, Any]) -> list[int]:
     """Token ids of a prompt; messages go through the chat template, with its generation prompt.
 
-    Raises: TeacherError where there is no template, or it refuses the messages.
+    Raises: ModelError where there is no template, or it refuses the messages.
     """
     if isinstance(prompt.content, str):
         return facts.tokenizer(prompt.content)["input_ids"]
     if facts.chat_template is None:
-        raise TeacherError(
+        raise ModelError(
             f"prompt {prompt.id!r} has `messages`, and the teacher has no chat template; give `prompt` text"
         )
     try:
@@ -240,11 +241,11 @@ def render(facts: TeacherFacts, prompt: Prompt, template_args: dict[str, Any]) -
             prompt.content, tokenize=False, add_generation_prompt=True, **template_args
         )
     except Exception as e:  # templates raise what they like
-        raise TeacherError(f"prompt {prompt.id!r}: the chat template refuses its messages: {first_line(e)}") from None
+        raise ModelError(f"prompt {prompt.id!r}: the chat template refuses its messages: {first_line(e)}") from None
     return facts.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def pieces(facts: TeacherFacts, token_ids: list[int]) -> list[str | None]:
+def pieces(facts: ModelFacts, token_ids: list[int]) -> list[str | None]:
     """The text each token adds, special tokens included; None where it waits for a later one to become a character."""
     backend = getattr(facts.tokenizer, "backend_tokenizer", None)
     if backend is None:  # a slow tokenizer: characters that span tokens are lost, markers are still found

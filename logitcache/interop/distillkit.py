@@ -15,10 +15,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logitcache.cache.manifest import Identity, text_hash, tokenizer_hash
-from logitcache.cache.schema import Trace
 from logitcache.cache.writer import new_cache
 from logitcache.errors import CacheError, InputError, first_line
+from logitcache.identity import Identity, text_hash, tokenizer_hash
 from logitcache.interop.distillkit_layouts import (
     LAYOUTS,
     ROUNDING,
@@ -32,6 +31,7 @@ from logitcache.interop.distillkit_layouts import (
 )
 from logitcache.sections import Sections
 from logitcache.sparse_rows import MASS_SLACK, SparseRows, _log_power_sum, from_topk
+from logitcache.trace import Trace
 
 # R rows, L tokens, K ids of a row, E of them with exact values, V vocabulary.
 
@@ -113,7 +113,7 @@ def import_distillkit(
     if fitted and not exact_part_only:
         raise InputError(
             f"{source}: a row holds {layout.exact_k} log-probabilities as numbers and {fitted} as a fitted curve, "
-            "which can be nats off; --exact-part-only keeps the numbers and leaves the rest to the tail"
+            "which can be nats off; `exact_part_only` keeps the numbers and leaves the rest to the tail"
         )
     identity = Identity(
         teacher=teacher,
@@ -347,4 +347,4 @@ def _load_tokenizer(name: str) -> Any:
     except ImportError:
         raise InputError("reading a tokenizer needs transformers; `pip install transformers`") from None
     except (OSError, ValueError) as e:
-        raise InputError(f"--tokenizer {name}: cannot be read as a folder or a hub id ({first_line(e)})") from None
+        raise InputError(f"`tokenizer` {name}: cannot be read as a folder or a hub id ({first_line(e)})") from None

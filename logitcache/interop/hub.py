@@ -23,7 +23,9 @@ from logitcache.errors import (
     WriteError,
     first_line,
 )
-from logitcache.runtime.files import exclusive, sync_directory, taken
+from logitcache.identity import first_difference
+from logitcache.runtime.files import sync_directory, taken
+from logitcache.runtime.locks import exclusive
 
 CARD = "README.md"
 _MARK = "<!-- Made by `logitcache push`, which makes it anew; take this line out to keep a card of your own. -->"
@@ -100,7 +102,7 @@ def pull(
         where the disk refuses, LogitcacheError where the hub cannot be reached.
     """
     if taken(out):
-        raise InputError(f"{out} holds something already; give --out a new directory")
+        raise InputError(f"{out} holds something already; give `out` a new directory")
     api = _api(token)
     place = out.absolute()
     part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")
@@ -266,7 +268,7 @@ def _refuse_visibility(api: Any, repo: str, private: bool) -> None:
     found = api.dataset_info(repo).private
     if found is not None and found != private:
         here, way_out, other = ("private", "leave out", "public") if found else ("public", "give", "private")
-        raise InputError(f"{repo} is {here}; {way_out} --public, or make it {other} in its settings on the hub first")
+        raise InputError(f"{repo} is {here}; {way_out} `public`, or make it {other} in its settings on the hub first")
 
 
 def _refuse_damage(repo: str, part: Path, names: set[str], workers: int | None) -> None:
@@ -315,7 +317,7 @@ def _refuse_another(api: Any, where: dict[str, Any], cache: Cache) -> None:
                 f"{repo}/{manifest.FILE_NAME}: not the bytes that were written, by its checksum; delete it there, or give "
                 "another repository"
             ) from e
-    if difference := manifest.first_difference(asdict(there), asdict(cache.identity)):
+    if difference := first_difference(asdict(there), asdict(cache.identity)):
         name, theirs, ours = difference
         raise IdentityError(
             f"{repo} holds a cache with {name} = {theirs!r}, {cache.path} has {ours!r}; give another repository"

@@ -59,7 +59,7 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
     about = {IDENTITY_KEY: json.dumps(asdict(opened.identity)), "logitcache.format": str(FORMAT_VERSION)}
     schema = pa.schema([*PLAIN, *ROWS], metadata=about)
     if out.resolve().is_relative_to(cache.resolve()):
-        raise InputError(f"{out} lies in the cache {cache}; give --out a directory outside it")
+        raise InputError(f"{out} lies in the cache {cache}; give `out` a directory outside it")
     size = 0
     with whole_directory(out) as part:
         for index in opened.shards:

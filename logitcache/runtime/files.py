@@ -2,17 +2,16 @@
 
 import contextlib
 import errno
-import fcntl
 import hashlib
 import json
 import os
 import shutil
-import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
-from logitcache.errors import CacheBusyError, NotACacheError, ShardCorruptError, WriteError
+from logitcache.errors import NotACacheError, ShardCorruptError, WriteError
+from logitcache.runtime.locks import exclusive
 
 LOCK, LOGS = ".lock", "logs"  # in each directory that a command makes
 
@@ -86,61 +85,6 @@ def _check(body: bytes) -> bytes:
     return f' "check": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
-@contextlib.contextmanager
-def exclusive(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds an advisory lock on ``path`` for the block; makes the directory it lies in.
-
-    Args:
-        what: is written by another process, a message says.
-        wait: for the process that holds it.
-    Raises: CacheBusyError if another process holds it, WriteError where no file can be locked there.
-    """
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                file = stack.enter_context(path.open("a+"))
-            except OSError as e:
-                raise WriteError(f"{path.parent}: {e.strerror}; give --out a directory that can be written to") from e
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                raise CacheBusyError(
-                    f"{what} is written by another process ({_holder(file)}); let it finish or stop it"
-                ) from None
-            except OSError as e:
-                raise WriteError(
-                    f"{path}: cannot be locked ({e.strerror}); give --out a file system that has locks"
-                ) from e
-            if _is_at(file, path):
-                break  # else its holder removed it meanwhile, and another may lock its successor
-        file.truncate(0)
-        file.write(f"pid {os.getpid()} on {socket.gethostname()}")
-        file.flush()
-        yield
-
-
-def holder(path: Path) -> str | None:
-    """Who holds the lock on ``path``; None where nobody does. Leaves the file as it is."""
-    with contextlib.suppress(FileNotFoundError), path.open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who look do not see each other
-        except BlockingIOError:
-            return _holder(file)
-    return None
-
-
-def _holder(file: TextIO) -> str:
-    file.seek(0)
-    return file.read().strip()
-
-
-def _is_at(file: TextIO, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    return False
-
-
 def taken(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bool:
     """Whether ``path`` is a file, or a directory that holds something that is not the caller's ``own``.
 
@@ -162,7 +106,7 @@ def whole_directory(out: Path) -> Iterator[Path]:
     Raises: NotACacheError where ``out`` holds something; CacheBusyError where another process makes it.
     """
     if taken(out):
-        raise NotACacheError(f"{out} holds something already; give --out a new directory")
+        raise NotACacheError(f"{out} holds something already; give `out` a new directory")
     place = out.absolute()
     part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")
     with exclusive(lock, str(out)), contextlib.ExitStack() as stack:

@@ -5,9 +5,9 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import asdict, fields, replace
 
-from logitcache.cache.manifest import Identity, first_difference
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, InputError
+from logitcache.identity import Identity, first_difference
 
 # Where the rows of a section begin and end: both delimiters belong to the reasoning, as they do in a student's views.
 SECTIONS = {"prompt": ("prompt", "prompt"), "reasoning": ("opening", "closing"), "answer": ("answer", "answer")}
@@ -32,17 +32,17 @@ def narrowed(
     k, p = identity.top_k if top_k is None else top_k, identity.top_p if top_p is None else top_p
     if not 1 <= k <= identity.top_k:
         pins = f" besides {len(identity.pin_tokens)} pinned ones" if identity.pin_tokens else ""
-        raise InputError(f"--top-k {k}: the cache keeps {identity.top_k} ids a row{pins}; give 1 to {identity.top_k}")
+        raise InputError(f"`top_k` {k}: the cache keeps {identity.top_k} ids a row{pins}; give 1 to {identity.top_k}")
     if top_p is not None and not 0 < top_p <= (identity.top_p or 1):
         what = f"rows were trimmed to {identity.top_p}" if identity.top_p else "it is a share of a row's mass"
-        raise InputError(f"--top-p {top_p}: {what}; give more than 0 and at most {identity.top_p or 1}")
+        raise InputError(f"`top_p` {top_p}: {what}; give more than 0 and at most {identity.top_p or 1}")
     if min_k is not None and p is None:
-        raise InputError(f"--min-k {min_k} is what --top-p leaves at least; give --top-p too")
+        raise InputError(f"`min_k` {min_k} is what `top_p` leaves at least; give `top_p` too")
     least = min(identity.min_k, k) if min_k is None else min_k
     most = k if identity.top_p is None else min(k, identity.min_k)
     if min_k is not None and not 1 <= min_k <= most:
-        why = f"--top-k is {k}" if most == k else f"rows were trimmed to as little as {most} ids"
-        raise InputError(f"--min-k {min_k}: {why}; give 1 to {most}")
+        why = f"`top_k` is {k}" if most == k else f"rows were trimmed to as little as {most} ids"
+        raise InputError(f"`min_k` {min_k}: {why}; give 1 to {most}")
     words = [
         word
         for name, now, before in (
@@ -63,17 +63,17 @@ def ends_of(sections: tuple[str, ...] | None, identity: Identity) -> tuple[str, 
     for name in sections:
         if name not in SECTIONS:
             near = difflib.get_close_matches(name, SECTIONS, n=1, cutoff=0.0)[0]
-            raise InputError(f"--sections {name!r} is unknown: did you mean {near}? All: {', '.join(SECTIONS)}")
+            raise InputError(f"`sections` {name!r} is unknown: did you mean {near}? All: {', '.join(SECTIONS)}")
     kept = [name for name in SECTIONS if name in sections]
     if not kept:
-        raise InputError(f"--sections keeps nothing; name some of {', '.join(SECTIONS)}")
+        raise InputError(f"`sections` keeps nothing; name some of {', '.join(SECTIONS)}")
     if kept == ["prompt", "answer"]:
         raise InputError(
-            "--sections prompt,answer leaves a gap, and the rows of a trace are contiguous; keep all three, and choose "
+            "`sections` prompt,answer leaves a gap, and the rows of a trace are contiguous; keep all three, and choose "
             "sections at training: `logitcache train --sections prompt,answer`"
         )
     if "prompt" in kept and not identity.prompt_logits:
-        raise InputError("--sections prompt: the cache has no rows of prompts; leave it out")
+        raise InputError("`sections` prompt: the cache has no rows of prompts; leave it out")
     return None if len(kept) == len(SECTIONS) else (SECTIONS[kept[0]][0], SECTIONS[kept[-1]][1])
 
 
@@ -88,9 +88,9 @@ def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
     for name in allow:
         if name.partition(".")[0] not in known:
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise InputError(f"--allow {name} is no field of an identity: did you mean {near}?")
+            raise InputError(f"`allow` {name} is no field of an identity: did you mean {near}?")
         if name in _NEVER:
-            raise InputError(f"--allow {name}: {_NEVER[name]}; it cannot differ")
+            raise InputError(f"`allow` {name}: {_NEVER[name]}; it cannot differ")
     first, used, derived = caches[0], set(), list(caches[0].identity.derived)
     mine = asdict(first.identity)
     for other in caches[1:]:
@@ -105,7 +105,7 @@ def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
             if way_out or not {name, field} & set(allow):
                 raise IdentityError(
                     f"{first.path} was made with {name} = {a!r}, {other.path} with {b!r}; "
-                    + (way_out or f"--allow {name} if you mean to merge them all the same")
+                    + (way_out or f"`allow` {name} if you mean to merge them all the same")
                 )
             used.add(name if name in allow else field)
             if name != field and field not in allow:  # a key of it alone
@@ -131,7 +131,7 @@ def _way_out(name: str, first: Cache, other: Cache) -> str | None:
     if name == "derived":
         return "their rows say different things; merge caches whose derived differs in slices, merges and splits alone"
     if name == "exact":
-        return "its rows are not exact: name it first, and --allow exact" if first.identity.exact else None
+        return "its rows are not exact: name it first, and `allow` exact" if first.identity.exact else None
     if name == "prompt_logits":
         more = first if first.identity.prompt_logits else other
         return f"`logitcache slice {more.path} --sections reasoning,answer` first"

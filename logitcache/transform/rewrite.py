@@ -17,13 +17,14 @@ import pyarrow as pa
 
 from logitcache import sparse_rows
 from logitcache.cache import shard
-from logitcache.cache.manifest import Identity
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import SCHEMA, Trace
+from logitcache.cache.schema import SCHEMA
 from logitcache.cache.shard import EncodedTrace, Shard, ShardIndex
 from logitcache.cache.writer import CacheWriter
 from logitcache.errors import CacheError, InputError, LogitcacheError, ShardCorruptError
+from logitcache.identity import Identity
 from logitcache.runtime.files import publish
+from logitcache.trace import Trace
 
 Each = Callable[..., Iterator[Any]]  # map, over processes
 _ROWS_A_PROCESS = 1 << 16  # take about a second, as starting a process does
@@ -86,7 +87,7 @@ class Piece:
 def processes(workers: int | None, shards: Sequence[ShardIndex]) -> Iterator[Each]:
     """A ``map`` over so many processes; None: as many as the machine has cores and the rows are worth."""
     if workers is not None and workers < 1:
-        raise InputError(f"--workers {workers}: at least 1")
+        raise InputError(f"`workers` {workers}: at least 1")
     worth = 1 + sum(s.taught_rows for s in shards) // _ROWS_A_PROCESS
     workers = min(workers or min(os.cpu_count() or 1, worth), len(shards) or 1)
     if workers == 1:

@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from logitcache.cache.filters import Filter
-from logitcache.cache.manifest import Identity
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import ShardIndex
 from logitcache.cache.writer import new_cache
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
+from logitcache.identity import Identity
 from logitcache.sections import Sections, answer_text
 from logitcache.transform.compatibility import SECTIONS, common, ends_of, narrowed
 from logitcache.transform.rewrite import Cut, Each, Piece, processes, write
@@ -126,11 +126,11 @@ def slice_cache(
     identity, words = narrowed(opened.identity, top_k, top_p, min_k)
     chosen = Filter.parse(where) if where is not None else None
     if limit is not None and limit < 1:
-        raise InputError(f"--limit {limit}: a slice of at least 1 prompt")
+        raise InputError(f"`limit` {limit}: a slice of at least 1 prompt")
     if verifier is not None:
         verdicts.check(verifier)
     elif chosen and chosen.asks_verdict and not any(sum(s.verdicts.values()) for s in opened.shards):
-        raise InputError(f"--where {chosen}: no trace of {cache} has a verdict; give --verifier too")
+        raise InputError(f"`where` {chosen}: no trace of {cache} has a verdict; give `verifier` too")
     if ends:
         words += ["--sections", ",".join(name for name in SECTIONS if name in (sections or ()))]
         identity = replace(identity, prompt_logits=identity.prompt_logits and ends[0] == "prompt")
@@ -146,7 +146,7 @@ def slice_cache(
         identity = replace(identity, derived=[*identity.derived, shlex.join(["slice", *words])])
     elif verifier is None:
         raise InputError(
-            f"nothing is cut from {cache}; give a smaller --top-k or --top-p, --sections, --where or --limit"
+            f"nothing is cut from {cache}; give a smaller `top_k` or `top_p`, `sections`, `where` or `limit`"
         )
 
     with new_cache(out, identity, str(cache)) as writer, processes(workers, opened.shards) as each:
@@ -255,7 +255,7 @@ def _open(cache: Path, *outs: Path) -> Cache:
     """Opens a cache that nothing is to be written into."""
     for out in outs:
         if cache.resolve() in (out.resolve(), *out.resolve().parents):
-            raise InputError(f"--out {out} lies in {cache}, which stays as it is; give a directory outside it")
+            raise InputError(f"`out` {out} lies in {cache}, which stays as it is; give a directory outside it")
     return Cache.open(cache)
 
 

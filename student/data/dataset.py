@@ -18,12 +18,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from logitcache.cache.filters import Filter
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import Trace
 from logitcache.errors import StudentError
 from logitcache.kernels.reference import SparseTargets
 from logitcache.sparse_rows import SparseRows, fold, keep
 from logitcache.student.data.sampler import Pool, hash_64
 from logitcache.student.data.views import NOT_TAUGHT, Lesson, View, section_of, tenth_of
+from logitcache.trace import Trace
 
 # N taught rows, T input positions of a trace, B traces of a batch, E entries of all its rows.
 
@@ -71,7 +71,7 @@ class TraceDataset(Dataset[Example]):
             self.view.check(cache.identity, str(cache.path))
         if top_k is not None and not 1 <= top_k <= cache.identity.top_k:
             raise StudentError(
-                f"--top-k {top_k}: {cache.path} keeps {cache.identity.top_k} ids a row; give 1 to "
+                f"`top_k` {top_k}: {cache.path} keeps {cache.identity.top_k} ids a row; give 1 to "
                 f"{cache.identity.top_k}"
             )
         self.indices = np.arange(len(cache)) if indices is None else np.asarray(indices)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from logitcache.cache.schema import Trace
+    from logitcache.trace import Trace
 
 # L tokens of a trace.
 

@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.cache.manifest import Identity
-from logitcache.cache.schema import Trace
 from logitcache.errors import StudentError
+from logitcache.identity import Identity
 from logitcache.student.data.token_masks import (
     SECTIONS,
     STEPS,
@@ -34,6 +33,7 @@ from logitcache.student.data.token_masks import (
     trsd,
     trsd_anchored,
 )
+from logitcache.trace import Trace
 
 # T input positions of a lesson, L tokens of its trace, N some of them.
 
@@ -136,7 +136,7 @@ def _step(view: str, text: str) -> tuple[Step, Any]:
         near = difflib.get_close_matches(name, STEPS, n=1, cutoff=0.0)[0] if name else "full"
         raise StudentError(
             f"view {view!r}: {name!r} is unknown: did you mean {STEPS[near].example!r}? "
-            f"All: {', '.join(step.usage for step in STEPS.values())}, joined by +; --sections chooses sections"
+            f"All: {', '.join(step.usage for step in STEPS.values())}, joined by +; `sections` chooses sections"
         )
     step = STEPS[name]
     if step.takes is None:
@@ -200,5 +200,5 @@ def _check_reasoning(name: str, identity: Identity, path: str) -> None:
     words = ["--teacher", identity.teacher, "--reasoning-markers", "<think>,</think>", "--out", f"{path}-sections"]
     raise StudentError(
         f"{path}: view {name} cuts the reasoning, and its completions are all answer: they were made without "
-        f"--reasoning-markers or --answer-regex; make others with `logitcache generate PROMPTS {shlex.join(words)}`"
+        f"`reasoning_markers` or `answer_regex`; make others with `logitcache generate PROMPTS {shlex.join(words)}`"
     )

@@ -41,7 +41,7 @@ def compare(runs: list[Path], out: Path | None = None) -> dict[str, Any]:
     if not runs:
         raise StudentError("no run to compare: give directories that `logitcache train --out` made")
     if out is not None and importlib.util.find_spec("matplotlib") is None:
-        raise StudentError("curves need matplotlib: pip install matplotlib, or leave --out away for the table")
+        raise StudentError("curves need matplotlib: pip install matplotlib, or leave `out` away for the table")
     found = [_read(path) for path in runs]
     for run, name in zip(found, _names(runs), strict=True):
         run["name"] = name

@@ -148,7 +148,7 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
     began = time.monotonic()
     bf16 = wants_bf16(options.dtype)
     if options.tokens_per_batch < 1:
-        raise StudentError(f"--tokens-per-batch {options.tokens_per_batch}: give at least 1")
+        raise StudentError(f"`tokens_per_batch` {options.tokens_per_batch}: give at least 1")
     cache, view = Cache.open(options.cache), View(options.view, tuple(options.sections))
     view.check(cache.identity, str(options.cache))
     weights, run, step = _weights(options.student)
@@ -171,8 +171,8 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
         )
     if found["kl"] is None and found["ce"] is None:
         raise StudentError(
-            f"{options.cache}: view {view} teaches nothing on {len(data)} traces; choose other --sections, or generate "
-            "with --prompt-logits for those of the prompt"
+            f"{options.cache}: view {view} teaches nothing on {len(data)} traces; choose other `sections`, or generate "
+            "with `prompt_logits` for those of the prompt"
         )
     return {
         "student": options.student,
@@ -193,7 +193,7 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
 def _choose(options: EvalOptions, cache: Cache, run: dict[str, Any]) -> tuple[np.ndarray, float | None]:
     """Indices of the traces to evaluate on, and the share that was held out, None for all."""
     if options.everything and options.held_out is not None:
-        raise StudentError("give either --all or --held-out, which is a part")
+        raise StudentError("give either `everything` or `held_out`, which is a part")
     held_out = run.get("held_out", TrainOptions.held_out) if options.held_out is None else options.held_out
     held_out = None if options.everything else held_out
     indices = np.arange(len(cache)) if held_out is None else split(cache.prompt_ids, held_out)[1]
@@ -202,7 +202,7 @@ def _choose(options: EvalOptions, cache: Cache, run: dict[str, Any]) -> tuple[np
     if not len(indices):
         which = "no trace" if held_out is None else f"no held-out trace of a share of {held_out}"
         where = f" is {options.where}" if options.where else ""
-        raise StudentError(f"{options.cache}: {which}{where}; ask for less, hold out more, or take --all")
+        raise StudentError(f"{options.cache}: {which}{where}; ask for less, hold out more, or take `everything`")
     return indices, held_out
 
 
@@ -225,7 +225,7 @@ def _weights(student: str) -> tuple[str, dict[str, Any], int | None]:
         now = standing(home, run)
         way_out = "wait for one" if now == "running" else "run its command again"
         raise StudentError(
-            f"{student} is a run that is {now} and has no checkpoint; {way_out}, or give --student {run.get('student')}, "
+            f"{student} is a run that is {now} and has no checkpoint; {way_out}, or give `student` {run.get('student')}, "
             "what it began with"
         )
     return str(checkpoint), run, state["global_step"]

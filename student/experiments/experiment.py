@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.accuracy.budgets import Budget
-from logitcache.cache.manifest import first_difference, weights_fingerprint
 from logitcache.errors import IdentityError, NotACacheError
+from logitcache.identity import first_difference, weights_fingerprint
 from logitcache.runtime.console import Stop
-from logitcache.runtime.files import LOCK, exclusive, left_behind, publish_json, read_json, taken
+from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
+from logitcache.runtime.locks import exclusive
 from logitcache.student.experiments import report
 from logitcache.student.experiments.catalog import BEFORE, Arm
 from logitcache.student.experiments.plan import SEED, ExperimentOptions, Plan, plan, prepare
@@ -112,15 +113,15 @@ def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
             name, was, wanted = difference
             raise IdentityError(
                 f"{options.out} holds an experiment with {name} = {was!r}, this one has {wanted!r}; set it as it was, or "
-                "give --out a new directory"
+                "give `out` a new directory"
             )
         if there.get("prompts") and not options.prompts:
             raise IdentityError(
-                f"{options.out} holds answers to {there['prompts']}, and its report would lose them; give --prompts as "
-                "before, or --out a new directory"
+                f"{options.out} holds answers to {there['prompts']}, and its report would lose them; give `prompts` as "
+                "before, or `out` a new directory"
             )
     elif taken(options.out, left_behind):
-        raise NotACacheError(f"{options.out} holds other things than an experiment; give --out a new directory")
+        raise NotACacheError(f"{options.out} holds other things than an experiment; give `out` a new directory")
     machines = list(dict.fromkeys([*there.get("machines", ()), _machine()]))
     now = {"settings": settings, "machines": machines, "prompts": options.prompts}
     if now != there:

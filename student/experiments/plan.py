@@ -9,9 +9,9 @@ from typing import Any
 from logitcache import prompts as sources
 from logitcache.accuracy.budgets import DEFAULT, BudgetOptions
 from logitcache.cache.filters import LENGTHS, Filter
-from logitcache.cache.manifest import weights_fingerprint
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError, StudentError
+from logitcache.identity import weights_fingerprint
 from logitcache.prompts import PromptSet
 from logitcache.sections import Markers
 from logitcache.student.experiments.catalog import Arm, Experiment, Facts, experiment
@@ -90,15 +90,15 @@ def prepare(options: ExperimentOptions) -> Plan:
     """As `plan`, with all that was looked up for it."""
     chosen = experiment(options.name)
     if options.seeds < 1:
-        raise InputError(f"--seeds {options.seeds}: give at least 1, and 3 to see the spread")
+        raise InputError(f"`seeds` {options.seeds}: give at least 1, and 3 to see the spread")
     if bad := [p for p in options.points or () if not 0 < p <= 1]:
-        raise InputError(f"--points {bad[0]}: a share of the tokens lies in (0, 1]")
+        raise InputError(f"`points` {bad[0]}: a share of the tokens lies in (0, 1]")
     if options.points and not chosen.points:
-        raise InputError(f"--points: the arms of {options.name} are not shares; leave it out")
+        raise InputError(f"`points`: the arms of {options.name} are not shares; leave it out")
     if chosen.crops and not options.teacher:
-        raise InputError(f"experiment {options.name} has the teacher read parts of traces alone: give --teacher")
+        raise InputError(f"experiment {options.name} has the teacher read parts of traces alone: give `teacher`")
     if options.teacher and not chosen.crops:
-        raise InputError(f"--teacher: experiment {options.name} learns from the cache alone; leave it out")
+        raise InputError(f"`teacher`: experiment {options.name} learns from the cache alone; leave it out")
     cache = Cache.open(options.cache)
     if not len(cache):
         raise NotACacheError(f"{options.cache} holds no trace yet; `logitcache generate` some")
@@ -131,9 +131,9 @@ def _check_shared(options: ExperimentOptions, arms: list[Arm]) -> None:
             raise StudentError(f"{name} is what the arms of {options.name} vary: leave it out")
     for name in options.shared.get("set", {}):
         if name in ("seed", "data_seed") or any(name in arm.set for arm in arms):
-            raise StudentError(f"--set {name}: it is what the runs of {options.name} vary; leave it out")
+            raise StudentError(f"`set` {name}: it is what the runs of {options.name} vary; leave it out")
         if name in good:
-            raise StudentError(f"--set {name}: it has an option of its own; give --{name.replace('_', '-')}")
+            raise StudentError(f"`set` {name}: it has an option of its own; give `{name}`")
 
 
 def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where: str | None) -> int:
@@ -152,7 +152,7 @@ def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where
     if where and not matching(cache, where)[taught].any():
         raise StudentError(f"{options.cache}: no trace is left to learn from where {where}")
     if str(options.student).startswith(("/", ".", "~")) and not Path(options.student).exists():
-        raise StudentError(f"{options.student} does not exist: give --student a model folder or a hub id")
+        raise StudentError(f"{options.student} does not exist: give `student` a model folder or a hub id")
     return config.tokens_per_batch
 
 
@@ -161,13 +161,13 @@ def _check_crops(options: ExperimentOptions, cache: Cache, where: str | None) ->
     counted = [c.name for c in Filter.parse(where).clauses if c.name in LENGTHS] if where else []
     if counted:
         raise InputError(
-            f"--where {where}: {counted[0]} is another number in a crop than in its trace; `logitcache slice` the cache "
+            f"`where` {where}: {counted[0]} is another number in a crop than in its trace; `logitcache slice` the cache "
             "by it first"
         )
     teacher, identity = Path(options.teacher or ""), cache.identity
     if teacher.is_dir() and (found := weights_fingerprint(teacher)) != identity.teacher_revision:
         raise IdentityError(
-            f"{options.cache} was made by {identity.teacher} @ {identity.teacher_revision}, and --teacher {teacher} is "
+            f"{options.cache} was made by {identity.teacher} @ {identity.teacher_revision}, and `teacher` {teacher} is "
             f"@ {found}; give the teacher that made it"
         )
 
@@ -204,7 +204,7 @@ def _prompts(options: ExperimentOptions) -> PromptSet | None:
         return None
     if options.shared.get("lora_rank") is not None:
         raise InputError(
-            "--prompts needs whole models, and arms with --lora-rank leave adapters: leave one of the two out"
+            "`prompts` needs whole models, and arms with `lora_rank` leave adapters: leave one of the two out"
         )
     asked = ("prompts", "model", "out", "budgets", "verifier", "markers")
     good = [*(f.name for f in fields(BudgetOptions) if f.name not in asked), "reasoning_markers"]

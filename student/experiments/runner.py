@@ -14,9 +14,9 @@ import numpy as np
 
 from logitcache.accuracy.budgets import ANSWERS, RESULTS, Budget, pass_at_1, prompts_digest
 from logitcache.accuracy.run import AnswerFile, Key
-from logitcache.cache.manifest import first_difference
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, LogitcacheError, NotACacheError, PromptsError
+from logitcache.identity import first_difference
 from logitcache.prompts import PromptSet
 from logitcache.runtime.console import Stop
 from logitcache.runtime.files import LOGS, publish_json, read_json
@@ -95,7 +95,7 @@ class Work:
         if (found := cache.identity.teacher_revision) != wanted.identity.teacher_revision:
             raise IdentityError(
                 f"{out} was read by a teacher @ {found}, and {self.options.cache} was made @ "
-                f"{wanted.identity.teacher_revision}; remove {out} and give --teacher the one that made the cache"
+                f"{wanted.identity.teacher_revision}; remove {out} and give `teacher` the one that made the cache"
             )
         return len(cache) >= len(wanted)
 
@@ -180,7 +180,7 @@ def finished(place: Path, arm: Arm) -> dict[str, Any] | None:
     if difference := first_difference(found, wanted):
         name, was, here = difference
         raise IdentityError(
-            f"{place} was made with {name} = {was!r}, and arm {arm.name} has {here!r}; remove it, or give --out a new "
+            f"{place} was made with {name} = {was!r}, and arm {arm.name} has {here!r}; remove it, or give `out` a new "
             "directory"
         )
     return found

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from logitcache.cache.manifest import Identity
 from logitcache.errors import InputError, LogitcacheError, TrainingError
+from logitcache.identity import Identity
 from logitcache.runtime.console import Stop
 
 Call = Callable[[list[str], Path, Stop], tuple[int, str]]  # arguments, log, Stop -> exit code, standard output

@@ -42,7 +42,7 @@ def find_head(student: PreTrainedModel) -> Head:
     """
     name, module = type(student).__name__, typing.cast(nn.Linear | None, student.get_output_embeddings())
     if module is None or student.base_model is student:
-        raise StudentError(f"{name} has no base model with a head on it: give --student a causal language model")
+        raise StudentError(f"{name} has no base model with a head on it: give `student` a causal language model")
     if hasattr(module, "lora_A"):
         raise StudentError(
             f"{name}: its head carries a LoRA adapter, which the fused head would leave out: merge it first"
@@ -171,7 +171,7 @@ def check_packing(student: Any) -> None:
     if (packed - alone).abs().max().item() > 4 * max(noise, floor):
         raise StudentError(
             f"{type(model).__name__} with {model.config._attn_implementation} attention lets packed traces see each "
-            "other; train with --no-packing"
+            "other; train with `packing` off"
         )
 
 

@@ -13,8 +13,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from logitcache.cache.manifest import Identity, tokenizer_hash
 from logitcache.errors import StudentError, first_line
+from logitcache.identity import Identity, tokenizer_hash
 from logitcache.student.model.head import find_head
 
 
@@ -46,7 +46,7 @@ def load_student(
 
 def _load(model: str | Path, dtype: torch.dtype, attention: str | None) -> PreTrainedModel:
     if str(model).startswith(("/", ".", "~")) and not Path(model).exists():
-        raise StudentError(f"{model} does not exist: give --student a model folder or a hub id")
+        raise StudentError(f"{model} does not exist: give `student` a model folder or a hub id")
     try:
         config = AutoConfig.from_pretrained(model)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -58,7 +58,7 @@ def _load(model: str | Path, dtype: torch.dtype, attention: str | None) -> PreTr
     if missing := sorted(loading["missing_keys"]):
         raise StudentError(
             f"{model} lacks {len(missing)} weights of {type(student).__name__}, {missing[0]} among them: it would "
-            "train from noise; give --student a whole causal model"
+            "train from noise; give `student` a whole causal model"
         )
     return student
 
@@ -89,7 +89,7 @@ def add_lora(
         alpha: scale, by default twice the rank. targets: as peft has them; all linear layers but the head by default.
     Raises: StudentError for what peft refuses, and for an adapter on the head.
     """
-    peft = _peft("--lora-rank")
+    peft = _peft("`lora_rank`")
     try:
         config = peft.LoraConfig(
             r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=targets or "all-linear",
@@ -97,7 +97,7 @@ def add_lora(
         )  # fmt: skip
         adapted = peft.get_peft_model(student, config)
     except ValueError as e:
-        raise StudentError(f"--lora-rank {rank}: {first_line(e)}") from e
+        raise StudentError(f"`lora_rank` {rank}: {first_line(e)}") from e
     find_head(student)
     return adapted
 
@@ -115,7 +115,7 @@ def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
     rows = {"embedding": student.get_input_embeddings(), "head": student.get_output_embeddings()}
     for part, module in rows.items():
         if module is None:
-            raise StudentError(f"{name} has no {part}: give --student a causal language model")
+            raise StudentError(f"{name} has no {part}: give `student` a causal language model")
         if (have := module.weight.shape[0]) < needed:
             raise StudentError(
                 f"{name}: its {part} has {have} rows, the cache's ids go up to {needed - 1}; enlarge it with "

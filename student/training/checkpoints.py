@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.errors import StudentError
-from logitcache.runtime.files import LOCK, holder
+from logitcache.runtime.files import LOCK
+from logitcache.runtime.locks import holder
 
 RUN_FILE, STATE_FILE, SPENT_FILE = "run.json", "trainer_state.json", "spent.json"
 

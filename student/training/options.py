@@ -81,20 +81,20 @@ _FIELDS = {"epochs": "num_train_epochs"} | {
 }  # fmt: skip
 # Fields that `--set` must not touch, and what to use instead.
 _FIXED = {
-    "output_dir": "--out",
-    "per_device_train_batch_size": "tokens_per_batch",
-    "per_device_eval_batch_size": "tokens_per_batch",
-    "auto_find_batch_size": "tokens_per_batch",
-    "train_sampling_strategy": "seed: the order is a function of it",
-    "dataloader_drop_last": "tokens_per_batch: every trace is used",
+    "output_dir": "`out`",
+    "per_device_train_batch_size": "`tokens_per_batch`",
+    "per_device_eval_batch_size": "`tokens_per_batch`",
+    "auto_find_batch_size": "`tokens_per_batch`",
+    "train_sampling_strategy": "`seed`: the order is a function of it",
+    "dataloader_drop_last": "`tokens_per_batch`: every trace is used",
     "label_smoothing_factor": "nothing: there are no labels to smooth",
     "remove_unused_columns": "nothing",
     "average_tokens_across_devices": "nothing: they are, always",
-    "bf16": "--dtype",
-    "fp16": "--dtype bf16",
-    "torch_compile": "--compile",
-    "bf16_full_eval": "--dtype",
-    "fp16_full_eval": "--dtype",
+    "bf16": "`dtype`",
+    "fp16": "`dtype` bf16",
+    "torch_compile": "`compile`",
+    "bf16_full_eval": "`dtype`",
+    "fp16_full_eval": "`dtype`",
     "prediction_loss_only": "nothing: an evaluation measures, and predicts nothing",
     "eval_accumulation_steps": "nothing: an evaluation keeps sums alone",
     "batch_eval_metrics": "nothing: an evaluation keeps sums alone",
@@ -110,7 +110,7 @@ _LOADERS = 4  # processes that read and decode ahead of a step on an accelerator
 def wants_bf16(dtype: str | None) -> bool:
     """Whether to compute in bfloat16; None: on CUDA. Raises: StudentError for another name."""
     if dtype not in (None, "bf16", "fp32"):
-        raise StudentError(f"--dtype {dtype!r}: choose bf16 or fp32")
+        raise StudentError(f"`dtype` {dtype!r}: choose bf16 or fp32")
     return dtype == "bf16" or (dtype is None and torch.cuda.is_available())
 
 
@@ -118,9 +118,9 @@ def configure(options: TrainOptions) -> DistillConfig:
     """Raises: StudentError for an option that does not exist or does not fit, with the nearest good one."""
     bf16 = wants_bf16(options.dtype)
     if options.max_steps is not None and options.max_steps < 1:
-        raise StudentError(f"--max-steps {options.max_steps}: give at least 1")
+        raise StudentError(f"`max_steps` {options.max_steps}: give at least 1")
     if options.lora_alpha is not None and options.lora_rank is None:
-        raise StudentError("--lora-alpha scales an adapter: give --lora-rank too")
+        raise StudentError("`lora_alpha` scales an adapter: give `lora_rank` too")
     accelerator = torch.accelerator.is_available()
     given = {there: value for here, there in _FIELDS.items() if (value := getattr(options, here)) is not None}
     given |= {
@@ -151,10 +151,10 @@ def _parse(name: str, value: Any) -> Any:
     """The value of a DistillConfig field as the field's type reads it, from text or from what JSON made of it."""
     kinds = {f.name: f.type for f in fields(DistillConfig) if f.init}
     if name in _FIXED:
-        raise StudentError(f"--set {name}: this is not yours to set; use {_FIXED[name]}")
+        raise StudentError(f"`set` {name}: this is not yours to set; use {_FIXED[name]}")
     if name not in kinds:
         near = difflib.get_close_matches(name, kinds, n=1, cutoff=0.0)[0]
-        raise StudentError(f"--set {name}: there is no such training argument; did you mean {near!r}?")
+        raise StudentError(f"`set` {name}: there is no such training argument; did you mean {near!r}?")
     text = value if isinstance(value, str) else json.dumps(value)
     kind = kinds[name]
     options = (
@@ -178,7 +178,7 @@ def _parse(name: str, value: Any) -> Any:
     choices = [m.value for o in options if isinstance(o, type) and issubclass(o, enum.Enum) for m in o]
     if choices:
         near = difflib.get_close_matches(text, choices, n=1, cutoff=0.0)[0]
-        raise StudentError(f"--set {name}={text}: did you mean {near!r}? All: {', '.join(choices)}")
+        raise StudentError(f"`set` {name}={text}: did you mean {near!r}? All: {', '.join(choices)}")
     if str in options:
         return text
-    raise StudentError(f"--set {name}={text}: expected {getattr(kind, '__name__', kind)}")
+    raise StudentError(f"`set` {name}={text}: expected {getattr(kind, '__name__', kind)}")

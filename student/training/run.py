@@ -9,10 +9,11 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
-from logitcache.cache.manifest import Identity
 from logitcache.errors import StudentError, TrainingError, WriteError, first_line
+from logitcache.identity import Identity
 from logitcache.runtime.console import Stop
-from logitcache.runtime.files import LOCK, exclusive
+from logitcache.runtime.files import LOCK
+from logitcache.runtime.locks import exclusive
 from logitcache.student.data.views import View
 from logitcache.student.model.load import adapter_base, add_lora, load_student, quiet
 from logitcache.student.training.callbacks import Report
@@ -94,7 +95,7 @@ def _load(options: TrainOptions, config: DistillConfig, identity: Identity) -> t
         return load_student(options.student, identity, attention=options.attention)
     if adapter_base(options.student):
         raise StudentError(
-            f"{options.student} is an adapter already, and a second one would be saved without it: give --student its "
+            f"{options.student} is an adapter already, and a second one would be saved without it: give `student` its "
             "base model, or a folder with the adapter merged into it (peft: merge_and_unload, save_pretrained)"
         )
     transformers.set_seed(config.seed)  # an adapter begins with random weights
@@ -110,8 +111,8 @@ def _fit(trainer: DistillTrainer) -> None:
         trainer.train(resume_from_checkpoint=True)
     except torch.OutOfMemoryError as e:
         raise TrainingError(
-            f"out of memory with {trainer.args.tokens_per_batch} tokens a batch; lower --tokens-per-batch, or "
-            "--set gradient_checkpointing=true, and run the same command again"
+            f"out of memory with {trainer.args.tokens_per_batch} tokens a batch; lower `tokens_per_batch`, or "
+            "set `gradient_checkpointing`, and run the same command again"
         ) from e
     except ImportError as e:
         raise StudentError(f"training arguments: {first_line(e)}") from e

@@ -24,11 +24,11 @@ def open_caches(options: TrainOptions, view: View) -> dict[Path, Cache]:
     """Raises: StudentError for a share that is none, a cache given twice, one that cannot serve the view; CacheError."""
     for path, share in options.caches.items():
         if share is not None and not (0 < share < math.inf):
-            raise StudentError(f"--mix {path}={share}: give a share above 0")
+            raise StudentError(f"`mix` {path}={share}: give a share above 0")
     places = [path.resolve() for path in options.caches]
     if len(set(places)) < len(options.given_caches):
         raise StudentError(
-            "a cache is given twice: name each once, with --mix CACHE=SHARE where one is to count for more"
+            "a cache is given twice: name each once, with `mix` CACHE=SHARE where one is to count for more"
         )
     caches = {path: Cache.open(path) for path in options.caches}
     for path, cache in caches.items():
@@ -92,6 +92,6 @@ def datasets(
         raise StudentError(
             f"{', '.join(map(str, caches))}: no training trace has rows of {names or 'a section with a weight'}; teach "
             f"other sections{'' if str(view) == 'full' else f', or another view than {view}'}, or generate with "
-            "--prompt-logits for those of the prompt"
+            "`prompt_logits` for those of the prompt"
         )
     return taught, Mixture([TraceDataset(cache, chosen[path][1]) for path, cache in caches.items()])

@@ -11,9 +11,9 @@ import transformers
 
 import logitcache
 from logitcache.cache.filters import Filter
-from logitcache.cache.manifest import first_difference
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
+from logitcache.identity import first_difference
 from logitcache.runtime.files import left_behind, publish, taken
 from logitcache.student.data.views import View
 from logitcache.student.training.checkpoints import RUN_FILE, find_run, latest_checkpoint
@@ -28,10 +28,10 @@ _FREE_PREFIXES = ("dataloader_", "logging_", "log_", "save_", "eval_", "ddp_")
 _NAMED = {"num_train_epochs", "max_steps", "learning_rate", "seed", "ce_weight", "section_weights"}
 # What a person sets where the record has another name.
 _OPTIONS = {
-    "tokens_per_step": "--tokens-per-batch x gradient_accumulation_steps x processes",
-    "bf16": "--dtype",
-    "cache": "CACHE",
-    "traces": "CACHE",
+    "tokens_per_step": "`tokens_per_batch` x gradient_accumulation_steps x processes",
+    "bf16": "`dtype`",
+    "cache": "`caches`",
+    "traces": "`caches`",
 }
 
 
@@ -78,7 +78,7 @@ def claim(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     _, found = find_run(out)
     if not found:
         if foreign:
-            raise StudentError(f"{out} exists and is not a run; give --out an empty or a new directory")
+            raise StudentError(f"{out} exists and is not a run; give `out` an empty or a new directory")
         return {}
     if difference := first_difference(found, json.loads(json.dumps(wanted, default=str))):
         if found["status"] != "finished" and latest_checkpoint(out) is None:
@@ -87,7 +87,7 @@ def claim(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
         option = _OPTIONS.get(name.partition(".")[0].rstrip("_0123456789"))
         raise StudentError(
             f"{out} was made with {name} = {there!r}, this run has {here!r}; set it as it was"
-            f"{f' ({option})' if option else ''}, or give --out a new directory"
+            f"{f' ({option})' if option else ''}, or give `out` a new directory"
         )
     return found
 

@@ -177,7 +177,7 @@ class DistillTrainer(Trainer):
             where = f"in a batch of traces {names}" if names else "in a batch of another process"
             raise TrainingError(
                 f"the {'loss' if found[0] else 'gradient'} is no finite number at step {self.state.global_step + 1}, "
-                f"{where}; lower the learning rate, or use --dtype fp32"
+                f"{where}; lower the learning rate, or use `dtype` fp32"
             )
         return norm
 
@@ -273,11 +273,11 @@ def _check_sampled(data: Lessons, tail: str) -> None:
         identity, sections = part.cache.identity, getattr(part.view, "sections", ())
         what = identity.not_drawn
         if what is None and identity.prompt_logits and "prompt" in sections:
-            what = "no prompt was sampled: leave the prompt out of --sections"
+            what = "no prompt was sampled: leave the prompt out of `sections`"
         if what:
             raise StudentError(
                 f"tail sampled: {part.cache.path}: {what}; it needs tokens drawn at temperature 1 without a filter: "
-                "take --tail bucket"
+                "take `tail` bucket"
             )
 
 

@@ -29,7 +29,8 @@ from logitcache.errors import (
     WriteError,
 )
 from logitcache.inference import model
-from logitcache.runtime.files import exclusive, read_json
+from logitcache.runtime.files import read_json
+from logitcache.runtime.locks import exclusive
 from logitcache.sections import Markers
 from tests import fake_engine
 from tests.fake_engine import WORDS, token_id
@@ -78,7 +79,7 @@ class Scripted(fake_engine.FakeEngine):
 def engine(monkeypatch):
     made = type("Engine", (Scripted,), {"sent": []})
     monkeypatch.setattr(module, "Engine", made)
-    monkeypatch.setattr(model, "inspect", fake_engine.facts)
+    monkeypatch.setattr(model, "inspect_model", fake_engine.facts)
     monkeypatch.setattr(model, "engine_version", lambda: "fake 1")
     return made
 
@@ -311,7 +312,7 @@ def test_another_setting_is_refused_by_its_name(run, engine, tmp_path, monkeypat
 
 def test_another_model_is_refused(run, monkeypatch) -> None:
     run("w5 w10")
-    monkeypatch.setattr(model, "inspect", lambda spec: replace(fake_engine.facts(spec), revision="r2"))
+    monkeypatch.setattr(model, "inspect_model", lambda spec: replace(fake_engine.facts(spec), revision="r2"))
     with pytest.raises(IdentityError, match="model_revision = 'r1', this call has 'r2'"):
         run("w5 w10")
 
@@ -336,14 +337,14 @@ def test_a_prompt_without_a_gold_answer_is_refused_before_anything_is_made(engin
         measure(options)
     assert measure(replace(options, limit=1))["budgets"]["none"]["accuracy"] == 1
     monkeypatch.setattr("logitcache.grading.verdicts.check", lambda kind: None)
-    with pytest.raises(PromptsError, match="'good' is none of reasoning-gym; give --verifier math or exact"):
+    with pytest.raises(PromptsError, match="'good' is none of reasoning-gym; give `verifier` math or exact"):
         measure(replace(options, verifier="gym", out=tmp_path / "gym"))
     assert not (tmp_path / "gym").exists()
 
 
 def test_a_model_without_markers_can_only_be_measured_naturally(run, engine) -> None:
     with pytest.raises(
-        InputError, match=r"--student fake: no reasoning markers .* --reasoning-markers OPENING,CLOSING"
+        InputError, match=r"`student` fake: no reasoning markers .* `reasoning_markers` OPENING,CLOSING"
     ):
         run("w5 w10", markers=Markers())
     assert engine.started == 0
@@ -371,7 +372,7 @@ def test_what_the_context_has_no_room_for_is_wrong_and_counted(run, engine) -> N
 
 
 def test_a_prompt_longer_than_the_model_takes_is_refused(run, engine, tmp_path) -> None:
-    with pytest.raises(InputError, match=r"'p0': 41 tokens, the model takes 1 to 39; --engine-arg max_model_len=42"):
+    with pytest.raises(InputError, match=r"'p0': 41 tokens, the model takes 1 to 39; `engine_args` max_model_len=42"):
         run("w5 " * 41)
     assert not (tmp_path / "out" / "settings.json").exists()
     run()
@@ -448,7 +449,7 @@ def test_adapters_and_unfinished_runs_are_refused(run, engine, tmp_path) -> None
     ],
 )
 def test_impossible_options_are_refused(tmp_path, changes) -> None:
-    with pytest.raises(InputError, match="--"):
+    with pytest.raises(InputError, match="`"):
         BudgetOptions("p.jsonl", "fake", tmp_path, **changes)
 
 

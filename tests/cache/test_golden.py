@@ -11,10 +11,10 @@ from logitcache import sparse_rows
 from logitcache.cache import manifest, shard
 from logitcache.cache.manifest import FORMAT_VERSION
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import Trace
 from logitcache.cache.verify import verify
 from logitcache.errors import FormatVersionError
 from logitcache.runtime.files import publish_json, read_json
+from logitcache.trace import Trace
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from logitcache.cache import manifest
-from logitcache.cache.manifest import Identity
 from logitcache.errors import FormatVersionError, IdentityError, NotACacheError, ShardCorruptError
+from logitcache.identity import Identity, tokenizer_hash, weights_fingerprint
 from logitcache.runtime.files import publish_json
 
 IDENTITY = Identity(
@@ -37,7 +37,7 @@ def test_the_same_identity_is_taken_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top_k": 32}, r"made with top_k = 64, this run has 32; set --top-k as it was, or give --out a new directory"),
+        ({"top_k": 32}, r"made with top_k = 64, this run has 32; set `top_k` as it was, or give `out` a new directory"),
         (
             {"sampling": {"temperature": 0.6, "max_tokens": 100, "seed": 0}},
             r"sampling.temperature = 1.0, this run has 0.6",
@@ -57,7 +57,7 @@ def test_a_changed_identity_is_refused_with_field_values_and_way_out(tmp_path: P
 
 def test_a_directory_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(NotACacheError, match="is not a cache; give --out an empty or a new directory"):
+    with pytest.raises(NotACacheError, match="is not a cache; give `out` an empty or a new directory"):
         manifest.create_or_match(tmp_path, IDENTITY)
     with pytest.raises(NotACacheError, match=r"no manifest\.json in it"):
         manifest.read(tmp_path)
@@ -124,8 +124,8 @@ def test_tokenizers_with_one_vocabulary_and_other_splitting_hash_apart() -> None
         def __call__(self, text, add_special_tokens):
             return {"input_ids": self.ids}
 
-    assert manifest.tokenizer_hash(Fake([0, 1])) == manifest.tokenizer_hash(Fake([0, 1]))
-    assert manifest.tokenizer_hash(Fake([0, 1])) != manifest.tokenizer_hash(Fake([1, 0]))
+    assert tokenizer_hash(Fake([0, 1])) == tokenizer_hash(Fake([0, 1]))
+    assert tokenizer_hash(Fake([0, 1])) != tokenizer_hash(Fake([1, 0]))
 
 
 def test_a_weight_fingerprint_sees_a_changed_byte_and_not_the_folders_name(tmp_path: Path) -> None:
@@ -133,9 +133,9 @@ def test_a_weight_fingerprint_sees_a_changed_byte_and_not_the_folders_name(tmp_p
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
         (tmp_path / name / "model.safetensors").write_bytes(bytes(200_000))
-    first = manifest.weights_fingerprint(tmp_path / "a")
-    assert first == manifest.weights_fingerprint(tmp_path / "b")
+    first = weights_fingerprint(tmp_path / "a")
+    assert first == weights_fingerprint(tmp_path / "b")
     data = bytearray(200_000)
     data[150_001] = 1
     (tmp_path / "b" / "model.safetensors").write_bytes(data)
-    assert first != manifest.weights_fingerprint(tmp_path / "b")
+    assert first != weights_fingerprint(tmp_path / "b")

@@ -18,7 +18,7 @@ from logitcache.cache.verify import verify
 from logitcache.cache.workers import Worker, from_environment
 from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.errors import CacheBusyError, InputError
-from logitcache.inference.model import TeacherSpec
+from logitcache.inference.model import ModelSpec
 from tests import fake_engine, tiny
 
 
@@ -29,7 +29,7 @@ def run(monkeypatch, tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
 
     def start(worker: Worker, **changes):
-        spec = TeacherSpec("fake", top_k=8)
+        spec = ModelSpec("fake", top_k=8)
         return generate(
             GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "c", spec, unit_size=4, worker=worker, **changes)
         )
@@ -108,7 +108,7 @@ def test_the_same_worker_twice_and_another_count_are_refused_while_one_runs(run,
 
 @pytest.mark.parametrize("text", ["3/3", "-1/2", "1", "a/b", "0/0"])
 def test_a_worker_that_is_none_is_refused(text) -> None:
-    with pytest.raises(InputError, match="--worker"):
+    with pytest.raises(InputError, match="`worker`"):
         Worker.parse(text)
 
 

@@ -11,8 +11,8 @@ from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
 from logitcache.cache.workers import Worker
 from logitcache.capture.generate import GenerateOptions, generate
-from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, TeacherError, WriteError
-from logitcache.inference.model import TeacherSpec
+from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, ModelError, WriteError
+from logitcache.inference.model import ModelSpec
 from logitcache.sections import Markers
 from tests import fake_engine
 
@@ -33,7 +33,7 @@ def prompts(tmp_path):
 
 
 def options(source: str, out: Path, **changes) -> GenerateOptions:
-    spec = TeacherSpec("fake", top_k=changes.pop("top_k", 8), temperature=changes.pop("temperature", 1.0))
+    spec = ModelSpec("fake", top_k=changes.pop("top_k", 8), temperature=changes.pop("temperature", 1.0))
     return GenerateOptions(source, out, spec, **{"unit_size": 3, **changes})
 
 
@@ -165,9 +165,9 @@ def test_prompts_longer_than_the_teacher_takes_are_skipped_and_listed(engine, tm
     rows = [{"id": "short", "prompt": "a b"}, {"id": "long", "prompt": "a " * 50}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     summary = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", samples=2))
-    assert summary.skipped == {"long": "50 tokens, the teacher takes 1 to 39; --engine-arg max_model_len=51 takes it"}
+    assert summary.skipped == {"long": "50 tokens, the teacher takes 1 to 39; `engine_args` max_model_len=51 takes it"}
     assert (
-        "1 prompts skipped:\n  long: 50 tokens, the teacher takes 1 to 39; --engine-arg max_model_len=51 takes it\n"
+        "1 prompts skipped:\n  long: 50 tokens, the teacher takes 1 to 39; `engine_args` max_model_len=51 takes it\n"
         in summary.text(tmp_path / "c")
     )
     assert summary.made == 2
@@ -179,7 +179,7 @@ def test_prompts_longer_than_the_teacher_takes_are_skipped_and_listed(engine, tm
 
 def test_a_changed_setting_is_refused_before_the_engine_starts(engine, prompts, tmp_path) -> None:
     generate(options(prompts(3), tmp_path / "c"))
-    with pytest.raises(IdentityError, match=re.escape("top_k = 8, this run has 4; set --top-k as it was")):
+    with pytest.raises(IdentityError, match=re.escape("top_k = 8, this run has 4; set `top_k` as it was")):
         generate(options(prompts(3), tmp_path / "c", top_k=4))
     with pytest.raises(IdentityError, match=re.escape("sampling.temperature = 1.0, this run has 0.5")):
         generate(options(prompts(3), tmp_path / "c", temperature=0.5))
@@ -237,7 +237,7 @@ def test_an_engine_that_cannot_start_leaves_no_identity_behind(engine, prompts, 
 
 def test_messages_without_a_chat_template_are_refused_before_anything_is_made(engine, tmp_path) -> None:
     (tmp_path / "p.jsonl").write_text('{"messages": [{"role": "user", "content": "hi"}]}')
-    with pytest.raises(TeacherError, match="has no chat template; give `prompt` text"):
+    with pytest.raises(ModelError, match="has no chat template; give `prompt` text"):
         generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c"))
     assert not (tmp_path / "c").exists()
     assert engine.started == 0
@@ -271,11 +271,11 @@ def test_every_row_keeps_the_end_of_sequence_and_the_delimiters(engine, prompts,
 def test_pinned_tokens_are_named_by_id_or_text(engine, prompts, tmp_path) -> None:
     generate(options(prompts(2), tmp_path / "c", pin_tokens="4, <think>"))
     assert Cache.open(tmp_path / "c").identity.pin_tokens == [4, fake_engine.VOCAB - 3]
-    with pytest.raises(InputError, match=r"--pin-tokens '<thonk>': not one token .* did you mean '<think>'\?"):
+    with pytest.raises(InputError, match=r"`pin_tokens` '<thonk>': not one token .* did you mean '<think>'\?"):
         generate(options(prompts(2), tmp_path / "d", pin_tokens="<thonk>"))
     generate(options(prompts(2), tmp_path / "e", pin_tokens="none"))
     assert Cache.open(tmp_path / "e").identity.pin_tokens == []
-    with pytest.raises(IdentityError, match="--pin-tokens as it was"):
+    with pytest.raises(IdentityError, match="`pin_tokens` as it was"):
         generate(options(prompts(2), tmp_path / "c"))
 
 
@@ -365,7 +365,7 @@ def test_true_and_one_are_two_settings(engine, prompts, tmp_path) -> None:
     source = prompts(2)
 
     def run(value):
-        spec = TeacherSpec("fake", top_k=8, sampling={"ignore_eos": value})
+        spec = ModelSpec("fake", top_k=8, sampling={"ignore_eos": value})
         return generate(GenerateOptions(source, tmp_path / "c", spec))
 
     run(True)

@@ -9,9 +9,9 @@ import pytest
 
 from logitcache.cache import shard
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import Trace
 from logitcache.capture.plan import Estimate, Plan, extrapolate
 from logitcache.errors import InputError
+from logitcache.trace import Trace
 from tests import tiny
 
 
@@ -77,17 +77,17 @@ def test_the_range_of_a_sample_holds_the_truth_about_as_often_as_it_says(monkeyp
 
 
 def test_traces_cut_at_the_limit_suggest_a_larger_one(cache, tmp_path):
-    assert not any("--max-tokens" in warning for warning in plan(cache).warnings)
+    assert not any("`max_tokens`" in warning for warning in plan(cache).warnings)
     made = [replace(t, finish_reason="length" if i % 4 else "stop") for i, t in enumerate(cache)]
     job = plan(tiny.write_cache(tmp_path / "cut", made))
-    assert any("75% of the traces were cut at 64 tokens" in w and "--max-tokens" in w for w in job.warnings)
+    assert any("75% of the traces were cut at 64 tokens" in w and "`max_tokens`" in w for w in job.warnings)
 
 
 def test_a_sample_that_says_little_asks_for_more(cache, tmp_path):
-    assert not any("--try-prompts" in warning for warning in plan(cache).warnings)
+    assert not any("`try_prompts`" in warning for warning in plan(cache).warnings)
     one = plan(tiny.write_cache(tmp_path / "one", tiny.traces(4, 1), shards=1))
     assert one.tokens_per_trace.low == one.tokens_per_trace.mean == one.tokens_per_trace.high
-    assert any("a sample of 1 prompt says" in w and "--try-prompts" in w for w in one.warnings)
+    assert any("a sample of 1 prompt says" in w and "`try_prompts`" in w for w in one.warnings)
     made = [t for i, n in enumerate((10, 10, 100)) for t in tiny.traces(1, 1, (n, n + 1), seed=i)]
     made = [replace(t, trace_id=f"{i:032x}", prompt_id=f"p{i}") for i, t in enumerate(made)]
     wide = plan(tiny.write_cache(tmp_path / "wide", made, shards=1), max_tokens=1000)
@@ -95,10 +95,10 @@ def test_a_sample_that_says_little_asks_for_more(cache, tmp_path):
 
 
 def test_a_unit_size_that_makes_poor_shards_is_met_with_a_better_one(cache):
-    assert any("shards of" in w and "--unit-size 2048" in w for w in plan(cache, unit_size=2).warnings)
+    assert any("shards of" in w and "`unit_size` 2048" in w for w in plan(cache, unit_size=2).warnings)
     huge = plan(cache, prompts=10**9, unit_size=10**8).warnings
-    assert any("hard to hold in memory" in w and "--unit-size" in w for w in huge)
-    assert not any("--unit-size" in w for w in plan(cache, prompts=10, samples=1).warnings)  # one shard, however small
+    assert any("hard to hold in memory" in w and "`unit_size`" in w for w in huge)
+    assert not any("`unit_size`" in w for w in plan(cache, prompts=10, samples=1).warnings)  # one shard, however small
 
 
 def test_a_sample_without_a_table_of_ids_is_said_to_take_more_than_the_job(cache, tmp_path):

@@ -13,7 +13,7 @@ from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.capture.score import Crop, ScoreOptions, score
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError
 from logitcache.inference.engine import Completion
-from logitcache.inference.model import TeacherSpec
+from logitcache.inference.model import ModelSpec
 from logitcache.sections import Markers
 from tests import fake_engine
 
@@ -34,7 +34,7 @@ def texts(tmp_path) -> Path:
 
 
 def options(source: Path, out: Path, **changes) -> ScoreOptions:
-    spec = TeacherSpec("fake", top_k=8, prompt_logits=changes.pop("prompt_logits", False))
+    spec = ModelSpec("fake", top_k=8, prompt_logits=changes.pop("prompt_logits", False))
     return ScoreOptions(str(source), out, spec, **{"unit_size": 2, "from_cache": source.is_dir(), **changes})
 
 
@@ -72,7 +72,7 @@ def test_a_row_without_a_completion_is_named(tmp_path) -> None:
 @pytest.fixture
 def generated(tmp_path) -> Path:
     (tmp_path / "p.jsonl").write_text("\n".join(f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(7)))
-    generate(GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "g", TeacherSpec("fake", top_k=8), samples=2))
+    generate(GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "g", ModelSpec("fake", top_k=8), samples=2))
     return tmp_path / "g"
 
 
@@ -133,11 +133,11 @@ def test_a_crop_of_one_token_is_passed_by(generated, tmp_path) -> None:
 
 
 def test_sources_that_cannot_be_scored_are_refused(generated, texts, tmp_path, monkeypatch) -> None:
-    with pytest.raises(InputError, match="--crop cuts the traces of a cache"):
+    with pytest.raises(InputError, match="`crop` cuts the traces of a cache"):
         score(options(texts, tmp_path / "c", crop=Crop("left", 0.5)))
     with pytest.raises(NotACacheError, match="no manifest.json in it"):
         score(options(tmp_path, tmp_path / "c"))
-    with pytest.raises(InputError, match="leave --reasoning-markers, --answer-regex"):
+    with pytest.raises(InputError, match="leave `reasoning_markers`, `answer_regex`"):
         score(options(generated, tmp_path / "c", eos=False))
     with pytest.raises(InputError, match="is the cache to score"):
         score(options(generated, generated))
@@ -145,7 +145,7 @@ def test_sources_that_cannot_be_scored_are_refused(generated, texts, tmp_path, m
 
     from logitcache.inference import model
 
-    monkeypatch.setattr(model, "inspect", lambda spec: replace(fake_engine.facts(spec), tokenizer_hash="other"))
+    monkeypatch.setattr(model, "inspect_model", lambda spec: replace(fake_engine.facts(spec), tokenizer_hash="other"))
     with pytest.raises(InputError, match="its token ids mean other tokens; score the text instead"):
         score(options(generated, tmp_path / "c"))
 
@@ -186,7 +186,7 @@ def test_each_row_is_the_engines_row_of_its_token(generated, tmp_path, captured,
 def test_an_answer_is_judged_and_sections_stay_those_of_the_source(tmp_path) -> None:
     rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    spec = TeacherSpec("fake", top_k=8)
+    spec = ModelSpec("fake", top_k=8)
     generate(GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "g", spec, markers=Markers()))
     score(options(tmp_path / "g", tmp_path / "c", verifier="exact"))
     cache = Cache.open(tmp_path / "c")

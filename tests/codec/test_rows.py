@@ -10,15 +10,15 @@ import zstandard
 
 from benchmarks import bench_codec
 from logitcache import sparse_rows
-from logitcache.cache import manifest
-from logitcache.cache.schema import Trace
 from logitcache.cache.writer import new_cache
 from logitcache.codec import block as block_module
 from logitcache.codec.frequency_table import FrequencyTable, build_table
 from logitcache.codec.rows import HIGHEST_LEVEL, decode, encode
 from logitcache.errors import CacheError, FormatVersionError, LogitcacheError, ShardCorruptError
+from logitcache.identity import Identity
 from logitcache.sections import Sections
 from logitcache.sparse_rows import SparseRows, bucketed_kl
+from logitcache.trace import Trace
 
 # R rows, K kept ids, V vocabulary.
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -547,7 +547,7 @@ def test_every_layout_of_the_benchmark_reads_what_it_wrote(layout):
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_the_benchmark_measures_a_cache_that_pins_ids(tmp_path, exact):
-    whole = manifest.Identity(
+    whole = Identity(
         teacher="t",
         teacher_revision="0",
         tokenizer_hash="0",

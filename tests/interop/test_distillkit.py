@@ -130,7 +130,7 @@ def test_realised_tokens_have_their_rank_and_where_it_is_kept_their_value(tmp_pa
 
 
 def test_fitted_values_are_refused_unless_they_are_left_to_the_tail(tmp_path, tokenizer) -> None:
-    with pytest.raises(InputError, match="8 log-probabilities as numbers and 16 as a fitted curve.*--exact-part-only"):
+    with pytest.raises(InputError, match="8 log-probabilities as numbers and 16 as a fitted curve.*`exact_part_only`"):
         import_distillkit(GOLDEN / "bfloat16", tmp_path / "c", tokenizer=tokenizer)
     assert list(tmp_path.iterdir()) == []
 
@@ -198,7 +198,7 @@ def test_settings_that_are_missing_are_asked_for_and_found_in_a_training_run(tmp
     source = write_capture(tmp_path / "s", texts(2))
     settings = yaml.safe_load((source / "compression_config.yaml").read_text())
     (source / "compression_config.yaml").unlink()
-    with pytest.raises(InputError, match="no compression_config.yaml beside it; give --config"):
+    with pytest.raises(InputError, match="no compression_config.yaml beside it; give `config`"):
         import_distillkit(source, tmp_path / "c", tokenizer=tokenizer)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"teacher": {"kind": "dataset", "logprob_compressor": settings}}))
     assert import_distillkit(source, tmp_path / "c", tokenizer=tokenizer, config=tmp_path / "run.yaml").texts == 2

@@ -285,7 +285,7 @@ def test_a_shard_that_is_finished_during_a_push_waits_for_the_next(hub, cache, m
 def test_a_repository_that_others_see_otherwise_than_asked_is_refused(hub, cache, private, said) -> None:
     push(cache.path, "me/traces", token=TOKEN, private=private)
     hub.sent.clear()
-    with pytest.raises(InputError, match=f"me/traces {said} --public"):
+    with pytest.raises(InputError, match=f"me/traces {said} `public`"):
         push(cache.path, "me/traces", token=TOKEN, private=not private)
     assert hub.sent == []
 

@@ -83,7 +83,7 @@ def test_a_directory_that_holds_something_is_refused(cache, tmp_path) -> None:
 def test_a_place_inside_the_cache_is_refused(cache, tmp_path) -> None:
     (tmp_path / "link").symlink_to(cache.path / "shards")
     for out in (cache.path, cache.path / "shards" / "out", tmp_path / "link" / "out"):
-        with pytest.raises(InputError, match="lies in the cache .*; give --out a directory outside it"):
+        with pytest.raises(InputError, match="lies in the cache .*; give `out` a directory outside it"):
             export_parquet(cache.path, out)
 
 

@@ -10,7 +10,8 @@ import pytest
 from logitcache.accuracy import budgets
 from logitcache.cache import manifest
 from logitcache.errors import CacheBusyError, ShardCorruptError, WriteError
-from logitcache.runtime.files import exclusive, publish, publish_json, read_json
+from logitcache.runtime.files import publish, publish_json, read_json
+from logitcache.runtime.locks import exclusive
 from logitcache.student.training import run_record
 from tests import tiny
 

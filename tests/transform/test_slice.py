@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 from logitcache.cache import manifest, shard
-from logitcache.cache.manifest import Identity
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import Trace
 from logitcache.cache.verify import verify
 from logitcache.capture.runner import rows_of
 from logitcache.codec.block import seal, unseal
 from logitcache.errors import CacheBusyError, IdentityError, InputError, NotACacheError, ShardCorruptError
-from logitcache.runtime.files import exclusive
+from logitcache.identity import Identity
+from logitcache.runtime.locks import exclusive
 from logitcache.sparse_rows import bucketed_kl, trim
+from logitcache.trace import Trace
 from logitcache.transform.compatibility import SECTIONS
 from logitcache.transform.slice import merge, slice_cache, split
 from tests import tiny
@@ -305,23 +305,23 @@ def test_traces_that_a_verifier_cannot_judge_are_counted(tmp_path, path) -> None
     [
         ({}, "nothing is cut"),
         ({"top_k": 8}, "nothing is cut"),
-        ({"top_k": 9}, "--top-k 9: the cache keeps 8 ids a row; give 1 to 8"),
-        ({"top_k": 0}, "--top-k 0"),
-        ({"top_p": 0.95}, r"--top-p 0.95: rows were trimmed to 0.9; give more than 0 and at most 0.9"),
-        ({"top_p": 0.0}, r"--top-p 0.0: rows were trimmed"),
-        ({"top_p": 0.5, "min_k": 3}, "--min-k 3: rows were trimmed to as little as 2 ids"),
-        ({"top_k": 1, "min_k": 2}, "--min-k 2: --top-k is 1"),
+        ({"top_k": 9}, "`top_k` 9: the cache keeps 8 ids a row; give 1 to 8"),
+        ({"top_k": 0}, "`top_k` 0"),
+        ({"top_p": 0.95}, r"`top_p` 0.95: rows were trimmed to 0.9; give more than 0 and at most 0.9"),
+        ({"top_p": 0.0}, r"`top_p` 0.0: rows were trimmed"),
+        ({"top_p": 0.5, "min_k": 3}, "`min_k` 3: rows were trimmed to as little as 2 ids"),
+        ({"top_k": 1, "min_k": 2}, "`min_k` 2: `top_k` is 1"),
         ({"sections": ("prompt", "answer")}, "contiguous.*choose sections at training"),
         ({"sections": ("reasonin",)}, "did you mean reasoning"),
         ({"sections": ()}, "keeps nothing"),
         ({"sections": ("prompt",)}, "the cache has no rows of prompts"),
         ({"where": "corect"}, "did you mean correct"),
-        ({"where": "correct"}, "no trace of .* has a verdict; give --verifier"),
+        ({"where": "correct"}, "no trace of .* has a verdict; give `verifier`"),
         ({"where": "tokens<0"}, "leaves no traces; loosen --where 'tokens<0'"),
         ({"where": "meta.level>1"}, "no trace has it"),
-        ({"limit": 0}, "--limit 0"),
+        ({"limit": 0}, "`limit` 0"),
         ({"verifier": "exakt"}, "did you mean exact"),
-        ({"top_k": 4, "workers": 0}, "--workers 0"),
+        ({"top_k": 4, "workers": 0}, "`workers` 0"),
     ],
 )
 def test_what_a_cache_cannot_give_is_refused_and_nothing_is_left(tmp_path, options, message) -> None:
@@ -334,7 +334,7 @@ def test_what_a_cache_cannot_give_is_refused_and_nothing_is_left(tmp_path, optio
 
 
 def test_min_k_alone_says_nothing_of_rows_that_are_not_trimmed(tmp_path, path) -> None:
-    with pytest.raises(InputError, match="give --top-p too"):
+    with pytest.raises(InputError, match="give `top_p` too"):
         slice_cache(path, tmp_path / "out", min_k=2)
 
 
@@ -406,11 +406,11 @@ CHANGES = {
 @pytest.mark.parametrize(
     ("field", "allow", "message"),
     [
-        ("engine", [], "engine = 'tiny 0', .* with 'tiny 1'; --allow engine if you mean"),
-        ("engine_args", [], "engine_args.max_model_len = None, .* with 9; --allow engine_args.max_model_len"),
-        ("engine_args", ["sampling"], "--allow engine_args.max_model_len"),
+        ("engine", [], "engine = 'tiny 0', .* with 'tiny 1'; `allow` engine if you mean"),
+        ("engine_args", [], "engine_args.max_model_len = None, .* with 9; `allow` engine_args.max_model_len"),
+        ("engine_args", ["sampling"], "`allow` engine_args.max_model_len"),
         ("teacher", [], "teacher = 'tiny', .* with 'other'; the rows of two teachers make no cache"),
-        ("teacher", ["teacher"], "--allow teacher: the rows of two teachers make no cache; it cannot differ"),
+        ("teacher", ["teacher"], "`allow` teacher: the rows of two teachers make no cache; it cannot differ"),
         ("teacher_revision", ["teacher_revision"], "it cannot differ"),
         ("tokenizer_hash", ["tokenizer_hash"], "its token ids would lose their meaning"),
         ("vocab_size", [], "vocab_size = 64, .* with 65; its token ids would lose their meaning"),
@@ -418,7 +418,7 @@ CHANGES = {
         ("top_p", [], r"top_p = None, .* with 0.9; `logitcache slice \S+/a --top-p 0.9` first"),
         ("prompt_logits", [], r"`logitcache slice \S+/a --sections reasoning,answer` first"),
         ("pin_tokens", [], "generate one of the two again"),
-        ("engine", ["engin"], "--allow engin is no field .* did you mean engine"),
+        ("engine", ["engin"], "`allow` engin is no field .* did you mean engine"),
     ],
 )
 def test_a_difference_is_refused_by_name_with_the_way_out(tmp_path, field, allow, message) -> None:

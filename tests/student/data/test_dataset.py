@@ -177,7 +177,7 @@ def test_a_model_that_cannot_tell_packed_traces_apart_is_refused(monkeypatch):
     monkeypatch.setattr(
         student.model, "forward", lambda *a, position_ids=None, **k: forward(*a, **k | {"position_ids": None})
     )
-    with pytest.raises(StudentError, match="lets packed traces see each other; train with --no-packing"):
+    with pytest.raises(StudentError, match="lets packed traces see each other; train with `packing` off"):
         check_packing(student)
 
 

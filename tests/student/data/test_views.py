@@ -266,7 +266,7 @@ def test_equal_views_are_spelled_alike_and_survive_pickling():
         ("lps:0.5", "'lps' is unknown: did you mean 'lsp:0.5'?"),
         ("random_mask:0.5", "did you mean 'random-mask:0.5'?"),
         ("lsp=0.5", "did you mean 'lsp:0.5'?"),
-        ("sections:answer", "--sections chooses sections"),
+        ("sections:answer", "`sections` chooses sections"),
         ("lsp:0.5+", "view 'lsp:0.5+': '' is unknown"),
         ("", "'' is unknown: did you mean 'full'?"),
         ("lsp", "view 'lsp': lsp takes a share P, 0 < P <= 1; write lsp:0.5"),

@@ -10,7 +10,7 @@ import pytest
 
 from logitcache.commands.text import describe_comparison
 from logitcache.errors import StudentError, WriteError
-from logitcache.runtime.files import exclusive
+from logitcache.runtime.locks import exclusive
 from logitcache.student.evaluation.compare import compare
 
 MEANS = {"kl": 4.0, "top1": 0.1, "rows": 100, "ce": 5.0, "ece": 0.2}

@@ -211,14 +211,14 @@ def test_traces_are_chosen_by_where_and_all_takes_every_one(cache, home):
     [
         ("no held-out trace of a share of 0.05 is tokens>99", StudentError, {"where": "tokens>99"}),
         ("did you mean tokens", InputError, {"where": "token>99"}),
-        ("either --all or --held-out", StudentError, {"everything": True, "held_out": 0.1}),
+        ("either `everything` or `held_out`", StudentError, {"everything": True, "held_out": 0.1}),
         ("between 0 and 1", StudentError, {"held_out": 0.0}),
         ("choose bf16 or fp32", StudentError, {"dtype": "fp8"}),
         ("give at least 1", StudentError, {"tokens_per_batch": 0}),
         ("did you mean 'lsp:0.5'", StudentError, {"view": "lps:0.5"}),
         ("score .*--crop right:0.5", StudentError, {"view": "right:0.5"}),
         ("is a run that is stopped and has no checkpoint; run its command again", StudentError, {"student": "young"}),
-        ("does not exist: give --student", StudentError, {"student": "nowhere"}),
+        ("does not exist: give `student`", StudentError, {"student": "nowhere"}),
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_with_the_way_out(cache, home, message, error, options):
@@ -229,7 +229,7 @@ def test_what_cannot_be_evaluated_is_refused_with_the_way_out(cache, home, messa
 
 def test_a_view_that_teaches_nothing_is_refused(home, tmp_path):
     made = [tiny.trace(i, list(range(3, 20)), tiny.bigram()[9:18], row_start=8, prompts=4) for i in range(8)]
-    with pytest.raises(StudentError, match="view full teaches nothing on 2 traces;.*--prompt-logits"):
+    with pytest.raises(StudentError, match="view full teaches nothing on 2 traces;.*`prompt_logits`"):
         ask(tiny.write_cache(tmp_path / "bare", made, shards=1), home / "model", sections=("prompt",), held_out=0.01)
 
 

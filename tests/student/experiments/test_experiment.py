@@ -19,11 +19,11 @@ import pytest
 
 from logitcache.accuracy.budgets import ANSWERS, RESULTS, prompts_digest
 from logitcache.accuracy.run import Answer, AnswerFile
-from logitcache.cache.manifest import weights_fingerprint
 from logitcache.cache.reader import Cache
 from logitcache.capture.score import Crop, _cropped
 from logitcache.cli import app
 from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, PromptsError, TrainingError
+from logitcache.identity import weights_fingerprint
 from logitcache.prompts import load
 from logitcache.runtime.console import Stop
 from logitcache.runtime.files import publish_json
@@ -321,13 +321,13 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
     ("changes", "message"),
     [
         pytest.param({"name": "lps"}, "did you mean 'lsp'", id="an unknown name"),
-        pytest.param({"name": "halves", "points": None}, "give --teacher", id="halves without a teacher"),
+        pytest.param({"name": "halves", "points": None}, "give `teacher`", id="halves without a teacher"),
         pytest.param({"teacher": "T"}, "lsp learns from the cache alone; leave it out", id="a teacher for nothing"),
-        pytest.param({"seeds": 0}, "--seeds 0", id="no seeds"),
-        pytest.param({"points": (0.5, 2.0)}, r"--points 2.0", id="a point above one"),
+        pytest.param({"seeds": 0}, "`seeds` 0", id="no seeds"),
+        pytest.param({"points": (0.5, 2.0)}, r"`points` 2.0", id="a point above one"),
         pytest.param({"name": "trsd"}, "arms of trsd are not shares", id="points of no shares"),
-        pytest.param({"shared": {"set": {"data_seed": 3}}}, "--set data_seed: .* leave it out", id="one seed for all"),
-        pytest.param({"shared": {"set": {"max_steps": 3}}}, "give --max-steps", id="an option by another way"),
+        pytest.param({"shared": {"set": {"data_seed": 3}}}, "`set` data_seed: .* leave it out", id="one seed for all"),
+        pytest.param({"shared": {"set": {"max_steps": 3}}}, "give `max_steps`", id="an option by another way"),
         pytest.param(
             {"name": "losses", "points": None, "shared": {"set": {"divergence": "jsd"}}},
             "what the runs of losses vary",
@@ -350,7 +350,7 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
         pytest.param({"student": "./nowhere"}, "does not exist", id="no student"),
         pytest.param({"cache": Path("nowhere")}, "nowhere", id="no cache"),
         pytest.param({"prompts": "UNANSWERED"}, "'q' has no `answer`", id="prompts without answers"),
-        pytest.param({"prompts": "P", "budgets": ("5x",)}, "--budgets '5x'", id="a broken budget"),
+        pytest.param({"prompts": "P", "budgets": ("5x",)}, "`budgets` '5x'", id="a broken budget"),
         pytest.param(
             {"prompts": "P", "answers": {"sample": 2}}, "did you mean 'samples'", id="an unknown answer option"
         ),

@@ -18,8 +18,8 @@ from transformers import (
     LlamaModel,
 )
 
-from logitcache.cache.manifest import tokenizer_hash
 from logitcache.errors import StudentError
+from logitcache.identity import tokenizer_hash
 from logitcache.kernels.reference import sparse_divergence
 from logitcache.student.data.dataset import TraceDataset, collate, targets
 from logitcache.student.model.head import find_head, lesson_loss, lesson_metrics, taught_hidden
@@ -64,7 +64,7 @@ def test_a_teacher_with_padded_logits_may_teach_a_student_without(tmp_path):
 
 def test_a_missing_model_is_one_line(tmp_path):
     (tmp_path / "empty").mkdir()
-    for name, message in (("nowhere", "does not exist: give --student"), ("empty", "is not a causal language model")):
+    for name, message in (("nowhere", "does not exist: give `student`"), ("empty", "is not a causal language model")):
         with pytest.raises(StudentError, match=message) as error:
             load_student(tmp_path / name, tiny.identity())
         assert "\n" not in str(error.value)

@@ -63,7 +63,7 @@ def test_bad_input_is_refused_before_anything_is_written(options, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "notes.txt").touch()
     bad = {
-        "is not a run; give --out": (StudentError, {"out": "full"}),
+        "is not a run; give `out`": (StudentError, {"out": "full"}),
         "did you mean 'full'": (StudentError, {"view": "ful"}),
         "choose bf16 or fp32": (StudentError, {"dtype": "fp8"}),
         "did you mean 'weight_decay'": (StudentError, {"set": {"weight_decai": "1"}}),
@@ -82,7 +82,7 @@ def test_sections_without_rows_are_refused(options, home):
     bare = home / "bare"
     made = [tiny.trace(i, list(range(3, 20)), tiny.bigram()[9:18], row_start=8, prompts=4) for i in range(8)]
     tiny.write_cache(bare, made)
-    with pytest.raises(StudentError, match=r"no training trace has rows of prompt;.*--prompt-logits"):
+    with pytest.raises(StudentError, match=r"no training trace has rows of prompt;.*`prompt_logits`"):
         train(TrainOptions(**options(sections=("prompt",)).__dict__ | {"cache": bare}))
     assert not options().out.exists()
 
@@ -113,7 +113,7 @@ def test_a_setting_is_read_by_its_fields_type(options, name, text, value):
         ("lr_scheduler_type", "cosin", "did you mean 'cosine'"),
         ("lr_scheduler_type", "cosine_with_min_lr", "training arguments: .*min_lr"),
         ("lr_scheduler_kwargs", '{"cycles": 2}', "training arguments: .*'cycles'"),
-        ("per_device_train_batch_size", "8", "use tokens_per_batch"),
+        ("per_device_train_batch_size", "8", "use `tokens_per_batch`"),
     ],
 )
 def test_a_setting_that_does_not_fit_says_what_would(options, name, text, message):
@@ -346,14 +346,14 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
         ({"temperature": 2.0}, "use temperature=1.0, or tail='support'"),
         ({"divergence": "reverse_kll"}, "did you mean 'reverse_kl'"),
         ({"divergence": "tv", "tail": "sampled"}, "needs tail='bucket'"),
-        ({"tail": "sampled"}, "leave the prompt out of --sections"),
+        ({"tail": "sampled"}, "leave the prompt out of `sections`"),
         ({"section_weights": {"answers": 2.0}}, "section weight answers=2.0: give prompt, reasoning, answer"),
         ({"ce_weight": -1.0}, "give 0 or more"),
         ({"learning_rate": float("nan")}, "learning_rate is nan: give 0 or more"),
         ({"epochs": float("nan")}, "num_train_epochs is nan: give more than 0"),
         ({"seed": -1}, "seed is -1: give 0 to"),
-        ({"max_steps": 0}, "--max-steps 0: give at least 1"),
-        ({"lora_alpha": 8.0}, "give --lora-rank too"),
+        ({"max_steps": 0}, "`max_steps` 0: give at least 1"),
+        ({"lora_alpha": 8.0}, "give `lora_rank` too"),
         ({"beta": 0.5}, "forward_kl has no beta: leave it out"),
         ({"section_weights": {"prompt": 0.0}, "sections": ("prompt",)}, "has rows of a section with a weight"),
         ({"set": {"save_only_model": "true"}}, "a run goes on with its optimiser"),
@@ -362,7 +362,7 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
         ({"set": {"save_strategy": "best"}}, "training arguments:"),
         ({"top_k": 9}, "keeps 8 ids a row; give 1 to 8"),
         ({"view": "right:0.5"}, "logitcache score --from-cache"),
-        ({"set": {"torch_compile": "true"}}, "use --compile"),
+        ({"set": {"torch_compile": "true"}}, "use `compile`"),
         ({"report_to": "tensorbord"}, "tensorbord"),
         ({"attention": "flash_attention_9"}, "flash_attention_9"),
     ],
@@ -385,7 +385,7 @@ def test_tails_that_were_not_sampled_plainly_are_refused(home, tmp_path):
     }
     for place, (message, sampling) in enumerate(wrong.items()):
         tiny.write_cache(tmp_path / str(place), made, sampling=sampling, prompt_logits=False)
-        with pytest.raises(StudentError, match=f"tail sampled.*{message}.*--tail bucket"):
+        with pytest.raises(StudentError, match=f"tail sampled.*{message}.*`tail` bucket"):
             train(TrainOptions(tmp_path / str(place), str(home / "model"), tmp_path / "run", tail="sampled"))
     tiny.write_cache(tmp_path / "good", made, prompt_logits=False)
     run = train(TrainOptions(tmp_path / "good", str(home / "model"), tmp_path / "run", tail="sampled", max_steps=1))
@@ -438,7 +438,7 @@ def test_what_means_the_same_is_the_same_run(options, home):
     again = options(sections=("answer", "reasoning"), where="tokens <= 100", set={"max_steps": "2"})
     assert train(again)["again"]
     with pytest.raises(
-        StudentError, match=r"tokens_per_step = 130, .*--tokens-per-batch x gradient_accumulation_steps"
+        StudentError, match=r"tokens_per_step = 130, .*`tokens_per_batch` x gradient_accumulation_steps"
     ):
         train(replace(again, tokens_per_batch=140))
 
