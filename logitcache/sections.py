@@ -13,7 +13,9 @@ from itertools import pairwise
 
 from logitcache.errors import InputError
 
-NAMES = ("prompt", "opening", "reasoning", "closing", "answer")
+SPANS = ("prompt", "opening", "reasoning", "closing", "answer")
+# What options name: both delimiters belong to the reasoning.
+SECTIONS = {"prompt": ("prompt",), "reasoning": ("opening", "reasoning", "closing"), "answer": ("answer",)}
 
 # Opening and closing markers of published reasoning models, tried in this order.
 KNOWN_MARKERS = (
@@ -46,8 +48,8 @@ class Sections:
         return (self.prompt_end, self.reasoning_start, self.reasoning_end, self.answer_start, self.length)
 
     def span(self, name: str) -> slice:
-        """The tokens of the section ``name``, one of ``NAMES``."""
-        i = NAMES.index(name)
+        """The tokens of the section ``name``, one of ``SPANS``."""
+        i = SPANS.index(name)
         return slice((0, *self.bounds())[i], self.bounds()[i])
 
     @property
@@ -72,7 +74,7 @@ class Sections:
 
     def sizes(self) -> dict[str, int]:
         """Tokens in each section."""
-        return {name: (s := self.span(name)).stop - s.start for name in NAMES}
+        return {name: (s := self.span(name)).stop - s.start for name in SPANS}
 
 
 @dataclass(frozen=True, slots=True)

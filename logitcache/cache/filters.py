@@ -26,7 +26,7 @@ import pyarrow as pa
 from pyarrow.compute import call_function
 
 from logitcache.errors import InputError
-from logitcache.sections import NAMES
+from logitcache.sections import SPANS
 
 # N traces of a shard.
 
@@ -38,7 +38,7 @@ _OPERATORS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {  # Arrow's nam
     ">": ("greater", operator.gt),
     ">=": ("greater_equal", operator.ge),
 }
-LENGTHS = ("tokens", "rows", *NAMES)
+LENGTHS = ("tokens", "rows", *SPANS)
 _NUMBERS = (*LENGTHS, "sample_index")
 _TEXTS = {"finish_reason": "finish_reason", "prompt_id": "prompt_id", "trace_id": "trace_id", "gold": "answer"}
 _ALL = ("correct", *_NUMBERS, *_TEXTS, "meta.NAME")
@@ -220,7 +220,7 @@ def _column(name: str, batch: pa.RecordBatch) -> Any:
     if name == "rows":
         return batch.column("token_logprob").value_lengths()
     bounds = [pa.array(np.zeros(batch.num_rows, np.int32)), *batch.column("sections").flatten(), lengths]
-    place = NAMES.index(name)
+    place = SPANS.index(name)
     return call_function("subtract", [bounds[place + 1], bounds[place]])
 
 

@@ -14,7 +14,7 @@ import pyarrow as pa
 from logitcache.cache import manifest, schema, shard
 from logitcache.cache.shard import Shard, ShardIndex
 from logitcache.identity import Identity
-from logitcache.sections import Sections
+from logitcache.sections import SPANS, Sections
 from logitcache.trace import Trace
 
 _MAPPED = 256  # shards mapped at once
@@ -120,7 +120,7 @@ class Cache:
             for name in ("bytes", "taught_rows", "entries", "block_bytes", "tail_mass")
         }
         rows = totals["taught_rows"] or 1
-        tokens = {name: sum(s.section_tokens[name] for s in self.shards) for name in shard.NAMES}
+        tokens = {name: sum(s.section_tokens[name] for s in self.shards) for name in SPANS}
         return {
             "path": str(self.path),
             "identity": asdict(self.identity),

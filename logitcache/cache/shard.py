@@ -18,7 +18,7 @@ from logitcache.codec.frequency_table import FrequencyTable, build_table
 from logitcache.errors import FormatVersionError, LogitcacheError, ShardCorruptError
 from logitcache.identity import Identity
 from logitcache.runtime.files import publish, publish_json, read_json
-from logitcache.sections import NAMES
+from logitcache.sections import SPANS
 from logitcache.trace import Trace
 
 DIRECTORY = "shards"
@@ -163,7 +163,7 @@ def _share_table(traces: list[EncodedTrace], identity: Identity) -> FrequencyTab
 
 def _section_tokens(records: list[dict[str, Any]]) -> dict[str, int]:
     bounds = np.array([[0, *(r["sections"][f] for f in SECTION_FIELDS), len(r["token_ids"])] for r in records])
-    return dict(zip(NAMES, np.diff(bounds, axis=1).sum(axis=0).tolist(), strict=True))
+    return dict(zip(SPANS, np.diff(bounds, axis=1).sum(axis=0).tolist(), strict=True))
 
 
 def read_index(path: Path) -> ShardIndex:

@@ -4,13 +4,10 @@ import importlib
 import itertools
 import os
 import re
-import signal
-import sys
 import threading
 import warnings
 from array import array
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -21,6 +18,7 @@ import numpy as np
 
 from logitcache.errors import EngineError, InputError, first_line
 from logitcache.inference.model import ModelSpec, engine_version
+from logitcache.inference.vllm_plugin import PARENT, PINNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +57,8 @@ class Engine:
             scored: give the rows of what is submitted, and no answer to it.
         Raises: InputError for an option that vLLM does not have or refuses, EngineError where it cannot start.
         """
-        os.environ[_PARENT] = str(os.getpid())
-        os.environ[_PINNED] = ",".join(map(str, pinned))
+        os.environ[PARENT] = str(os.getpid())
+        os.environ[PINNED] = ",".join(map(str, pinned))
         # A forked process would not load plugins again, `prepare_process` among them.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         import vllm
@@ -261,83 +259,6 @@ def _use_typed_rows() -> None:
             "rows take about ten times the memory while in flight",
             stacklevel=2,
         )
-
-
-_PARENT = "LOGITCACHE_ENGINE_PARENT"
-_PINNED = "LOGITCACHE_PINNED"
-
-
-def prepare_process() -> None:
-    """A vLLM plugin, run in each of its processes; does nothing where no `Engine` of ours started them."""
-    parent = os.environ.get(_PARENT)
-    if parent is None:
-        return
-    if pinned := [int(i) for i in os.environ.get(_PINNED, "").split(",") if i]:
-        _pin(pinned)
-    if os.getpid() != int(parent) and sys.platform.startswith("linux"):
-        _end_with(int(parent))
-
-
-def _end_with(parent: int) -> None:
-    """An engine that `Engine` started is killed with it, where vLLM 0.32 lets it live on as an orphan.
-
-    Its workers end with it by vLLM's own means.
-    """
-    if os.getppid() == parent:
-        import ctypes
-
-        PR_SET_PDEATHSIG = 1
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:  # it died before the call
-            os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _pin(pinned: list[int]) -> None:
-    """The narrowest hook: where the sampler gathers a row's most likely ids, the last of them give way to pinned ones.
-
-    Both of vLLM's model runners have such a place; a row without its pinned ids is refused when it arrives.
-    """
-    P = len(pinned)
-    kept: dict[Any, Any] = {}
-
-    def ids_beside(tensor: Any, token_ids: Any) -> Any:
-        """The pinned ids on a tensor's device, int64 as the sampled ones; sent there once."""
-        if tensor.device not in kept:
-            kept[tensor.device] = tensor.new_tensor(pinned, dtype=token_ids.dtype)
-        return kept[tensor.device]
-
-    def overwrite(made: Any, logprobs_NP: Any, ids_P: Any) -> Any:
-        made.logprob_token_ids[:, -P:] = ids_P
-        made.logprobs[:, -P:] = logprobs_NP
-        return made
-
-    with suppress(ImportError, AttributeError):
-        from vllm.v1.sample.sampler import Sampler
-
-        gather = Sampler.gather_logprobs
-
-        def gather_pinned(logprobs: Any, num_logprobs: int, token_ids: Any) -> Any:
-            made = gather(logprobs, num_logprobs, token_ids)
-            if num_logprobs <= P:
-                return made
-            ids_P = ids_beside(logprobs, token_ids)
-            return overwrite(made, logprobs.index_select(-1, ids_P), ids_P)
-
-        Sampler.gather_logprobs = staticmethod(gather_pinned)
-
-    with suppress(ImportError, AttributeError):
-        module: Any = importlib.import_module("vllm.v1.worker.gpu.sample.logprob")
-        score = module.compute_topk_scores
-
-        def score_pinned(logits: Any, num_logprobs: int, sampled_token_ids: Any, *args: Any, **kwargs: Any) -> Any:
-            made = score(logits, num_logprobs, sampled_token_ids, *args, **kwargs)
-            if num_logprobs <= P:
-                return made
-            ids_P = ids_beside(logits, sampled_token_ids)
-            return overwrite(made, module.compute_token_logprobs(logits, ids_P.expand(len(logits), P)), ids_P)
-
-        for name in ("logprob", "sampler", "prompt_logprob"):
-            setattr(importlib.import_module(f"vllm.v1.worker.gpu.sample.{name}"), score.__name__, score_pinned)
 
 
 def cause_in(log: Path) -> str | None:

@@ -8,9 +8,8 @@ from dataclasses import asdict, fields, replace
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, InputError
 from logitcache.identity import Identity, first_difference
+from logitcache.sections import SECTIONS
 
-# Where the rows of a section begin and end: both delimiters belong to the reasoning, as they do in a student's views.
-SECTIONS = {"prompt": ("prompt", "prompt"), "reasoning": ("opening", "closing"), "answer": ("answer", "answer")}
 _TWO_TEACHERS = "the rows of two teachers make no cache"
 _NO_MEANING = "its token ids would lose their meaning"
 _NEVER = {

@@ -23,8 +23,8 @@ from logitcache.cache.writer import new_cache
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
 from logitcache.identity import Identity
-from logitcache.sections import Sections, answer_text
-from logitcache.transform.compatibility import SECTIONS, common, ends_of, narrowed
+from logitcache.sections import SECTIONS, Sections, answer_text
+from logitcache.transform.compatibility import common, ends_of, narrowed
 from logitcache.transform.rewrite import Cut, Each, Piece, processes, write
 
 

@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from logitcache.sections import SECTIONS
+
 if TYPE_CHECKING:
     from logitcache.trace import Trace
 
 # L tokens of a trace.
-
-SECTIONS = {"prompt": ("prompt",), "reasoning": ("opening", "reasoning", "closing"), "answer": ("answer",)}
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -21,8 +21,8 @@ import numpy as np
 
 from logitcache.errors import StudentError
 from logitcache.identity import Identity
+from logitcache.sections import SECTIONS
 from logitcache.student.data.token_masks import (
-    SECTIONS,
     STEPS,
     Plan,
     Share,

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.runtime.console import Progress
+from logitcache.sections import SECTIONS
 from logitcache.student.data.dataset import Batch, Lessons, TraceDataset, loader, matching, to
 from logitcache.student.data.sampler import evaluation_batches, split
-from logitcache.student.data.views import SECTIONS, View
+from logitcache.student.data.views import View
 from logitcache.student.model.head import Head, find_head, lesson_metrics, plain
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.training.checkpoints import find_run, newest_checkpoint, standing

@@ -8,7 +8,7 @@ from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
 from logitcache.kernels.reference import Objective
-from logitcache.student.data.views import SECTIONS
+from logitcache.sections import SECTIONS
 
 
 @dataclass

@@ -16,7 +16,7 @@ from transformers import get_scheduler
 from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from logitcache.errors import StudentError
-from logitcache.student.data.views import SECTIONS
+from logitcache.sections import SECTIONS
 from logitcache.student.training.config import DistillConfig
 
 

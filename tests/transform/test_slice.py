@@ -20,7 +20,6 @@ from logitcache.identity import Identity
 from logitcache.runtime.locks import exclusive
 from logitcache.sparse_rows import bucketed_kl, trim
 from logitcache.trace import Trace
-from logitcache.transform.compatibility import SECTIONS
 from logitcache.transform.slice import merge, slice_cache, split
 from tests import tiny
 
@@ -186,12 +185,6 @@ def test_sections_leave_the_rows_of_their_tokens_and_all_tokens(tmp_path, sectio
         np.testing.assert_array_equal(after.logprobs, rows.logprobs)
         np.testing.assert_array_equal(after.token_logprob, before.token_logprob[start - 1 : stop - 1])
     assert verify(out.path, workers=1) == []
-
-
-def test_the_sections_of_a_slice_are_those_of_a_student() -> None:
-    from logitcache.student.data.views import SECTIONS as TAUGHT
-
-    assert {name: (spans[0], spans[-1]) for name, spans in TAUGHT.items()} == SECTIONS
 
 
 def test_a_trace_that_was_cut_in_its_reasoning_keeps_no_row_of_an_answer(tmp_path) -> None:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from logitcache import cli
 from logitcache.capture.score import Crop
 from logitcache.errors import StudentError
-from logitcache.sections import Sections
+from logitcache.sections import SECTIONS, Sections
 from logitcache.student.data.token_masks import STEPS, VIEW_HELP
-from logitcache.student.data.views import NOT_TAUGHT, SECTIONS, Lesson, View, section_of, tenth_of
+from logitcache.student.data.views import NOT_TAUGHT, Lesson, View, section_of, tenth_of
 from tests import tiny
 
 # Bounds of the sections of eleven tokens 10, 11, ..., 20.

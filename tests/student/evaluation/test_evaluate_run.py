@@ -10,9 +10,10 @@ from logitcache.cache.reader import Cache
 from logitcache.commands.text import describe_evaluation
 from logitcache.errors import InputError, StudentError
 from logitcache.kernels.reference import sparse_divergence
+from logitcache.sections import SECTIONS
 from logitcache.student.data.dataset import TraceDataset, collate, targets
 from logitcache.student.data.sampler import split
-from logitcache.student.data.views import SECTIONS, View
+from logitcache.student.data.views import View
 from logitcache.student.evaluation.evaluate_run import BINS, EvalOptions, evaluate, evaluate_run
 from logitcache.student.model.head import attach_head
 from tests import tiny
