@@ -73,7 +73,7 @@ def ends_of(sections: tuple[str, ...] | None, identity: Identity) -> tuple[str, 
         )
     if "prompt" in kept and not identity.prompt_logits:
         raise InputError("`sections` prompt: the cache has no rows of prompts; leave it out")
-    return None if len(kept) == len(SECTIONS) else (SECTIONS[kept[0]][0], SECTIONS[kept[-1]][1])
+    return None if len(kept) == len(SECTIONS) else (SECTIONS[kept[0]][0], SECTIONS[kept[-1]][-1])
 
 
 def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
