@@ -76,7 +76,7 @@ def run_plain(load: Load) -> Case:
     from logitcache import prompts
     from logitcache.inference import model
 
-    spec = model.ModelSpec(load.teacher)
+    spec = model.ModelSpec(model=load.teacher)
     facts = model.inspect_model(spec)
     asked: Any = [{"prompt_token_ids": model.render(facts, p, {})} for p in prompts.load(load.source)]
     llm = vllm.LLM(load.teacher, dtype=facts.dtype, seed=0, **load.engine_args)  # type: ignore[arg-type]
@@ -91,10 +91,9 @@ def run_plain(load: Load) -> Case:
 
 
 def run_ours(load: Load, k: int) -> Case:
-    from logitcache.capture import runner
     from logitcache.capture.generate import GenerateOptions, generate
+    from logitcache.inference import session
     from logitcache.inference.engine import Engine
-    from logitcache.inference.model import ModelSpec
 
     class WarmEngine(Engine):
         """Warm before its first request; `fill` counts that as loading."""
@@ -117,11 +116,11 @@ def run_ours(load: Load, k: int) -> Case:
             super().close()
 
     spent: Case = {}
-    runner.Engine = WarmEngine
+    session.Engine = WarmEngine
     sampling = {"ignore_eos": True}
-    spec = ModelSpec(load.teacher, top_k=k, max_tokens=load.max_tokens, sampling=sampling, engine_args=load.engine_args)
+    given = {"top_k": k, "max_tokens": load.max_tokens, "sampling": sampling, "engine_args": load.engine_args}
     with tempfile.TemporaryDirectory() as out:
-        summary = generate(GenerateOptions(load.source, Path(out) / "cache", spec))
+        summary = generate(GenerateOptions(prompts=load.source, teacher=load.teacher, out=Path(out) / "cache", **given))
     return {"tokens": summary.tokens, "seconds": summary.seconds} | spent
 
 
@@ -197,7 +196,8 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
 
     from logitcache.cache.shard import EncodedTrace
     from logitcache.capture import generate
-    from logitcache.capture.runner import Request
+    from logitcache.capture.job import Request, identify
+    from logitcache.capture.traces import trace_of
     from logitcache.inference import engine, model
     from logitcache.inference.engine import Completion
     from logitcache.prompts import Prompt
@@ -205,9 +205,9 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
     front_end: Any = importlib.import_module("vllm.v1.engine.logprobs")
     if kind == "logitcache":
         engine._use_typed_rows()
-    options = generate.GenerateOptions("", Path(), model.ModelSpec(str(folder), top_k=k), pin_tokens="none")
+    options = generate.GenerateOptions(prompts="", out=Path(), teacher=str(folder), top_k=k, pin_tokens="none")
     facts = model.inspect_model(options.spec)
-    identity = generate.identify(options, facts, {})
+    identity = identify(options, facts, {})
     ids_PK, logprobs_PK, ranks_P = synthetic_rows(facts.vocab_size, k)
     ranges = [slice(i, i + 1) for i in range(len(ranks_P))]
     rows = [LogprobsLists(ids_PK[at], logprobs_PK[at], ranks_P[at]) for at in ranges]  # as an engine sends them
@@ -238,13 +238,13 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
 
     steps = iter([[*range(traces)]] if together else [[i] for i in range(traces)])  # which traces end in it
     ours = engine.Engine.__new__(engine.Engine)
-    ours._pinned, ours._scored = [], False
+    ours._rows = engine.Rows(k)
     ours._engine = SimpleNamespace(step=lambda: [output(i) for i in next(steps)])  # type: ignore[assignment]
 
     def encode(completion: Completion) -> int:
         prompt = Prompt(completion.key, "")
         request = Request(completion.key, prompt.id, 0, prompt)
-        trace = generate.trace_of(request, prompt, completion, identity, facts, None)
+        trace = trace_of(request, prompt, completion, identity, facts, None)
         return EncodedTrace.of(trace, identity).taught_rows
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

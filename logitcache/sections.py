@@ -94,6 +94,9 @@ class Markers:
             except re.error as e:
                 raise InputError(f"`answer_regex` {self.answer_regex!r} is not a regular expression: {e}") from None
 
+    def __str__(self) -> str:
+        return f"{self.opening},{self.closing}" if self.pair else "none"
+
     @property
     def pair(self) -> list[str] | None:
         """Both delimiters, None where there are none."""

@@ -3,8 +3,8 @@
 import numpy as np
 
 from logitcache.inference import model
-from logitcache.inference.engine import Completion
-from logitcache.inference.model import ModelFacts, ModelSpec
+from logitcache.inference.engine import Completion, Rows
+from logitcache.inference.model import ModelFacts, ModelSpec, Sampling
 
 VOCAB = 50
 WORDS = [f"w{i} " for i in range(VOCAB - 3)] + ["<think>", "</think>", "<eos>"]
@@ -47,15 +47,15 @@ class FakeEngine:
     most_in_flight = 0
     fewest_waiting_at_work: int
 
-    def __init__(self, spec: ModelSpec, seed: int, pinned=(), scored: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, sampling: Sampling, seed: int, rows: Rows | None = None) -> None:
         type(self).started += 1
         type(self).seeds = [*type(self).seeds, seed]
-        self.spec, self.waiting, self.running = spec, [], {}
-        self.pinned, self.scored = list(pinned), scored
+        self.spec, self.sampling, self.waiting, self.running = spec, sampling, [], {}
+        self.top_k, self.pinned, self.scored = (rows.top_k, list(rows.pinned), rows.scored) if rows else (1, [], False)
         self.steps, self.made, self.queue_at_step = 0, [], []
         type(self).last = self
 
-    def submit(self, key: str, prompt_ids: list[int]) -> None:
+    def submit(self, key: str, prompt_ids: list[int], max_tokens: int | None = None) -> None:
         if self.scored:
             rng = np.random.default_rng(sum(prompt_ids))
             self.waiting.append((key, prompt_ids[:1], prompt_ids[1:], rng))
@@ -83,7 +83,7 @@ class FakeEngine:
         return out
 
     def _completion(self, key, prompt_ids, answer, rng) -> Completion:
-        R, K = len(answer), self.spec.top_k + len(self.pinned)
+        R, K = len(answer), self.top_k + len(self.pinned)
         logits = rng.normal(0, 3, (R, VOCAB))
         logp = (logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)).astype(np.float32)
         order = np.argsort(-logp, axis=1, kind="stable")
@@ -109,10 +109,10 @@ def facts(spec: ModelSpec) -> ModelFacts:
 
 def install(monkeypatch) -> type[FakeEngine]:
     """A fresh engine class in place of vLLM."""
-    from logitcache.capture import runner
+    from logitcache.inference import session
 
     engine = type("Engine", (FakeEngine,), {})
-    monkeypatch.setattr(runner, "Engine", engine)
+    monkeypatch.setattr(session, "Engine", engine)
     monkeypatch.setattr(model, "inspect_model", facts)
     monkeypatch.setattr(model, "engine_version", lambda: "fake 1")
     return engine

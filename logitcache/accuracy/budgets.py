@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 
 from logitcache import prompts
-from logitcache.accuracy.run import NO_ROOM, Answer, AnswerFile, Delimiters, Key, Questions, Run, digest_of
+from logitcache.accuracy.answer_file import NO_ROOM, Answer, AnswerFile, Key, digest_of
+from logitcache.accuracy.run import Delimiters, Questions, Run
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError
 from logitcache.grading import verdicts
 from logitcache.identity import first_difference
 from logitcache.inference import model
-from logitcache.inference.model import ModelFacts, ModelSpec
+from logitcache.inference.model import ModelFacts, ModelSpec, Sampling
 from logitcache.prompts import PromptSet
 from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
 from logitcache.runtime.locks import exclusive
@@ -92,7 +93,7 @@ class BudgetOptions:
             )
         if not self.budgets:
             raise InputError("`budgets` is empty; give some, such as 0,50%,none")
-        _ = self.spec, self.parsed  # refuse what they refuse
+        _ = self.spec, self.drawn, self.parsed  # refuse what they refuse
         Markers(answer_regex=self.answer_regex)
         verdicts.check(self.verifier)
 
@@ -104,17 +105,19 @@ class BudgetOptions:
     @property
     def spec(self) -> ModelSpec:
         return ModelSpec(
-            self.model,
+            model=self.model,
             option="student",
             dtype=self.dtype,
-            top_k=1,  # the engine hands out rows, and nobody reads them here
-            temperature=self.temperature,
-            max_tokens=self.max_tokens,
-            seed=self.seed,
             tensor_parallel_size=self.tensor_parallel_size,
-            sampling=self.sampling,
             engine_args=self.engine_args,
             template_args=self.template_args,
+        )
+
+    @property
+    def drawn(self) -> Sampling:
+        """How answers are sampled."""
+        return Sampling(
+            temperature=self.temperature, max_tokens=self.max_tokens, seed=self.seed, sampling=self.sampling
         )
 
 
@@ -152,6 +155,7 @@ def measure(options: BudgetOptions) -> dict[str, Any]:
     _match(out, settings)
     questions = Questions(
         options.spec,
+        options.drawn,
         facts,
         markers,
         {prompt.id: prompt for prompt in source},

@@ -27,7 +27,7 @@ class Worker:
             raise InputError(f"`worker` {self.index}/{self.count}: give I/N with 0 <= I < N")
 
     def __str__(self) -> str:
-        return f"worker {self.index} of {self.count}"
+        return f"{self.index}/{self.count}"
 
     @classmethod
     def parse(cls, text: str) -> "Worker":
@@ -54,6 +54,11 @@ class Worker:
             )
         return cls(index, count)
 
+    @classmethod
+    def of_environment(cls) -> "Worker":
+        """The place in a Slurm job array, else the only worker."""
+        return cls.of_slurm(os.environ) or cls()
+
     def owns(self, prompt_id: str) -> bool:
         """Whether this worker makes the prompt; a matter of its id alone, so that all workers agree."""
         digest = hashlib.blake2b(prompt_id.encode(), digest_size=8, person=b"worker").digest()
@@ -70,18 +75,13 @@ class Worker:
         Raises: CacheBusyError where the same worker runs, or one that shares the prompts out by another count.
         """
         with ExitStack() as stack:
-            stack.enter_context(exclusive(cache / f"{LOCK}-{self.index}-of-{self.count}", f"{cache}, {self},"))
+            stack.enter_context(exclusive(cache / f"{LOCK}-{self.index}-of-{self.count}", f"{cache}, worker {self},"))
             # After its own: of two that start together, one at least sees the other.
             for path in cache.glob(f"{LOCK}-*"):
                 match = _LOCK.fullmatch(path.name)
                 if match and int(match[2]) != self.count and (who := holder(path)):
                     raise CacheBusyError(
-                        f"{cache}: {Worker(int(match[1]), int(match[2]))} runs ({who}), {self} would make its prompts "
-                        "too; end all workers before N changes"
+                        f"{cache}: worker {match[1]}/{match[2]} is running ({who}), and worker {self} would make its prompts "
+                        "too; stop all workers before N changes"
                     )
             yield
-
-
-def from_environment(text: str | None) -> Worker:
-    """``--worker I/N``, or the place in a Slurm job array, or the only one."""
-    return Worker.parse(text) if text else Worker.of_slurm(os.environ) or Worker()

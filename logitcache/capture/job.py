@@ -1,54 +1,172 @@
-"""What a teacher is asked to fill a cache with: options, identity, requests."""
+"""What fills a cache: options, identity, and the task that turns requests into traces."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
+from difflib import get_close_matches
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Annotated, Any, NamedTuple, Protocol
 
 from logitcache.cache.workers import Worker
-from logitcache.errors import InputError
+from logitcache.errors import InputError, ModelError
 from logitcache.grading import verdicts
 from logitcache.identity import Identity
 from logitcache.inference import model
-from logitcache.inference.engine import Completion
-from logitcache.inference.model import ModelFacts, ModelSpec
+from logitcache.inference.engine import Completion, Rows
+from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Sampling
+from logitcache.runtime.options import Option
 from logitcache.sections import Markers
 from logitcache.trace import Trace
 
+ROWS, SECTIONS, SHARDS = "Rows", "Sections", "Shards and workers"  # groups of options
 
-@dataclass(frozen=True)
-class CacheOptions:
-    """What every command says that fills a cache: which teacher, which rows, where to."""
 
-    source: str
-    out: Path
-    spec: ModelSpec
-    top_p: float | None = None
-    min_k: int = 1
-    pin_tokens: str = "auto"  # or "none", or ids and tokens, comma-separated
-    exact: bool = False
-    markers: Markers | None = None  # None: found in the tokenizer or the chat template
-    answer_regex: str | None = None  # for completions without markers
-    verifier: str | None = None  # one of verdicts.KINDS
-    limit: int | None = None
-    unit_size: int = 64  # traces that become one shard
-    worker: Worker = field(default_factory=Worker)
+@dataclass(frozen=True, kw_only=True)
+class CaptureOptions(ModelOptions):
+    """Which teacher, which rows, which sections: the options of every command that captures log-probabilities.
+
+    Raises: InputError for values that do not go together.
+    """
+
+    teacher: Annotated[str, Option("The teacher: a model folder or a hub id.")]
+    top_k: Annotated[int, Option("Token ids stored per row, with their log-probabilities.")] = 64
+    limit: Annotated[int | None, Option("Read only this many rows of the source.", default="all")] = None
+    verifier: Annotated[
+        str | None,
+        Option(
+            "Grade each answer against the prompt's `answer`: math, exact or gym.", default="answers are not graded"
+        ),
+    ] = None
+    prompt_logits: Annotated[
+        bool, Option("Store rows of the prompt's tokens too, to supervise the prompt section.", ROWS)
+    ] = False
+    top_p: Annotated[
+        float | None,
+        Option(
+            "Trim each row to the ids that hold this share of its mass; the rest joins the tail.", ROWS, default="off"
+        ),
+    ] = None
+    min_k: Annotated[int, Option("Ids that a trimmed row keeps at least.", ROWS)] = 1
+    pin_tokens: Annotated[
+        str,
+        Option(
+            "Ids that every row stores whatever their rank: auto (end of sequence and section delimiters), none, or "
+            "tokens and ids, comma-separated.",
+            ROWS,
+        ),
+    ] = "auto"
+    exact: Annotated[bool, Option("Store log-probabilities bit for bit, in about 12% more bytes.", ROWS)] = False
+    reasoning_markers: Annotated[
+        Markers | None,
+        Option(
+            "Opening and closing marker of the reasoning, such as '<think>,</think>', or none.",
+            SECTIONS,
+            metavar="OPENING,CLOSING",
+            default="found in the tokenizer or the chat template",
+        ),
+    ] = None
+    answer_regex: Annotated[
+        str | None,
+        Option("For completions without markers: the answer begins at this pattern's first match.", SECTIONS),
+    ] = None
+    unit_size: Annotated[int, Option("Traces per shard. A kill loses the traces of unfinished shards.", SHARDS)] = 64
 
     def __post_init__(self) -> None:
-        if self.unit_size < 1 or self.min_k < 1 or (self.limit is not None and self.limit < 1):
-            raise InputError("`unit_size`, `min_k` and `limit` must be at least 1")
+        for name in ("top_k", "min_k", "unit_size", "limit"):
+            at_least(name, getattr(self, name), 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise InputError(f"`top_p` {self.top_p}: the share of mass a row keeps lies in (0, 1]")
-        if self.min_k > self.spec.top_k:
-            raise InputError(f"`min_k` {self.min_k} is above `top_k` {self.spec.top_k}")
+            raise InputError(f"`top_p` {self.top_p}: must lie in (0, 1]; it is the share of its mass that a row keeps")
+        if self.min_k > self.top_k:
+            raise InputError(f"`min_k` {self.min_k} is above `top_k` {self.top_k}")
         Markers(answer_regex=self.answer_regex)  # refuses a broken pattern
         if self.verifier is not None:
             verdicts.check(self.verifier)
+        _ = self.spec
+
+    @property
+    def spec(self) -> ModelSpec:
+        """The teacher and how it is run."""
+        return ModelSpec(model=self.teacher, option="teacher", **values_of(ModelOptions, self))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions(CaptureOptions):
+    """Where a cache is written, and which share of it by this process: the options of `generate` and `score`."""
+
+    out: Annotated[Path, Option("The cache: a new directory, or one to resume.")]
+    worker: Annotated[
+        Worker | None,
+        Option(
+            "Be worker I (from 0) of N that fill one cache, each with its own share of the prompts.",
+            SHARDS,
+            metavar="I/N",
+            default="the place in a Slurm job array, else 0/1",
+        ),
+    ] = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "out", Path(self.out))
+        object.__setattr__(self, "worker", self.worker or Worker.of_environment())
+
+    @property
+    def place(self) -> Worker:
+        """This process among the workers."""
+        assert self.worker
+        return self.worker
+
+    @property
+    def source(self) -> str:
+        """Where the prompts or texts come from."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptOptions(CaptureOptions, Sampling):
+    """What the teacher is asked, and how it answers."""
+
+    prompts: Annotated[
+        str,
+        Option(
+            "A .jsonl or .parquet file with `prompt` or `messages` (optional `id`, `answer`; other columns are kept as "
+            "metadata), or gym:NAME?size=100&seed=1 for a reasoning-gym task.",
+            positional=True,
+        ),
+    ]
+    samples: Annotated[int, Option("Completions per prompt.")] = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        Sampling.__post_init__(self)
+        at_least("samples", self.samples, 1)
+        if self.samples > 1 and self.temperature == 0:
+            raise InputError(
+                f"`samples` {self.samples} at `temperature` 0 would be {self.samples} copies of one completion; change one"
+            )
+
+    @property
+    def drawn(self) -> Sampling:
+        """How completions are sampled."""
+        return Sampling(**values_of(Sampling, self))
+
+    @property
+    def source(self) -> str:
+        return self.prompts
+
+
+def values_of(kind: type, source: Any) -> dict[str, Any]:
+    """The values that ``source`` has for the fields of the dataclass ``kind``."""
+    return {field.name: getattr(source, field.name) for field in fields(kind)}
+
+
+def at_least(name: str, value: int | None, least: int) -> None:
+    """Raises: InputError for an option below ``least``."""
+    if value is not None and value < least:
+        raise InputError(f"`{name}` {value}: must be at least {least}")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One trace that is wanted."""
+    """A trace to make."""
 
     trace_id: str
     prompt_id: str
@@ -57,56 +175,102 @@ class Request:
 
 
 class Tokens(NamedTuple):
-    """What the engine gets for a request: of a text that is scored, all of it."""
+    """What the engine gets for a request: the prompt, or for scoring the whole text."""
 
     ids: list[int]
     prompt_length: int
 
 
 class Task(Protocol):
-    """What the teacher is asked, and what its answers become."""
+    """What the teacher is asked, and how its completions become traces."""
 
     @property
-    def options(self) -> CacheOptions: ...
+    def options(self) -> JobOptions: ...
+
+    @property
+    def sampling(self) -> Sampling: ...
 
     @property
     def scored(self) -> bool:
-        """Whether rows of text that exists are asked for, and no completion."""
+        """Whether existing text is scored. Otherwise the teacher writes completions."""
         ...
 
     def requests(self, identity: Identity) -> Iterable[Request]:
-        """All that is wanted, by all workers; the same each time."""
+        """All requests of all workers, the same at each call."""
         ...
 
     def tokens(self, request: Request) -> Tokens:
-        """Raises: InputError where there is nothing to ask."""
+        """Raises: InputError if the request cannot be put to the teacher."""
         ...
 
     def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace: ...
 
 
 def identify(
-    options: CacheOptions, facts: ModelFacts, sampling: dict[str, Any], derived: tuple[str, ...] = ()
+    options: CaptureOptions, facts: ModelFacts, sampling: dict[str, Any], derived: tuple[str, ...] = ()
 ) -> Identity:
-    """The identity of the cache that ``options`` would make."""
-    spec, markers = options.spec, options.markers or Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
+    """The identity of the cache that these options make.
+
+    Raises: ModelError if the teacher has fewer tokens than ``top_k``, InputError for pinned tokens it does not have.
+    """
+    if options.top_k > facts.vocab_size:
+        raise ModelError(f"`top_k` {options.top_k}: the teacher's vocabulary has {facts.vocab_size} tokens")
+    markers = options.reasoning_markers or Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
     return Identity(
         teacher=facts.name,
         teacher_revision=facts.revision,
         tokenizer_hash=facts.tokenizer_hash,
         chat_template_hash=facts.chat_template_hash,
         vocab_size=facts.vocab_size,
-        top_k=spec.top_k,
+        top_k=options.top_k,
         top_p=options.top_p,
         min_k=options.min_k,
-        prompt_logits=spec.prompt_logits,
+        prompt_logits=options.prompt_logits,
         sampling=sampling,
         reasoning_markers=markers.pair,
         answer_regex=options.answer_regex,
         dtype=facts.dtype,
         engine=model.engine_version(),
-        engine_args=spec.identity_args(),
-        pin_tokens=model.pinned_ids(options.pin_tokens, facts, markers, spec.top_k),
+        engine_args=options.spec.identity_args(),
+        pin_tokens=pinned_ids(options.pin_tokens, facts, markers, options.top_k),
         exact=options.exact,
         derived=list(derived),
     )
+
+
+def rows_wanted(identity: Identity, scored: bool) -> Rows:
+    """The log-probabilities to ask the engine for."""
+    return Rows(identity.top_k, identity.prompt_logits, tuple(identity.pin_tokens), scored)
+
+
+def pinned_ids(text: str, facts: ModelFacts, markers: Markers, top_k: int) -> list[int]:
+    """The ids that every row stores, ascending.
+
+    Args:
+        text: "none", or comma-separated: "auto" (end-of-sequence ids, and the section delimiters that are one token), ids,
+            tokens. A number is an id.
+    Raises: InputError for a token that the vocabulary does not have.
+    """
+    if text == "none":
+        return []
+    vocabulary = facts.tokenizer.get_vocab()
+    pinned: set[int] = set()
+    for item in filter(None, (part.strip() for part in text.split(","))):
+        if item == "auto":
+            found = {*facts.eos_ids, *(vocabulary[m] for m in (markers.opening, markers.closing) if m in vocabulary)}
+            pinned |= {i for i in found if i < facts.vocab_size}
+            continue
+        token = int(item) if item.isdecimal() else vocabulary.get(item, -1)
+        if not 0 <= token < facts.vocab_size:
+            near = get_close_matches(item, vocabulary, n=1)
+            raise InputError(
+                f"`pin_tokens` {item!r}: not a token of the teacher's vocabulary of {facts.vocab_size}"
+                + (f"; did you mean {near[0]!r}?" if near else "")
+            )
+        pinned.add(token)
+    fits = len(pinned) < 256 and top_k + 2 * len(pinned) <= facts.vocab_size
+    if text == "auto" and not fits:  # every id is stored anyway, or nearly
+        return []
+    if not fits:
+        raise InputError(f"`pin_tokens` {text!r}: {len(pinned)} ids besides the top {top_k} are too many; give fewer")
+    return sorted(pinned)

@@ -1,32 +1,34 @@
-"""The teacher's rows of text that exists already: of a file, or of another cache's traces, whole or cropped."""
+"""Existing text -> traces with the teacher's rows: text of a file, or tokens of another cache, whole or cropped."""
 
 import hashlib
 import json
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from logitcache import prompts
 from logitcache.cache.reader import Cache
-from logitcache.capture.generate import trace_of
-from logitcache.capture.job import CacheOptions, Request, Tokens, identify
-from logitcache.capture.runner import fill, rows_of
+from logitcache.capture.job import SECTIONS, JobOptions, Request, Tokens, identify
+from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
+from logitcache.capture.traces import rows_of, trace_of
 from logitcache.errors import InputError, PromptsError
 from logitcache.grading.verdicts import verdict
 from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
-from logitcache.inference.model import ModelFacts
+from logitcache.inference.model import ModelFacts, Sampling
 from logitcache.prompts import Prompt
+from logitcache.runtime.options import Option
 from logitcache.sections import Sections, answer_text
 from logitcache.trace import Trace
 
 
 @dataclass(frozen=True, slots=True)
 class Crop:
-    """A part of each trace, seen by the teacher without the rest: ``left``, ``middle`` or ``right``, and its share."""
+    """The part of each trace that the teacher reads: ``left``, ``middle`` or ``right``, and its share."""
 
     where: str = "left"
     share: float = 1.0
@@ -53,33 +55,59 @@ class Crop:
         return slice(start, start + kept)
 
 
-@dataclass(frozen=True)
-class ScoreOptions(CacheOptions):
-    """One call of ``logitcache score``; ``source`` is a file of prompts with completions, or a cache."""
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions(JobOptions):
+    """One call of `score`: of a file of prompts with completions, or of another cache's traces."""
 
-    from_cache: bool = False
-    crop: Crop | None = None  # of a cache's traces
-    eos: bool = True  # ends the completions of a file, which are text
+    traces: Annotated[
+        str | None,
+        Option(
+            "A .jsonl or .parquet file with `prompt` or `messages`, and `completion` (optional `id`, `answer`, "
+            "`finish_reason`; other columns are kept as metadata).",
+            positional=True,
+        ),
+    ] = None
+    from_cache: Annotated[
+        Path | None, Option("Score the tokens of this cache's traces instead of the text of a file.")
+    ] = None
+    crop: Annotated[
+        Crop | None,
+        Option(
+            "Show the teacher only a part of each trace: left, middle or right, such as right:0.5.",
+            metavar="SIDE:SHARE",
+            default="whole traces",
+        ),
+    ] = None
+    eos: Annotated[bool, Option("End the completions of a file with the end-of-sequence token.", SECTIONS)] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.crop and not self.from_cache:
-            raise InputError("`crop` cuts the traces of a cache; give `from_cache` CACHE")
-        if self.from_cache and (self.markers or self.answer_regex or self.spec.template_args or not self.eos):
-            raise InputError(
-                "`from_cache` takes tokens and sections as they are; leave `reasoning_markers`, `answer_regex`, "
-                "`template_args` and `eos` out"
-            )
+        if (self.traces is None) == (self.from_cache is None):
+            raise InputError("give either `traces`, a file of prompts with completions, or `from_cache`, a cache")
+        if self.from_cache is None:
+            if self.crop:
+                raise InputError("`crop` cuts the traces of a cache; give `from_cache`")
+            return
+        object.__setattr__(self, "from_cache", Path(self.from_cache))
+        for name in ("reasoning_markers", "answer_regex", "template_args"):
+            if getattr(self, name):
+                raise InputError(f"`{name}`: `from_cache` takes tokens and sections as they are; leave it out")
+        if not self.eos:
+            raise InputError("`eos`: `from_cache` takes tokens as they are; leave it out")
+
+    @property
+    def source(self) -> str:
+        return str(self.from_cache or self.traces)
 
 
 def score(options: ScoreOptions) -> Summary:
-    """Fills the cache at ``options.out`` with the teacher's rows of every token of the source, as `fill` does.
+    """Writes the teacher's rows of existing text to the cache at ``options.out``, as far as they are missing there.
 
     Raises: as `generate`.
     """
-    cache = Cache.open(options.source) if options.from_cache else None
+    cache = Cache.open(options.from_cache) if options.from_cache else None
     facts = model.inspect_model(options.spec)
-    # Nothing was sampled from this teacher.
+    # The identity's sampling is empty: nothing was sampled from this teacher.
     if cache is None:
         identity = identify(options, facts, {}, ("score" if options.eos else "score --no-eos",))
         return fill(_Texts(options, facts), identity)
@@ -103,7 +131,7 @@ class _Text:
 class _Texts:
     """Prompts with completions, as text."""
 
-    scored = True
+    scored, sampling = True, Sampling()
 
     def __init__(self, options: ScoreOptions, facts: ModelFacts) -> None:
         self.options, self.facts = options, facts
@@ -132,7 +160,7 @@ class _Texts:
 
     def tokens(self, request: Request) -> Tokens:
         text: _Text = request.content
-        prompt = model.render(self.facts, text.prompt, self.options.spec.template_args)
+        prompt = model.render(self.facts, text.prompt, self.options.template_args)
         tokenizer: Any = self.facts.tokenizer
         completion: list[int] = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
         ended = bool(completion) and completion[-1] in self.facts.eos_ids
@@ -149,7 +177,7 @@ class _Texts:
 class _Traces:
     """Traces of another cache: their tokens and sections, as they are."""
 
-    scored = True
+    scored, sampling = True, Sampling()
 
     def __init__(self, options: ScoreOptions, facts: ModelFacts, cache: Cache) -> None:
         self.options, self.facts, self.cache = options, facts, cache
@@ -158,7 +186,7 @@ class _Traces:
             raise InputError(f"`out` {options.out} is the cache to score; give a new directory")
         if (there := cache.identity.tokenizer_hash) != facts.tokenizer_hash:
             raise InputError(
-                f"{cache.path} was made with tokenizer {there[:12]}, `teacher` {options.spec.model} has "
+                f"{cache.path} was made with tokenizer {there[:12]}, `teacher` {options.teacher} has "
                 f"{facts.tokenizer_hash[:12]}: its token ids mean other tokens; score the text instead (a .jsonl file)"
             )
 
@@ -198,7 +226,7 @@ class _Traces:
         )
 
     def _text(self, trace: Trace, span: slice) -> str:
-        pieces = model.pieces(self.facts, trace.token_ids[span].tolist())
+        pieces = model.token_texts(self.facts, trace.token_ids[span].tolist())
         ended = int(trace.token_ids[span][-1]) in self.facts.eos_ids
         start = max(0, trace.sections.prompt_end - span.start)
         return "".join(piece or "" for piece in pieces[start : len(pieces) - ended])

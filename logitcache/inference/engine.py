@@ -1,4 +1,4 @@
-"""vLLM behind a small face: requests in, completions with their top-k rows out. The only file that imports vllm."""
+"""A vLLM engine: requests in, completions with their top-k rows out."""
 
 import importlib
 import itertools
@@ -7,7 +7,6 @@ import re
 import threading
 import warnings
 from array import array
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import cache
@@ -17,26 +16,48 @@ from typing import Any
 import numpy as np
 
 from logitcache.errors import EngineError, InputError, first_line
-from logitcache.inference.model import ModelSpec, engine_version
+from logitcache.inference.model import ModelSpec, Sampling, engine_version
 from logitcache.inference.vllm_plugin import PARENT, PINNED
+
+# R rows of a completion, K most likely ids, P pinned ids, L tokens.
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Which log-probabilities the engine is asked for."""
+
+    top_k: int
+    prompt: bool = False  # rows of the prompt's tokens too
+    pinned: tuple[int, ...] = ()  # ids whose log-probabilities come with every row
+    scored: bool = False  # rows of what is submitted, and no completion of it
+
+    @property
+    def width(self) -> int:
+        """Entries that vLLM returns per row; the hook in its sampler puts the pinned ids over the last of them."""
+        return self.top_k + 2 * len(self.pinned)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """One answer of the teacher. R rows: of the completion, or of prompt and completion without the first token."""
+    """A finished request. R rows: of the completion's tokens, or of all tokens but the first; none if not asked for."""
 
     key: str
     token_ids: np.ndarray  # int32 [L], prompt and completion
     prompt_length: int
     ids_RK: np.ndarray  # int32 [R, K]; K is top_k, and two more for each pinned id
-    logprobs_RK: np.ndarray  # float32 [R, K], before temperature, penalties and filters
-    pinned_RP: np.ndarray  # float32 [R, P], the pinned ids' log-probabilities, in their order
-    token_logprob: np.ndarray  # float32 [R], realised token
+    logprobs_RK: np.ndarray  # float32 [R, K], nats, before temperature, penalties and filters
+    pinned_RP: np.ndarray  # float32 [R, P], log-probabilities of the pinned ids, in their order
+    token_logprob: np.ndarray  # float32 [R], of the sampled token
     token_rank: np.ndarray  # int32 [R]
     finish_reason: str
 
+    @property
+    def made(self) -> int:
+        """Tokens of the completion."""
+        return len(self.token_ids) - self.prompt_length
+
     def split_at(self, prompt_length: int, first: int) -> "Completion":
-        """The same tokens as a prompt of that length and its completion, with the rows of tokens ``first`` and on."""
+        """The same tokens as a prompt of ``prompt_length`` tokens and its completion, with rows from token ``first`` on."""
         skip = first - (len(self.token_ids) - len(self.token_rank))
         rows = {name: getattr(self, name)[skip:] for name in _ROWS}
         return replace(self, prompt_length=prompt_length, **rows)
@@ -46,59 +67,30 @@ _ROWS = ("ids_RK", "logprobs_RK", "pinned_RP", "token_logprob", "token_rank")
 
 
 class Engine:
-    """A vLLM engine that hands out top-k rows: requests go in under a key, completions come out of ``step``."""
+    """A vLLM engine: ``submit`` takes requests under a key, ``step`` returns the completions that finished."""
 
-    def __init__(self, spec: ModelSpec, seed: int, pinned: Sequence[int] = (), scored: bool = False) -> None:
+    def __init__(self, spec: ModelSpec, sampling: Sampling, seed: int, rows: Rows | None = None) -> None:
         """Loads the model: minutes for a large one.
 
         Args:
-            seed: where the engine's one sampler starts.
-            pinned: ids whose log-probabilities come with every row.
-            scored: give the rows of what is submitted, and no answer to it.
-        Raises: InputError for an option that vLLM does not have or refuses, EngineError where it cannot start.
+            sampling: of the completions; its seed is not used.
+            seed: of the engine's one sampler.
+            rows: None asks for no log-probabilities.
+        Raises: InputError for an option that vLLM does not know or refuses, EngineError if it cannot start.
         """
         os.environ[PARENT] = str(os.getpid())
-        os.environ[PINNED] = ",".join(map(str, pinned))
-        # A forked process would not load plugins again, `prepare_process` among them.
+        os.environ[PINNED] = ",".join(map(str, rows.pinned if rows else ()))
+        # A forked process would not load plugins again, and `vllm_plugin.prepare_process` is one.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         import vllm
-        from vllm.platforms import current_platform
-        from vllm.sampling_params import RequestOutputKind
 
         _use_typed_rows()
-        self._pinned, self._scored = list(pinned), scored
-        width = spec.top_k + 2 * len(pinned)
-        prompt_rows = spec.prompt_logits or scored
         _refuse_unknown("engine_args", spec.engine_args, set(vllm.EngineArgs.__dataclass_fields__))
-        _refuse_unknown("sampling", spec.sampling, set(vllm.SamplingParams.__struct_fields__))
-        args = {
-            "disable_log_stats": True,
-            "enable_prefix_caching": not prompt_rows,
-            **spec.engine_args,
-            "model": spec.model,
-            "revision": spec.revision,
-            "dtype": spec.dtype,
-            "seed": seed,
-            "tensor_parallel_size": spec.tensor_parallel_size,
-            "max_logprobs": width,
-            "logprobs_mode": "raw_logprobs",
-        }
-        if prompt_rows:
-            # vLLM makes [tokens, vocabulary] in float32 outside its memory profile when it scores a prompt.
-            args.setdefault("max_num_batched_tokens", 2048)
-        if current_platform.is_cpu():
-            args.setdefault("kv_cache_memory_bytes", min(2 << 30, _available_memory() // 4))
+        _refuse_unknown("sampling", sampling.sampling, set(vllm.SamplingParams.__struct_fields__))
+        self._rows = rows
         try:
-            engine_args = vllm.EngineArgs(**args)
-            sampling: dict[str, Any] = {**spec.sampling, "temperature": spec.temperature, "max_tokens": spec.max_tokens}
-            self._params = vllm.SamplingParams(
-                **({"temperature": 0.0, "max_tokens": 1} if scored else sampling),
-                logprobs=None if scored else width,
-                prompt_logprobs=width if prompt_rows else None,
-                flat_logprobs=True,
-                detokenize=bool(spec.sampling.get("stop")),
-                output_kind=RequestOutputKind.FINAL_ONLY,
-            )
+            engine_args = vllm.EngineArgs(**_engine_args(spec, seed, rows))
+            self._params = _sampling_params(sampling, rows)
         except (ValueError, TypeError) as e:
             raise InputError(f"vLLM refuses these settings: {first_line(e)}") from e
         try:
@@ -114,11 +106,11 @@ class Engine:
         self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
 
     def submit(self, key: str, prompt_ids: list[int], max_tokens: int | None = None) -> None:
-        """Queues one request; several of one prompt differ by the sampler's state.
+        """Queues one request. Several of one prompt differ by the sampler's state.
 
         Args:
-            max_tokens: of this completion and those after it, if not as many as the spec says.
-        Raises: InputError where vLLM refuses it, EngineError if the engine died.
+            max_tokens: of this completion and those after it; None leaves it as it is.
+        Raises: InputError if vLLM refuses it, EngineError if the engine died.
         """
         if max_tokens not in (None, self._params.max_tokens):
             self._params = self._params.clone()
@@ -143,7 +135,7 @@ class Engine:
         if broken := [o for o in finished if o.outputs[0].finish_reason not in ("stop", "length", "repetition")]:
             raise EngineError(f"vLLM gave up its requests: {broken[0].outputs[0].finish_reason}")
         finished.reverse()  # and each let go as it is converted: many long ones may end in one step
-        return [_completion(finished.pop(), self._pinned, self._scored) for _ in range(len(finished))]
+        return [_completion(finished.pop(), self._rows) for _ in range(len(finished))]
 
     def close(self) -> None:
         """Ends the engine's processes."""
@@ -174,13 +166,63 @@ class Engine:
         client.outputs_queue.put(RuntimeError("the engine is dead"))
 
 
-def _completion(output: Any, pinned: list[int], scored: bool) -> Completion:
-    sample = output.outputs[0]
+def _engine_args(spec: ModelSpec, seed: int, rows: Rows | None) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    prompt_rows = rows is not None and (rows.prompt or rows.scored)
+    args = {
+        "disable_log_stats": True,
+        "enable_prefix_caching": not prompt_rows,
+        **spec.engine_args,
+        "model": spec.model,
+        "revision": spec.revision,
+        "dtype": spec.dtype,
+        "seed": seed,
+        "tensor_parallel_size": spec.tensor_parallel_size,
+    }
+    if rows:
+        args |= {"max_logprobs": rows.width, "logprobs_mode": "raw_logprobs"}
+    if prompt_rows:
+        # vLLM makes [tokens, vocabulary] in float32 outside its memory profile when it scores a prompt.
+        args.setdefault("max_num_batched_tokens", 2048)
+    if current_platform.is_cpu():
+        args.setdefault("kv_cache_memory_bytes", min(2 << 30, _available_memory() // 4))
+    return args
+
+
+def _sampling_params(sampling: Sampling, rows: Rows | None) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    drawn: dict[str, Any] = {
+        **sampling.sampling,
+        "temperature": sampling.temperature,
+        "max_tokens": sampling.max_tokens,
+    }
+    scored = rows is not None and rows.scored
+    return SamplingParams(
+        **({"temperature": 0.0, "max_tokens": 1} if scored else drawn),
+        logprobs=rows.width if rows and not scored else None,
+        prompt_logprobs=rows.width if rows and (scored or rows.prompt) else None,
+        flat_logprobs=True,
+        detokenize=bool(sampling.sampling.get("stop")),
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _completion(output: Any, asked: Rows | None) -> Completion:
+    sample, pinned = output.outputs[0], list(asked.pinned) if asked else []
     parts = [p for p in (output.prompt_logprobs, sample.logprobs) if p is not None and len(p.token_ids)]
-    ids, logprobs, rank = (np.concatenate(c) for c in zip(*(_rows(part) for part in parts), strict=True))
+    if asked and not parts:
+        raise EngineError(f"{engine_version()} returned a completion without log-probabilities")
+    if asked:
+        ids, logprobs, rank = (np.concatenate(c) for c in zip(*(_rows(part) for part in parts), strict=True))
+    else:
+        ids, logprobs, rank = np.zeros((0, 1), np.int32), np.zeros((0, 1), np.float32), np.zeros(0, np.int32)
     top = slice(1, ids.shape[1] - len(pinned))
     if (ids[:, top.stop :] != pinned).any():
-        raise EngineError(f"{engine_version()} did not give the rows of the pinned ids; run with `pin_tokens` none")
+        raise EngineError(f"{engine_version()} did not return the rows of the pinned ids; set `pin_tokens` to none")
+    scored = asked is not None and asked.scored
     return Completion(
         key=output.request_id,
         token_ids=np.array([*output.prompt_token_ids, *([] if scored else sample.token_ids)], np.int32),
@@ -195,7 +237,7 @@ def _completion(output: Any, pinned: list[int], scored: bool) -> Completion:
 
 
 def _rows(flat: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids int32 [R, 1 + K] and log-probabilities float32 [R, 1 + K], realised token first, and its rank int32 [R]."""
+    """ids int32 [R, 1 + K] and log-probabilities float32 [R, 1 + K], the sampled token first, and its rank int32 [R]."""
     counts = np.asarray(flat.end_indices, np.int64) - np.asarray(flat.start_indices, np.int64)
     scored = counts > 0  # a prompt's first token has no row
     width = int(counts.max(initial=0))

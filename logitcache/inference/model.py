@@ -1,23 +1,24 @@
-"""The teacher as its files describe it: what can be known, and refused, before any weight is loaded."""
+"""A model as its files describe it, and how it is to be run: all that is known before any weight is loaded."""
 
 import importlib
 import importlib.metadata
 import importlib.util
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from logitcache.errors import InputError, ModelError, first_line
 from logitcache.identity import text_hash, tokenizer_hash, weights_fingerprint
 from logitcache.prompts import Prompt
-from logitcache.sections import Markers
+from logitcache.runtime.options import Option
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# Settings of the engine that move work or memory around and leave every distribution as it is; all others are identity.
+ENGINE, SAMPLING = "Engine", "Sampling"  # groups of options
+# Engine arguments that move work or memory around and leave every distribution as it is; all others are part of a
+# cache's identity.
 CAPACITY_ARGS = frozenset(
     [
         "block_size",
@@ -40,9 +41,9 @@ CAPACITY_ARGS = frozenset(
         "trust_remote_code",
     ]
 )
-# What logitcache sets itself, with the option that sets it.
+# Arguments of vLLM that options of ours set; None: they are fixed.
 RESERVED_ARGS = {
-    "model": "`teacher`",
+    "model": "`model`",
     "revision": "`revision`",
     "dtype": "`dtype`",
     "seed": "`seed`",
@@ -64,39 +65,47 @@ RESERVED_SAMPLING = {
 }
 
 
-@dataclass(frozen=True)
-class ModelSpec:
-    """How the teacher is to be run."""
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    """How a model is run in vLLM: the options of every command that loads one."""
 
-    model: str
-    option: str = "model"  # that named it: what a message says
-    revision: str | None = None
-    dtype: str = "auto"
-    top_k: int = 64
-    prompt_logits: bool = False
-    temperature: float = 1.0
-    max_tokens: int = 2048
-    seed: int = 0
-    tensor_parallel_size: int = 1
-    sampling: dict[str, Any] = field(default_factory=dict)
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    template_args: dict[str, Any] = field(default_factory=dict)
+    tensor_parallel_size: Annotated[int, Option("Number of GPUs to split the model over.", ENGINE)] = 1
+    dtype: Annotated[str, Option("auto, bfloat16, float16 or float32.", ENGINE)] = "auto"
+    revision: Annotated[
+        str | None, Option("Branch, tag or commit of the model on the hub.", ENGINE, default="its main branch")
+    ] = None
+    engine_args: Annotated[
+        dict[str, Any],
+        Option(
+            "Any other vLLM engine argument, such as max_model_len=32768. Repeatable.",
+            ENGINE,
+            flag="--engine-arg",
+        ),
+    ] = field(default_factory=dict)
+    template_args: Annotated[
+        dict[str, Any],
+        Option(
+            "Variable passed to the chat template, such as enable_thinking=true. Repeatable.",
+            ENGINE,
+            flag="--template-arg",
+        ),
+    ] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSpec(ModelOptions):
+    """A model and how it is run.
+
+    Raises: InputError for an engine argument that has an option of its own.
+    """
+
+    model: str  # folder or hub id
+    option: str = "model"  # that named it: what messages say
 
     def __post_init__(self) -> None:
-        for given, reserved, kind in (
-            (self.engine_args, RESERVED_ARGS, "engine_args"),
-            (self.sampling, RESERVED_SAMPLING, "sampling"),
-        ):
-            for name in given:
-                if name in reserved:
-                    raise InputError(
-                        f"`{kind}` {name}: logitcache sets it itself; use {reserved[name] or 'nothing in its place'}"
-                    )
-        if self.temperature < 0 or self.max_tokens < 1 or self.top_k < 1 or self.tensor_parallel_size < 1:
-            raise InputError(
-                "`temperature` must be >= 0, and `max_tokens`, `top_k` and `tensor_parallel_size` >= 1; "
-                f"found {self.temperature}, {self.max_tokens}, {self.top_k} and {self.tensor_parallel_size}"
-            )
+        refuse_reserved("engine_args", self.engine_args, RESERVED_ARGS | {"model": f"`{self.option}`"})
+        if self.tensor_parallel_size < 1:
+            raise InputError(f"`tensor_parallel_size` {self.tensor_parallel_size}: must be at least 1")
 
     def identity_args(self) -> dict[str, Any]:
         """The engine arguments that may change a distribution."""
@@ -104,9 +113,42 @@ class ModelSpec:
         return given | ({"template_args": self.template_args} if self.template_args else {})
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How completions are drawn.
+
+    Raises: InputError for values that vLLM cannot sample with, or that have an option of their own.
+    """
+
+    temperature: Annotated[
+        float, Option("Sampling temperature. Stored log-probabilities are always those at temperature 1.", SAMPLING)
+    ] = 1.0
+    max_tokens: Annotated[int, Option("Longest completion, in tokens.")] = 2048
+    seed: Annotated[int, Option("Seed of the engine's sampler.", SAMPLING)] = 0
+    sampling: Annotated[
+        dict[str, Any],
+        Option("Any other vLLM sampling parameter, such as top_p=0.95. Repeatable.", SAMPLING),
+    ] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        refuse_reserved("sampling", self.sampling, RESERVED_SAMPLING)
+        if self.temperature < 0:
+            raise InputError(f"`temperature` {self.temperature:g}: must be at least 0")
+        if self.max_tokens < 1:
+            raise InputError(f"`max_tokens` {self.max_tokens}: must be at least 1")
+
+
+def refuse_reserved(option: str, given: dict[str, Any], reserved: dict[str, str | None]) -> None:
+    """Raises: InputError for a setting of vLLM that logitcache sets itself."""
+    for name in given:
+        if name in reserved:
+            way_out = f"use {reserved[name]}" if reserved[name] else "it cannot be changed"
+            raise InputError(f"`{option}` {name}: logitcache sets it itself; {way_out}")
+
+
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's files say, known before any weight is loaded."""
+    """What a model's files say."""
 
     name: str
     revision: str
@@ -133,17 +175,16 @@ def engine_version() -> str:
 
 
 def inspect_model(spec: ModelSpec) -> ModelFacts:
-    """Reads the teacher's configuration and tokenizer.
+    """Reads a model's configuration and tokenizer; loads no weights.
 
-    Raises: ModelError for a model that is missing, not causal, or has fewer tokens than ``top_k``.
+    Raises: ModelError for a model that cannot be read or is not a causal language model, or where vLLM is missing.
     """
     engine_version()
     if spec.model[:1] in "./~" and not Path(spec.model).is_dir():
         raise ModelError(
             f"`{spec.option}` {spec.model}: no such folder; give a model folder or a hub id such as Qwen/Qwen3-8B"
         )
-    from transformers import AutoConfig, AutoTokenizer, GenerationConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
+    from transformers import AutoConfig, AutoTokenizer
 
     remote = bool(spec.engine_args.get("trust_remote_code", False))
     kwargs: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": remote}
@@ -155,25 +196,12 @@ def inspect_model(spec: ModelSpec) -> ModelFacts:
             f"`{spec.option}` {spec.model}: cannot be read as a model folder or a hub id ({first_line(e)}); "
             "check the name and the network"
         ) from None
-    text = config.get_text_config()
-    names = config.architectures or []
-    causal = {*chain.from_iterable([n] if isinstance(n, str) else n for n in CAUSAL.values())}
-    known = any(n in causal or "CausalLM" in n or "ConditionalGeneration" in n for n in names)
-    if config.is_encoder_decoder or not (known or (not names and config.model_type in CAUSAL)):
+    if not _is_causal(config):
         raise ModelError(
-            f"`{spec.option}` {spec.model}: {', '.join(names) or config.model_type} is not a causal language model; "
-            "it has no next-token logits"
+            f"`{spec.option}` {spec.model}: {', '.join(config.architectures or []) or config.model_type} is not a causal "
+            "language model; it has no next-token logits"
         )
-    if spec.top_k > text.vocab_size:
-        raise ModelError(
-            f"`top_k` {spec.top_k}: the teacher's vocabulary has {text.vocab_size} tokens; ask for at most so many"
-        )
-    try:
-        eos = GenerationConfig.from_pretrained(spec.model, revision=spec.revision or "main").eos_token_id
-    except OSError:
-        eos = None
-    eos_ids = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
-    local = Path(spec.model)
+    text, local = config.get_text_config(), Path(spec.model)
     return ModelFacts(
         name=local.resolve().name if local.is_dir() else spec.model,
         revision=weights_fingerprint(local) if local.is_dir() else getattr(config, "_commit_hash", None) or "unknown",
@@ -182,59 +210,47 @@ def inspect_model(spec: ModelSpec) -> ModelFacts:
         tokenizer=tokenizer,
         tokenizer_hash=tokenizer_hash(tokenizer),
         chat_template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
-        eos_ids=frozenset(int(i) for i in eos_ids),
+        eos_ids=_eos_ids(spec, tokenizer),
     )
 
 
-def pinned_ids(text: str, facts: ModelFacts, markers: Markers, top_k: int) -> list[int]:
-    """The ids that every row is to keep, ascending.
+def _is_causal(config: Any) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CAUSAL
 
-    Args:
-        text: "none", or comma-separated: "auto" (what ends a sequence, and the section delimiters that are one token), ids,
-            tokens; a number is an id.
-    Raises: InputError for a token that the vocabulary does not have.
-    """
-    if text == "none":
-        return []
-    vocabulary = facts.tokenizer.get_vocab()
-    pinned: set[int] = set()
-    for item in filter(None, (part.strip() for part in text.split(","))):
-        if item == "auto":
-            found = {*facts.eos_ids, *(vocabulary[m] for m in (markers.opening, markers.closing) if m in vocabulary)}
-            pinned |= {i for i in found if i < facts.vocab_size}
-            continue
-        token = int(item) if item.isdecimal() else vocabulary.get(item, -1)
-        if not 0 <= token < facts.vocab_size:
-            near = get_close_matches(item, vocabulary, n=1)
-            raise InputError(
-                f"`pin_tokens` {item!r}: not one token of the teacher's {facts.vocab_size}"
-                + (f"; did you mean {near[0]!r}?" if near else "")
-            )
-        pinned.add(token)
-    fits = len(pinned) < 256 and top_k + 2 * len(pinned) <= facts.vocab_size
-    if text == "auto" and not fits:  # every id is kept anyway, or nearly
-        return []
-    if not fits:
-        raise InputError(f"`pin_tokens` {text!r}: {len(pinned)} ids besides the top {top_k} are too many; give fewer")
-    return sorted(pinned)
+    names = config.architectures or []
+    causal = {*chain.from_iterable([n] if isinstance(n, str) else n for n in CAUSAL.values())}
+    known = any(n in causal or "CausalLM" in n or "ConditionalGeneration" in n for n in names)
+    return not config.is_encoder_decoder and (known or (not names and config.model_type in CAUSAL))
+
+
+def _eos_ids(spec: ModelSpec, tokenizer: Any) -> frozenset[int]:
+    """What ends a sequence: the tokenizer's token, and those of the generation config."""
+    from transformers import GenerationConfig
+
+    try:
+        eos = GenerationConfig.from_pretrained(spec.model, revision=spec.revision or "main").eos_token_id
+    except OSError:
+        eos = None
+    found = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+    return frozenset(int(i) for i in found)
 
 
 def _dtype(saved: Any) -> str:
-    """What ``auto`` means, the same on every machine: the weights' own dtype, bfloat16 where they are float32."""
+    """What ``auto`` means on every machine: the weights' own dtype, but bfloat16 for float32 weights."""
     name = str(saved or "float32").removeprefix("torch.")
     return "bfloat16" if name == "float32" else name
 
 
 def render(facts: ModelFacts, prompt: Prompt, template_args: dict[str, Any]) -> list[int]:
-    """Token ids of a prompt; messages go through the chat template, with its generation prompt.
+    """Token ids of a prompt. Messages go through the chat template, with its generation prompt.
 
-    Raises: ModelError where there is no template, or it refuses the messages.
+    Raises: ModelError if there is no template, or the template refuses the messages.
     """
     if isinstance(prompt.content, str):
         return facts.tokenizer(prompt.content)["input_ids"]
     if facts.chat_template is None:
         raise ModelError(
-            f"prompt {prompt.id!r} has `messages`, and the teacher has no chat template; give `prompt` text"
+            f"prompt {prompt.id!r} has `messages`, but {facts.name} has no chat template; give `prompt` text instead"
         )
     try:
         text: Any = facts.tokenizer.apply_chat_template(
@@ -245,8 +261,9 @@ def render(facts: ModelFacts, prompt: Prompt, template_args: dict[str, Any]) -> 
     return facts.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def pieces(facts: ModelFacts, token_ids: list[int]) -> list[str | None]:
-    """The text each token adds, special tokens included; None where it waits for a later one to become a character."""
+def token_texts(facts: ModelFacts, token_ids: list[int]) -> list[str | None]:
+    """The text that each token adds, special tokens included; None while its bytes wait for a later token to become a
+    character. One incremental decode."""
     backend = getattr(facts.tokenizer, "backend_tokenizer", None)
     if backend is None:  # a slow tokenizer: characters that span tokens are lost, markers are still found
         return [str(facts.tokenizer.decode([i])) for i in token_ids]

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.accuracy.answer_file import AnswerFile, Key
 from logitcache.accuracy.budgets import ANSWERS, RESULTS, Budget, pass_at_1, prompts_digest
-from logitcache.accuracy.run import AnswerFile, Key
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, LogitcacheError, NotACacheError, PromptsError
 from logitcache.identity import first_difference

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcache.accuracy import run as module
+from logitcache.accuracy.answer_file import Answer, AnswerFile
 from logitcache.accuracy.budgets import ANSWERS, RESULTS, Budget, BudgetOptions, measure, pass_at_1
-from logitcache.accuracy.run import Answer, AnswerFile, Delimiters
+from logitcache.accuracy.run import Delimiters
 from logitcache.commands.text import describe_budgets
 from logitcache.errors import (
     CacheBusyError,
@@ -29,6 +29,7 @@ from logitcache.errors import (
     WriteError,
 )
 from logitcache.inference import model
+from logitcache.inference import session as module
 from logitcache.runtime.files import read_json
 from logitcache.runtime.locks import exclusive
 from logitcache.sections import Markers
@@ -271,7 +272,7 @@ def test_a_broken_line_is_named(run, tmp_path) -> None:
     path = tmp_path / "out" / ANSWERS
     lines = path.read_bytes().split(b"\n")
     path.write_bytes(b"\n".join([lines[0], b"\0\0", *lines[2:]]))
-    with pytest.raises(ShardCorruptError, match=r"answers\.jsonl:2: no answer .*; remove the line"):
+    with pytest.raises(ShardCorruptError, match=r"answers\.jsonl:2: not an answer .*; remove the line"):
         run()
 
 
@@ -281,7 +282,9 @@ def test_a_full_disk_keeps_the_answers_before(tmp_path) -> None:
     file = AnswerFile(tmp_path / "a.jsonl")
     file.add(answer)
     file.path, file._file = tmp_path / "full", (tmp_path / "full").open("wb", buffering=0)  # type: ignore[assignment]
-    with pytest.raises(WriteError, match="full: No space left on device; mend that and run the same command again"):
+    with pytest.raises(
+        WriteError, match="full: No space left on device; fix that, then run the same command to resume"
+    ):
         file.add(replace(answer, sample=1))
     assert list(AnswerFile(tmp_path / "a.jsonl").answers) == [answer.key]
 
@@ -355,7 +358,7 @@ def test_a_model_without_markers_can_only_be_measured_naturally(run, engine) -> 
 
 def test_a_prompt_that_closes_the_reasoning_is_refused(run, engine) -> None:
     engine.natural = {"w10": "w5 <eos>"}
-    with pytest.raises(InputError, match="'p0': the chat template closes the reasoning before it began"):
+    with pytest.raises(InputError, match="'p0': the chat template closes the reasoning before it begins"):
         run("w5 w10 <think> </think>")
     assert engine.started == 0
     engine.answer = lambda self, text: "w5 <eos>"
@@ -372,7 +375,7 @@ def test_what_the_context_has_no_room_for_is_wrong_and_counted(run, engine) -> N
 
 
 def test_a_prompt_longer_than_the_model_takes_is_refused(run, engine, tmp_path) -> None:
-    with pytest.raises(InputError, match=r"'p0': 41 tokens, the model takes 1 to 39; `engine_args` max_model_len=42"):
+    with pytest.raises(InputError, match=r"'p0': 41 tokens, the model takes 1 to 39; .*`engine_args` max_model_len=42"):
         run("w5 " * 41)
     assert not (tmp_path / "out" / "settings.json").exists()
     run()
@@ -403,7 +406,9 @@ def test_a_signal_keeps_what_was_answered_and_can_be_resumed(run, engine, monkey
 
 def test_a_dead_engine_loses_nothing_that_was_answered(run, engine) -> None:
     engine.steps_before_failure, engine.failure = 15, EngineError("vLLM died: boom")
-    with pytest.raises(EngineError, match="boom; every answer is safe: mend that and run the same command again"):
+    with pytest.raises(
+        EngineError, match="boom; every answer is safe: fix the cause, then run the same command to resume"
+    ):
         run()
     made = len(engine.last.made)
     engine.steps_before_failure = None
@@ -474,7 +479,7 @@ def test_the_table_names_model_prompts_and_settings(run) -> None:
 ASK = """
 import json, sys
 from pathlib import Path
-from logitcache.accuracy import run
+from logitcache.inference import session as run
 from logitcache.accuracy.budgets import BudgetOptions, measure
 from logitcache.sections import Markers
 

@@ -9,7 +9,6 @@ from logitcache.cache import shard
 from logitcache.cache.reader import Cache
 from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.errors import CacheError, FormatVersionError, ShardCorruptError
-from logitcache.inference.model import ModelSpec
 from logitcache.runtime.files import publish_json, read_json
 from tests import fake_engine
 
@@ -21,7 +20,9 @@ def path(tmp_path, monkeypatch) -> Path:
     (tmp_path / "p.jsonl").write_text(
         "\n".join(f'{{"id": "p{i}", "prompt": "question {i}", "answer": "{i}"}}' for i in range(9))
     )
-    generate(GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "c", ModelSpec("fake", top_k=8), unit_size=3))
+    generate(
+        GenerateOptions(prompts=str(tmp_path / "p.jsonl"), out=tmp_path / "c", teacher="fake", top_k=8, unit_size=3)
+    )
     return tmp_path / "c"
 
 

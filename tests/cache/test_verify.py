@@ -14,7 +14,6 @@ from logitcache.cache.verify import repair, verify
 from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.codec import encode
 from logitcache.errors import CacheError, NotACacheError
-from logitcache.inference.model import ModelSpec
 from logitcache.runtime.files import publish, publish_json
 from logitcache.sparse_rows import SparseRows
 from tests import fake_engine
@@ -24,7 +23,7 @@ from tests import fake_engine
 def options(tmp_path, monkeypatch) -> GenerateOptions:
     fake_engine.install(monkeypatch)
     (tmp_path / "p.jsonl").write_text("\n".join(f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(9)))
-    return GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "c", ModelSpec("fake", top_k=8), unit_size=3)
+    return GenerateOptions(prompts=str(tmp_path / "p.jsonl"), out=tmp_path / "c", teacher="fake", top_k=8, unit_size=3)
 
 
 @pytest.fixture

@@ -15,10 +15,10 @@ import pytest
 
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
-from logitcache.cache.workers import Worker, from_environment
+from logitcache.cache.workers import Worker
 from logitcache.capture.generate import GenerateOptions, generate
+from logitcache.commands.text_capture import describe_summary
 from logitcache.errors import CacheBusyError, InputError
-from logitcache.inference.model import ModelSpec
 from tests import fake_engine, tiny
 
 
@@ -29,10 +29,8 @@ def run(monkeypatch, tmp_path):
     (tmp_path / "p.jsonl").write_text("\n".join(lines))
 
     def start(worker: Worker, **changes):
-        spec = ModelSpec("fake", top_k=8)
-        return generate(
-            GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "c", spec, unit_size=4, worker=worker, **changes)
-        )
+        given = {"teacher": "fake", "top_k": 8, "unit_size": 4, "worker": worker} | changes
+        return generate(GenerateOptions(prompts=str(tmp_path / "p.jsonl"), out=tmp_path / "c", **given))
 
     return start
 
@@ -57,7 +55,7 @@ def test_workers_fill_one_cache_in_any_order(run, tmp_path) -> None:
     made = [run(Worker(i, 3)) for i in (2, 0, 1)]
     assert sum(s.made for s in made) == 30
     assert all(s.made == s.wanted == 30 - s.others for s in made)
-    assert f"{made[0].others} traces are for other workers to make" in made[0].text(tmp_path)
+    assert f"{made[0].others} traces are left to the other workers" in describe_summary(made[0], tmp_path)
     cache = Cache.open(tmp_path / "c")
     assert sorted(cache.prompt_ids) == sorted(f"p{i}" for i in range(30))
     assert verify(tmp_path / "c", workers=1) == []
@@ -67,7 +65,7 @@ def test_workers_fill_one_cache_in_any_order(run, tmp_path) -> None:
 def test_workers_that_run_side_by_side_give_their_shards_numbers_of_their_own(run, tmp_path) -> None:
     import threading
 
-    import logitcache.capture.runner as module
+    import logitcache.inference.session as module
 
     barrier = threading.Barrier(3, timeout=30)
 
@@ -96,11 +94,11 @@ def test_those_who_look_at_a_lock_do_not_see_each_other(tmp_path) -> None:
 
 def test_the_same_worker_twice_and_another_count_are_refused_while_one_runs(run, tmp_path) -> None:
     with Worker(1, 3).alone(tmp_path / "c"):
-        with pytest.raises(CacheBusyError, match="worker 1 of 3, is written by another process"):
+        with pytest.raises(CacheBusyError, match="worker 1/3, is written by another process"):
             run(Worker(1, 3))
-        with pytest.raises(CacheBusyError, match=r"worker 1 of 3 runs \(pid \d+ on .*\), worker 0 of 2 would make"):
+        with pytest.raises(CacheBusyError, match=r"worker 1/3 is running \(pid \d+ on .*\), and worker 0/2 would make"):
             run(Worker(0, 2))
-        with pytest.raises(CacheBusyError, match=r"worker 1 of 3 runs"):
+        with pytest.raises(CacheBusyError, match=r"worker 1/3 is running"):
             run(Worker())
         assert run(Worker(0, 3)).made > 0
     assert run(Worker()).made > 0
@@ -122,8 +120,8 @@ def test_a_slurm_array_names_the_worker(monkeypatch) -> None:
     for name, value in array.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
-    assert from_environment(None) == Worker(1, 4)
-    assert from_environment("0/1") == Worker()
+    assert Worker.of_environment() == Worker(1, 4)
+    assert str(Worker.parse("0/1")) == "0/1"
 
 
 @pytest.mark.engine

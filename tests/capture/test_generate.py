@@ -11,8 +11,8 @@ from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
 from logitcache.cache.workers import Worker
 from logitcache.capture.generate import GenerateOptions, generate
+from logitcache.commands.text_capture import describe_summary
 from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, ModelError, WriteError
-from logitcache.inference.model import ModelSpec
 from logitcache.sections import Markers
 from tests import fake_engine
 
@@ -33,8 +33,7 @@ def prompts(tmp_path):
 
 
 def options(source: str, out: Path, **changes) -> GenerateOptions:
-    spec = ModelSpec("fake", top_k=changes.pop("top_k", 8), temperature=changes.pop("temperature", 1.0))
-    return GenerateOptions(source, out, spec, **{"unit_size": 3, **changes})
+    return GenerateOptions(prompts=source, out=out, **{"teacher": "fake", "top_k": 8, "unit_size": 3, **changes})
 
 
 def keys(cache: Cache) -> list[tuple[str, int]]:
@@ -68,7 +67,7 @@ def test_the_same_call_again_does_nothing_and_starts_no_engine(engine, prompts, 
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "c" / "shards").iterdir()}
     summary = generate(options(source, tmp_path / "c"))
     assert (summary.made, summary.before, engine.started) == (0, 5, 1)
-    assert "nothing to do, all 5 traces are there" in summary.text(tmp_path / "c")
+    assert "nothing to do, all 5 traces are present" in describe_summary(summary, tmp_path / "c")
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "c" / "shards").iterdir()} == before
 
 
@@ -89,7 +88,9 @@ def test_the_engine_always_has_a_queue_until_the_prompts_run_out(engine, prompts
 def test_a_dead_engine_loses_nothing_that_finished(engine, prompts, tmp_path) -> None:
     engine.steps_before_failure, engine.failure = 15, EngineError("vLLM died: boom")
     source = prompts(20)
-    with pytest.raises(EngineError, match=r"boom; everything published is safe: mend that and run the same command"):
+    with pytest.raises(
+        EngineError, match="boom; everything published is safe: fix the cause, then run the same command"
+    ):
         generate(options(source, tmp_path / "c"))
     finished = engine.last.made
     assert 0 < len(finished) < 20
@@ -108,7 +109,7 @@ def test_a_signal_publishes_what_finished_and_can_be_resumed(engine, prompts, tm
                 os.kill(os.getpid(), number)
             return super().step()
 
-    import logitcache.capture.runner as module
+    import logitcache.inference.session as module
 
     source, original = prompts(20), module.Engine
     module.Engine = Signalling
@@ -118,7 +119,7 @@ def test_a_signal_publishes_what_finished_and_can_be_resumed(engine, prompts, tm
         module.Engine = original
     assert summary.stopped == number.name
     assert 0 < summary.made == len(Cache.open(tmp_path / "c")) < 20
-    assert f"stopped by {number.name}: run the same command again" in summary.text(tmp_path / "c")
+    assert f"stopped by {number.name}: run the same command to resume" in describe_summary(summary, tmp_path / "c")
     assert generate(options(source, tmp_path / "c")).made == 20 - summary.made
 
 
@@ -131,7 +132,7 @@ def test_a_full_disk_ends_the_command_and_keeps_the_shards_before(engine, prompt
             super().__init__(*args, **kwargs)
             (tmp_path / "c" / "shards" / "unit-000001.arrow.part").symlink_to("/dev/full")
 
-    import logitcache.capture.runner as module
+    import logitcache.inference.session as module
 
     module.Engine = Full
     with pytest.raises(WriteError, match=r"unit-000001\.arrow: No space left on device"):
@@ -166,14 +167,12 @@ def test_prompts_longer_than_the_teacher_takes_are_skipped_and_listed(engine, tm
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     summary = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", samples=2))
     assert summary.skipped == {"long": "50 tokens, the teacher takes 1 to 39; `engine_args` max_model_len=51 takes it"}
-    assert (
-        "1 prompts skipped:\n  long: 50 tokens, the teacher takes 1 to 39; `engine_args` max_model_len=51 takes it\n"
-        in summary.text(tmp_path / "c")
-    )
+    listed = f"1 prompts skipped:\n  long: {summary.skipped['long']}\n"
+    assert listed in describe_summary(summary, tmp_path / "c")
     assert summary.made == 2
     again = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", samples=2))
     assert engine.started == 1, "what cannot be asked starts no engine a second time"
-    assert "nothing to do, all 2 traces are there" in again.text(tmp_path / "c")
+    assert "nothing to do, all 2 traces are present" in again
     assert list(again.skipped) == ["long"]
 
 
@@ -194,7 +193,7 @@ def test_rows_that_are_no_distribution_cost_no_other_trace(engine, prompts, tmp_
                 completion.logprobs_RK[1] = np.nan
             return completion
 
-    import logitcache.capture.runner as module
+    import logitcache.inference.session as module
 
     original, module.Engine = module.Engine, Broken
     try:
@@ -203,7 +202,7 @@ def test_rows_that_are_no_distribution_cost_no_other_trace(engine, prompts, tmp_
         module.Engine = original
     assert len(summary.failed) == 1
     assert summary.made == len(Cache.open(tmp_path / "c")) == 4
-    assert "1 answers lost:" in summary.text(tmp_path / "c")
+    assert "1 traces lost:" in describe_summary(summary, tmp_path / "c")
     assert generate(options(prompts(5), tmp_path / "c")).made == 1, "it is asked again"
 
 
@@ -223,7 +222,7 @@ def test_settings_equal_in_value_name_the_same_traces(engine, prompts, tmp_path)
 
 
 def test_an_engine_that_cannot_start_leaves_no_identity_behind(engine, prompts, tmp_path, monkeypatch) -> None:
-    import logitcache.capture.runner as module
+    import logitcache.inference.session as module
 
     def refuse(spec, seed, pinned, scored):
         raise InputError("vLLM refuses these settings")
@@ -271,7 +270,7 @@ def test_every_row_keeps_the_end_of_sequence_and_the_delimiters(engine, prompts,
 def test_pinned_tokens_are_named_by_id_or_text(engine, prompts, tmp_path) -> None:
     generate(options(prompts(2), tmp_path / "c", pin_tokens="4, <think>"))
     assert Cache.open(tmp_path / "c").identity.pin_tokens == [4, fake_engine.VOCAB - 3]
-    with pytest.raises(InputError, match=r"`pin_tokens` '<thonk>': not one token .* did you mean '<think>'\?"):
+    with pytest.raises(InputError, match=r"`pin_tokens` '<thonk>': not a token .* did you mean '<think>'\?"):
         generate(options(prompts(2), tmp_path / "d", pin_tokens="<thonk>"))
     generate(options(prompts(2), tmp_path / "e", pin_tokens="none"))
     assert Cache.open(tmp_path / "e").identity.pin_tokens == []
@@ -288,7 +287,7 @@ def test_exact_rows_come_back_bit_for_bit(engine, prompts, tmp_path) -> None:
             captured.update({c.key: c for c in made})
             return made
 
-    import logitcache.capture.runner as module
+    import logitcache.inference.session as module
 
     module.Engine, original = Spy, module.Engine
     try:
@@ -313,7 +312,7 @@ def test_answers_are_judged_where_a_verifier_is_given(engine, tmp_path) -> None:
 
 
 def test_given_markers_replace_the_found_ones(engine, prompts, tmp_path) -> None:
-    generate(options(prompts(2), tmp_path / "c", markers=Markers()))
+    generate(options(prompts(2), tmp_path / "c", reasoning_markers=Markers()))
     assert all(t.sections.sizes()["reasoning"] == 0 for t in Cache.open(tmp_path / "c"))
 
 
@@ -336,14 +335,14 @@ def test_impossible_options_are_refused(tmp_path, changes) -> None:
 
 def test_a_prompt_that_the_engine_refuses_costs_no_other(engine, prompts, tmp_path) -> None:
     class Refusing(engine):
-        def submit(self, key, prompt_ids):
+        def submit(self, key, prompt_ids, max_tokens=None):
             if len(self.made) + len(self.waiting) + len(self.running) == 3:
                 type(self).refused = key
                 type(self).submit = engine.submit
                 raise InputError("vLLM refuses a request")
             super().submit(key, prompt_ids)
 
-    import logitcache.capture.runner as module
+    import logitcache.inference.session as module
 
     module.Engine = Refusing
     summary = generate(options(prompts(9), tmp_path / "c"))
@@ -358,15 +357,14 @@ def test_an_answer_that_cannot_be_finished_costs_no_other(engine, prompts, tmp_p
     monkeypatch.setattr(module, "trace_of", lambda r, *rest: 1 / 0 if r.prompt_id == "p4" else broken(r, *rest))
     summary = generate(options(prompts(9), tmp_path / "c", samples=2))
     assert (summary.made, len(summary.failed)) == (16, 2)
-    assert "2 answers lost:\n  p4: ZeroDivisionError" in summary.text(tmp_path)
+    assert "2 traces lost:\n  p4: ZeroDivisionError" in describe_summary(summary, tmp_path / "c")
 
 
 def test_true_and_one_are_two_settings(engine, prompts, tmp_path) -> None:
     source = prompts(2)
 
     def run(value):
-        spec = ModelSpec("fake", top_k=8, sampling={"ignore_eos": value})
-        return generate(GenerateOptions(source, tmp_path / "c", spec))
+        return generate(options(source, tmp_path / "c", sampling={"ignore_eos": value}))
 
     run(True)
     with pytest.raises(IdentityError, match=r"sampling\.ignore_eos = True, this run has 1"):
@@ -376,8 +374,9 @@ def test_true_and_one_are_two_settings(engine, prompts, tmp_path) -> None:
 def test_traces_of_an_earlier_call_without_verdicts_are_counted(engine, prompts, tmp_path) -> None:
     source = prompts(3)
     generate(options(source, tmp_path / "c"))
-    text = generate(options(source, tmp_path / "c", verifier="exact")).text(tmp_path)
-    assert "3 traces of earlier calls have no verdict: `logitcache slice --verifier` judges them" in text
+    summary = generate(options(source, tmp_path / "c", verifier="exact"))
+    text = describe_summary(summary, tmp_path)
+    assert "3 traces of earlier calls have no verdict: `logitcache slice --verifier` grades them" in text
 
 
 def test_a_plan_draws_from_all_of_the_source(engine, prompts, tmp_path) -> None:

@@ -9,13 +9,14 @@ import pytest
 
 from logitcache.cache import shard
 from logitcache.cache.reader import Cache
-from logitcache.capture.plan import Estimate, Plan, extrapolate
+from logitcache.capture.plan import Estimate, JobEstimate, extrapolate
+from logitcache.commands.text_capture import describe_estimate
 from logitcache.errors import InputError
 from logitcache.trace import Trace
 from tests import tiny
 
 
-def plan(cache: Cache, **options) -> Plan:
+def plan(cache: Cache, **options) -> JobEstimate:
     return extrapolate(cache, **{"prompts": 1000, "samples": 2, "tokens_per_s": 100.0, "max_tokens": 64} | options)
 
 
@@ -91,7 +92,7 @@ def test_a_sample_that_says_little_asks_for_more(cache, tmp_path):
     made = [t for i, n in enumerate((10, 10, 100)) for t in tiny.traces(1, 1, (n, n + 1), seed=i)]
     made = [replace(t, trace_id=f"{i:032x}", prompt_id=f"p{i}") for i, t in enumerate(made)]
     wide = plan(tiny.write_cache(tmp_path / "wide", made, shards=1), max_tokens=1000)
-    assert any("3 prompts says little of 2,000 traces" in w for w in wide.warnings)
+    assert any("3 prompts says little about 2,000 traces" in w for w in wide.warnings)
 
 
 def test_a_unit_size_that_makes_poor_shards_is_met_with_a_better_one(cache):
@@ -110,20 +111,20 @@ def test_a_sample_without_a_table_of_ids_is_said_to_take_more_than_the_job(cache
 
 
 def test_the_text_is_one_aligned_screen_in_units_of_people():
-    job = Plan(
+    job = JobEstimate(
         12_500, 2, 25_000, 8, 16, Estimate(2143.2, 1801, 2604), 118.3, 101.2, Estimate(6.12e9, 5.2e9, 7.31e9), 15.7e6,
         8123.4, 4, Estimate(130.2, 111, 155), ["take care"],
     )  # fmt: skip
-    lines = job.text().splitlines()
+    lines = describe_estimate(job).splitlines()
     assert lines == [
         "job     25,000 traces of 12,500 prompts",
         "sample  16 traces of 8 prompts; ranges are 95% intervals",
-        "tokens  2,143 (1,801 to 2,604) a trace, 53.6 million (45.0 to 65.1) in all",
-        "size    118 bytes a row, 101 of them top-k; 15.7 MB a shard",
+        "tokens  2,143 (1,801 to 2,604) per trace, 53.6 million (45.0 to 65.1) in all",
+        "size    118 bytes per row, 101 of them top-k; 15.7 MB per shard",
         "disk    6.12 GB (5.20 to 7.31)",
-        "speed   8,123 tokens/s, each of 4 workers, or more: a handful of traces ends with few in flight,",
-        "        a long run keeps the teacher full",
-        "time    5.42 days (4.62 to 6.46), loading the teacher apart",
+        "speed   8,123 tokens/s, each of 4 workers; a long run is faster, because a small sample leaves",
+        "        the engine partly idle at its end",
+        "time    5.42 days (4.62 to 6.46), without loading the teacher",
         "warning: take care",
     ]
 

@@ -8,12 +8,11 @@ import pytest
 
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
-from logitcache.capture import runner
 from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.capture.score import Crop, ScoreOptions, score
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError
+from logitcache.inference import session
 from logitcache.inference.engine import Completion
-from logitcache.inference.model import ModelSpec
 from logitcache.sections import Markers
 from tests import fake_engine
 
@@ -34,8 +33,8 @@ def texts(tmp_path) -> Path:
 
 
 def options(source: Path, out: Path, **changes) -> ScoreOptions:
-    spec = ModelSpec("fake", top_k=8, prompt_logits=changes.pop("prompt_logits", False))
-    return ScoreOptions(str(source), out, spec, **{"unit_size": 2, "from_cache": source.is_dir(), **changes})
+    where = {"from_cache": source} if source.is_dir() else {"traces": str(source)}
+    return ScoreOptions(out=out, **where, **{"teacher": "fake", "top_k": 8, "unit_size": 2, **changes})
 
 
 def test_text_becomes_traces_with_rows_of_the_completion(texts, tmp_path) -> None:
@@ -72,7 +71,7 @@ def test_a_row_without_a_completion_is_named(tmp_path) -> None:
 @pytest.fixture
 def generated(tmp_path) -> Path:
     (tmp_path / "p.jsonl").write_text("\n".join(f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(7)))
-    generate(GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "g", ModelSpec("fake", top_k=8), samples=2))
+    generate(GenerateOptions(prompts=str(tmp_path / "p.jsonl"), out=tmp_path / "g", teacher="fake", top_k=8, samples=2))
     return tmp_path / "g"
 
 
@@ -137,8 +136,10 @@ def test_sources_that_cannot_be_scored_are_refused(generated, texts, tmp_path, m
         score(options(texts, tmp_path / "c", crop=Crop("left", 0.5)))
     with pytest.raises(NotACacheError, match="no manifest.json in it"):
         score(options(tmp_path, tmp_path / "c"))
-    with pytest.raises(InputError, match="leave `reasoning_markers`, `answer_regex`"):
+    with pytest.raises(InputError, match="`eos`: `from_cache` takes tokens as they are"):
         score(options(generated, tmp_path / "c", eos=False))
+    with pytest.raises(InputError, match="`answer_regex`: `from_cache` takes tokens and sections as they are"):
+        score(options(generated, tmp_path / "c", answer_regex="x"))
     with pytest.raises(InputError, match="is the cache to score"):
         score(options(generated, generated))
     from dataclasses import replace
@@ -161,7 +162,7 @@ def captured(monkeypatch, engine) -> dict[str, Completion]:
             seen.update({c.key: c for c in made})
             return made
 
-    monkeypatch.setattr(runner, "Engine", Spy)
+    monkeypatch.setattr(session, "Engine", Spy)
     return seen
 
 
@@ -186,8 +187,8 @@ def test_each_row_is_the_engines_row_of_its_token(generated, tmp_path, captured,
 def test_an_answer_is_judged_and_sections_stay_those_of_the_source(tmp_path) -> None:
     rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    spec = ModelSpec("fake", top_k=8)
-    generate(GenerateOptions(str(tmp_path / "p.jsonl"), tmp_path / "g", spec, markers=Markers()))
+    given = {"teacher": "fake", "top_k": 8, "reasoning_markers": Markers()}
+    generate(GenerateOptions(prompts=str(tmp_path / "p.jsonl"), out=tmp_path / "g", **given))
     score(options(tmp_path / "g", tmp_path / "c", verifier="exact"))
     cache = Cache.open(tmp_path / "c")
     assert cache.identity.reasoning_markers is None
@@ -229,7 +230,7 @@ def test_a_limit_reads_so_many_rows(generated, texts, tmp_path) -> None:
 
 
 def test_an_empty_source_leaves_nothing_behind(tmp_path) -> None:
-    with pytest.raises(InputError, match="nothing in it to ask"):
+    with pytest.raises(InputError, match="holds nothing to ask"):
         score(options(lines(tmp_path / "t.jsonl"), tmp_path / "c"))
     assert not (tmp_path / "c").exists()
 

@@ -11,7 +11,7 @@ import pytest
 from logitcache.errors import InputError
 from logitcache.inference import engine, model
 from logitcache.inference.engine import cause_in
-from logitcache.inference.model import ModelSpec
+from logitcache.inference.model import ModelSpec, Sampling
 from logitcache.prompts import Prompt
 from logitcache.sections import Markers, find
 
@@ -31,16 +31,16 @@ def test_the_root_cause_is_read_from_an_engines_log(tmp_path: Path) -> None:
 
 def test_capacity_settings_are_no_part_of_the_identity() -> None:
     spec = ModelSpec(
-        "m", engine_args={"max_num_seqs": 4, "quantization": "fp8"}, template_args={"enable_thinking": True}
+        model="m", engine_args={"max_num_seqs": 4, "quantization": "fp8"}, template_args={"enable_thinking": True}
     )
     assert spec.identity_args() == {"quantization": "fp8", "template_args": {"enable_thinking": True}}
 
 
 def test_settings_that_logitcache_sets_itself_name_the_option_to_use() -> None:
     with pytest.raises(InputError, match="`engine_args` max_logprobs: logitcache sets it itself; use `top_k`"):
-        ModelSpec("m", engine_args={"max_logprobs": 5})
+        ModelSpec(model="m", engine_args={"max_logprobs": 5})
     with pytest.raises(InputError, match="`sampling` temperature: .*use `temperature`"):
-        ModelSpec("m", sampling={"temperature": 5})
+        Sampling(sampling={"temperature": 5})
 
 
 def test_an_unknown_setting_names_the_nearest() -> None:
@@ -94,7 +94,7 @@ def test_vllms_rows_arrive_in_typed_arrays_of_8_bytes_an_entry() -> None:
 @pytest.mark.slow
 def test_sections_are_found_by_the_offsets_of_a_real_tokenizer(embedded_teacher: Path) -> None:
     """Markers that are no tokens of their own, characters of several tokens, and a template that opens the reasoning."""
-    facts = model.inspect_model(ModelSpec(str(embedded_teacher)))
+    facts = model.inspect_model(ModelSpec(model=str(embedded_teacher)))
     opens = facts.chat_template + "{% if add_generation_prompt %}{{ '<think>\\n' }}{% endif %}"
     facts.tokenizer.chat_template = opens
     facts = dataclasses.replace(facts, chat_template=opens)
@@ -102,7 +102,7 @@ def test_sections_are_found_by_the_offsets_of_a_real_tokenizer(embedded_teacher:
     prompt = model.render(facts, Prompt("p", [{"role": "user", "content": "Does <think> mean think? 数学 🙂"}]), {})
     said = facts.tokenizer("2 + 2 is 4 🙂🙂, naïve</think>\n\n**4**<|im_end|>", add_special_tokens=False)["input_ids"]
     ids = prompt + said
-    pieces = model.pieces(facts, ids)
+    pieces = model.token_texts(facts, ids)
     assert "".join(p or "" for p in pieces) == facts.tokenizer.decode(ids)
     found = find(pieces, len(prompt), markers)
     text = {name: facts.tokenizer.decode(ids[found.span(name)]) for name in ("opening", "reasoning", "answer")}

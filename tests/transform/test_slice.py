@@ -13,7 +13,7 @@ import pytest
 from logitcache.cache import manifest, shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
-from logitcache.capture.runner import rows_of
+from logitcache.capture.traces import rows_of
 from logitcache.codec.block import seal, unseal
 from logitcache.errors import CacheBusyError, IdentityError, InputError, NotACacheError, ShardCorruptError
 from logitcache.identity import Identity

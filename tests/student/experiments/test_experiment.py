@@ -17,8 +17,8 @@ from pathlib import Path
 
 import pytest
 
+from logitcache.accuracy.answer_file import Answer, AnswerFile
 from logitcache.accuracy.budgets import ANSWERS, RESULTS, prompts_digest
-from logitcache.accuracy.run import Answer, AnswerFile
 from logitcache.cache.reader import Cache
 from logitcache.capture.score import Crop, _cropped
 from logitcache.cli import app

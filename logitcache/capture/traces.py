@@ -1,0 +1,61 @@
+"""A finished completion becomes a trace."""
+
+from logitcache import sections, sparse_rows
+from logitcache.capture.job import Request
+from logitcache.grading import verdicts
+from logitcache.identity import Identity
+from logitcache.inference import model
+from logitcache.inference.engine import Completion
+from logitcache.inference.model import ModelFacts
+from logitcache.prompts import Prompt
+from logitcache.sparse_rows import SparseRows
+from logitcache.trace import Trace
+
+
+def rows_of(completion: Completion, identity: Identity) -> SparseRows:
+    """The rows of a completion as the cache stores them: sorted, with their tails, pinned ids added, trimmed.
+
+    Raises: CacheError for a row that is not a distribution.
+    """
+    rows = sparse_rows.from_topk(completion.ids_RK, completion.logprobs_RK, identity.vocab_size)
+    if identity.pin_tokens:
+        rows = sparse_rows.pin(rows, identity.top_k, identity.pin_tokens, completion.pinned_RP)
+    return sparse_rows.trim(rows, top_p=identity.top_p, min_k=identity.min_k, pinned_ids=identity.pin_tokens)
+
+
+def trace_of(
+    request: Request,
+    prompt: Prompt,
+    completion: Completion,
+    identity: Identity,
+    facts: ModelFacts,
+    verifier: str | None,
+) -> Trace:
+    """The trace of a completion: its sections, rows, text, and verdict if a verifier is given.
+
+    Raises: CacheError for a row that is not a distribution.
+    """
+    token_ids, prompt_length = completion.token_ids, completion.prompt_length
+    texts = model.token_texts(facts, token_ids.tolist())
+    ended = len(token_ids) > prompt_length and int(token_ids[-1]) in facts.eos_ids
+    spans = sections.find(texts, prompt_length, identity.markers)
+    written = texts[: len(texts) - ended]
+    text, answer = ("".join(t or "" for t in written[start:]) for start in (prompt_length, spans.answer.start))
+    rows = rows_of(completion, identity)
+    correct = verdicts.verdict(verifier, answer, prompt.answer, prompt.metadata) if verifier else None
+    return Trace(
+        trace_id=request.trace_id,
+        prompt_id=prompt.id,
+        sample_index=request.sample_index,
+        token_ids=token_ids,
+        sections=spans,
+        row_start=len(token_ids) - len(rows),
+        rows=rows,
+        token_logprob=completion.token_logprob,
+        token_rank=completion.token_rank,
+        text=text,
+        finish_reason=completion.finish_reason,
+        answer=prompt.answer,
+        correct=correct,
+        metadata=prompt.metadata,
+    )
