@@ -27,10 +27,11 @@ class LogitcacheError(Exception):
     """
 
     exit_code = 1
+    flags: Mapping[str, str] = {}  # by field name, set by the command that failed
 
-    def text(self, flags: Mapping[str, str]) -> str:
-        """The message with the flags of a command in place of its options' field names: ``--top-k``."""
-        return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), str(self))
+    def text(self) -> str:
+        """The message as the command line shows it, with the command's flags: ``--top-k``."""
+        return with_flags(str(self), self.flags)
 
 
 class InputError(LogitcacheError):
@@ -83,6 +84,11 @@ class WriteError(LogitcacheError):
 
 class TrainingError(LogitcacheError):
     pass
+
+
+def with_flags(text: str, flags: Mapping[str, str]) -> str:
+    """``text`` with flags in place of the field names that stand in backquotes."""
+    return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), text)
 
 
 def first_line(error: BaseException) -> str:

@@ -9,6 +9,7 @@ Name, type and default are Python's own. The command line, ``--config`` files an
 from dataclasses import dataclass
 
 EVERYDAY = "Options"  # the group that --help shows first
+LAST_GROUPS = ("Engine", "Shards and workers", "Output")  # those that it shows last
 
 
 @dataclass(frozen=True, slots=True)

@@ -172,7 +172,7 @@ def test_prompts_longer_than_the_teacher_takes_are_skipped_and_listed(engine, tm
     assert summary.made == 2
     again = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", samples=2))
     assert engine.started == 1, "what cannot be asked starts no engine a second time"
-    assert "nothing to do, all 2 traces are present" in again
+    assert "nothing to do, all 2 traces are present" in describe_summary(again, tmp_path)
     assert list(again.skipped) == ["long"]
 
 

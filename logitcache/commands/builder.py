@@ -1,0 +1,379 @@
+"""Commands from declarations: flags, ``--config`` files and ``--help`` are made from the options of a dataclass or function.
+
+    @command(GenerateOptions)
+    def generate(options: GenerateOptions) -> int: ...
+
+The declaration is called with the values of its parameters, and the command gets what it returns: an options object, or
+the result of a library function. Keywords of the command itself become options too, such as ``--json``.
+"""
+
+import inspect
+import json
+import re
+import types
+import typing
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import typer
+
+from logitcache.commands.config import CONFIG, PRINT_CONFIG, dump, read_config
+from logitcache.errors import InputError, LogitcacheError
+from logitcache.runtime.options import EVERYDAY, LAST_GROUPS, Option
+
+_REQUIRED: Any = inspect.Parameter.empty
+_NATIVE = (str, int, float, bool, Path)
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One declared option."""
+
+    name: str
+    kind: Any  # its type, without None
+    default: Any  # _REQUIRED where it must be given
+    option: Option
+
+    @property
+    def flag(self) -> str:
+        """What the command line calls it: ``--top-k``, or the name of an argument."""
+        return self.name.upper() if self.option.positional else self.option.flag or "--" + self.name.replace("_", "-")
+
+    @property
+    def origin(self) -> Any:
+        return typing.get_origin(self.kind) or self.kind
+
+    @property
+    def several(self) -> bool:
+        """Whether it may be given more than once."""
+        return self.origin in (list, dict)
+
+    @property
+    def metavar(self) -> str | None:
+        if self.option.metavar or self.kind in _NATIVE or self.origin is Literal:
+            return self.option.metavar
+        if self.origin is dict:
+            return "NAME=NUMBER" if typing.get_args(self.kind)[1] is float else "KEY=VALUE"
+        return "A,B,..." if self.origin is tuple else None
+
+    @property
+    def raw_kind(self) -> Any:
+        """The type that Typer parses; what it cannot parse comes as text and goes through `value`."""
+        if self.several:
+            return list[str]
+        return self.kind if self.kind in _NATIVE or self.origin is Literal else str
+
+    def annotation(self) -> Any:
+        """As a parameter of a Typer command."""
+        has_default = self.default not in (_REQUIRED, None) and bool(self.text(self.default))
+        shown: bool | str = self.option.default or has_default
+        help, metavar = _escaped(self.option.help), self.metavar
+        kind = self.raw_kind if self.default is _REQUIRED else self.raw_kind | None
+        if self.option.positional:
+            argument = typer.Argument(help=help, show_default=shown, metavar=metavar or self.flag)
+            return typing.Annotated[kind, argument]
+        flags = [self.flag, *([self.option.alias] if self.option.alias else [])]
+        if self.kind is bool:
+            flags = [f"{self.flag}/--no-{self.flag.removeprefix('--')}"]
+        panel = self.option.group
+        option = typer.Option(*flags, help=help, show_default=shown, metavar=metavar, rich_help_panel=panel)
+        return typing.Annotated[kind, option]
+
+    def raw_default(self) -> Any:
+        if self.default is _REQUIRED:
+            return _REQUIRED
+        return self.default if self.default is None or self.kind in _NATIVE or self.origin is Literal else None
+
+    def text(self, value: Any) -> str:
+        """A value as the command line writes it."""
+        if self.kind is bool:
+            return "" if value is False else self.flag if value is True else str(value)
+        if self.origin is tuple:
+            return ",".join(map(str, value))
+        return " ".join(self.items(value)) if self.several else str(value)
+
+    def items(self, value: Any) -> list[str]:
+        """A value of several items as the command line writes each."""
+        if isinstance(value, Mapping):
+            return [f"{key}={_json_text(item)}" for key, item in value.items()]
+        return [str(item) for item in value]
+
+    def value(self, raw: Any) -> Any:
+        """The value of what was given as text.
+
+        Raises: InputError for text that does not parse.
+        """
+        if raw is None or (self.several and not raw):
+            return self.default
+        if self.origin is list:
+            (inner,) = typing.get_args(self.kind)
+            return [inner(item) for item in raw]
+        if self.origin is dict:
+            return _numbers(self, raw) if typing.get_args(self.kind)[1] is float else _pairs(self, raw)
+        if self.origin is tuple:
+            (inner, _) = typing.get_args(self.kind)
+            try:
+                return tuple(inner(item.strip()) for item in raw.split(","))
+            except ValueError:
+                raise InputError(f"`{self.name}` {raw!r}: expected {inner.__name__} values, such as 1,2") from None
+        return raw if self.kind in _NATIVE or self.origin is Literal else self.kind.parse(raw)
+
+    def from_file(self, value: Any) -> Any:
+        """What a YAML file says, in the form that the command line has it.
+
+        Raises: ValueError naming what was expected.
+        """
+        if self.several:
+            return self.items(value if isinstance(value, list | dict) else [value])
+        if isinstance(value, list) and self.origin is tuple:
+            return ",".join(map(str, value))
+        if isinstance(value, list | dict):
+            raise ValueError(f"expected one value, found a {'list' if isinstance(value, list) else 'mapping'}")
+        if isinstance(value, bool) != (self.kind is bool):
+            raise ValueError(
+                f"expected {'true or false' if self.kind is bool else self.raw_kind.__name__}, found {value!r}"
+            )
+        return value if isinstance(value, bool) else str(value)
+
+
+def parameters(declared: Any) -> list[Parameter]:
+    """The options that a dataclass or a function declares. Fields without an `Option` are not options."""
+    found = []
+    for name, default in _defaults(declared).items():
+        if annotated := _annotated(declared, name):
+            kind, option = annotated
+            found.append(Parameter(name, _without_none(kind), default, option))
+    return found
+
+
+def _annotated(declared: Any, name: str) -> tuple[Any, Option] | None:
+    """The type and the `Option` of a field or keyword. A subclass may repeat a field with another default alone."""
+    for owner in getattr(declared, "__mro__", [declared]):
+        hint = typing.get_type_hints(owner, include_extras=True).get(name)
+        for extra in getattr(hint, "__metadata__", ()):
+            if isinstance(extra, Option):
+                return typing.get_args(hint)[0], extra
+    return None
+
+
+def _defaults(declared: Any) -> dict[str, Any]:
+    if not is_dataclass(declared):
+        return {name: p.default for name, p in inspect.signature(declared).parameters.items()}
+    found: dict[str, Any] = {}
+    for field in fields(declared):
+        made = _REQUIRED if field.default_factory is MISSING else field.default_factory()
+        found[field.name] = made if field.default is MISSING else field.default
+    return found
+
+
+def _in_order(options: Iterable[Parameter]) -> list[Parameter]:
+    """As --help lists them: arguments, required options, the everyday ones, the other groups."""
+    options = list(options)
+    groups = list(dict.fromkeys([EVERYDAY, *(p.option.group for p in options)]))
+    groups = [g for g in groups if g not in LAST_GROUPS] + [g for g in LAST_GROUPS if g in groups]
+    return sorted(
+        options, key=lambda p: (not p.option.positional, p.default is not _REQUIRED, groups.index(p.option.group))
+    )
+
+
+def _without_none(kind: Any) -> Any:
+    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
+        kinds = [k for k in typing.get_args(kind) if k is not type(None)]
+        return kinds[0] if len(kinds) == 1 else str
+    return kind
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """The values of a command's options by name, and which of them were given."""
+
+    values: dict[str, Any]
+    given: frozenset[str]
+
+    def make(self, declared: Any) -> Any:
+        """Calls a declaration with its values.
+
+        Raises: InputError for a required option without a value.
+        """
+        wanted = parameters(declared)
+        for p in wanted:
+            if p.default is _REQUIRED and self.values[p.name] is _REQUIRED:
+                raise InputError(f"`{p.name}` is required")
+        return declared(**{p.name: self.values[p.name] for p in wanted})
+
+    def refuse(self, names: set[str], why: str) -> None:
+        """Raises: InputError for one of these options if it was given."""
+        for name in sorted(names & self.given):
+            raise InputError(f"`{name}`: {why}")
+
+
+Handler = Callable[..., int | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command and the declarations that its options come from."""
+
+    handler: Handler
+    declared: tuple[Callable[..., Any], ...]
+    more: Callable[[], str] | None = None  # text that --help adds
+
+    def parameters(self) -> list[Parameter]:
+        """All options, each once. One that not all declarations require is not required of the command."""
+        lists = [parameters(declared) for declared in self.declared]
+        found: dict[str, Parameter] = {}
+        for each in lists:
+            for p in each:
+                required = p.default is _REQUIRED and all(p.name in {q.name for q in other} for other in lists)
+                default = p.default if required or p.default is not _REQUIRED else None
+                found.setdefault(p.name, Parameter(p.name, p.kind, default, p.option))
+        own = {p.name: p for p in parameters(self.handler)}
+        return _in_order((found | own).values())
+
+    def run(self, context: typer.Context) -> int | None:
+        """Calls the handler with what the command line and a ``--config`` file say.
+
+        Raises: LogitcacheError with the flags of this command.
+        """
+        flags = {p.name: p.flag for p in self.parameters()}
+        try:
+            return self._run(context)
+        except LogitcacheError as e:
+            e.flags = flags
+            raise
+
+    def _run(self, context: typer.Context) -> int | None:
+        options = self.parameters()
+        values = {p.name: p.value(context.params[p.name]) for p in options}
+        given = frozenset(p.name for p in options if _is_given(context, p.name))
+        if context.params[PRINT_CONFIG]:
+            typer.echo(dump({p.name: values[p.name] for p in options if _worth(p, values[p.name], p.name in given)}))
+            return 0
+        own = {p.name: values[p.name] for p in parameters(self.handler)}
+        wanted = inspect.signature(self.handler).parameters
+        every = Values({k: _REQUIRED if v is None and self._requires(k) else v for k, v in values.items()}, given)
+        extra = {"values": every} if "values" in wanted else {}
+        made = [every.make(declared) for declared in self.declared] if len(self.declared) == 1 else []
+        return self.handler(*made, **own, **extra)
+
+    def _requires(self, name: str) -> bool:
+        return any(p.name == name and p.default is _REQUIRED for d in self.declared for p in parameters(d))
+
+    def callback(self) -> Any:
+        """The function that Typer registers: its signature has all options."""
+
+        def call(context: typer.Context, **_: Any) -> int | None:
+            return self.run(context)
+
+        options = self.parameters()
+        signature = [inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)]
+        for p in options:
+            default = p.raw_default()
+            signature.append(
+                inspect.Parameter(p.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=p.annotation())
+            )
+        signature += _config_parameters(options)
+        call.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
+        call.__annotations__ = {p.name: p.annotation for p in signature}
+        call.__doc__ = "\n\n".join([inspect.getdoc(self.handler) or "", *([self.more()] if self.more else [])])
+        return call
+
+
+def command(*declared: Callable[..., Any], more: Callable[[], str] | None = None) -> Callable[[Handler], Command]:
+    """Makes a `Command` of a function.
+
+    With one declaration the function gets what it returns; with several, or if it has a parameter ``values``, it gets
+    the `Values`.
+    """
+    return lambda handler: Command(handler, declared, more)
+
+
+def _config_parameters(options: list[Parameter]) -> list[inspect.Parameter]:
+    known = {p.name: p for p in options}
+
+    def load(context: typer.Context, path: Path | None) -> Path | None:
+        if path is not None:
+            context.default_map = {**(context.default_map or {}), **read_config(path, known, context.info_name or "")}
+        return path
+
+    config = typing.Annotated[
+        Path | None,
+        typer.Option(
+            "--config",
+            help="YAML file with values of these options by name; the command line wins over it.",
+            is_eager=True,
+            callback=load,
+            rich_help_panel="Configuration",
+        ),
+    ]
+    printed = typing.Annotated[
+        bool,
+        typer.Option(
+            "--print-config",
+            help="Print all settings as such a file, and do nothing else.",
+            rich_help_panel="Configuration",
+        ),
+    ]
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    return [
+        inspect.Parameter(CONFIG, keyword, default=None, annotation=config),
+        inspect.Parameter(PRINT_CONFIG, keyword, default=False, annotation=printed),
+    ]
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP", "ENVIRONMENT")
+
+
+def _worth(p: Parameter, value: Any, given: bool) -> bool:
+    """Whether a setting belongs into a printed configuration."""
+    return value not in (None, _REQUIRED) and (given or value not in ({}, []))
+
+
+def _json_text(value: Any) -> str:
+    """What `_pairs` reads back as this value: text stays text unless it would read as JSON."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value)
+
+
+def _pairs(p: Parameter, raw: list[str]) -> dict[str, Any]:
+    """KEY=VALUE settings; a value is JSON if it can be, else text."""
+    pairs: dict[str, Any] = {}
+    for item in raw:
+        key, equals, value = item.partition("=")
+        if not equals or not key:
+            raise InputError(f"`{p.name}` {item!r}: write KEY=VALUE")
+        key = key.replace("-", "_")
+        try:
+            pairs[key] = json.loads(value)
+        except ValueError:
+            pairs[key] = {"True": True, "False": False, "None": None}.get(value, value)
+    return pairs
+
+
+def _numbers(p: Parameter, raw: list[str]) -> dict[str, float]:
+    numbers: dict[str, float] = {}
+    for item in raw:
+        name, _, number = item.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            name, value = "", 0.0
+        if not name:
+            raise InputError(f"`{p.name}` {item!r}: write NAME=NUMBER")
+        if name in numbers:
+            raise InputError(f"`{p.name}` {item!r}: {name} is given twice")
+        numbers[name] = value
+    return numbers
+
+
+def _escaped(text: str) -> str:
+    """Text whose brackets rich does not read as markup."""
+    return re.sub(r"\[(?=[a-z/])", r"\\[", text)

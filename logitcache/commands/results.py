@@ -1,0 +1,25 @@
+"""How commands end: what they print, and their exit codes."""
+
+import json
+import os
+import signal
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import typer
+
+
+def show(text: str) -> None:
+    """Prints a result once, however many processes torchrun started."""
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(text)
+
+
+def show_json(result: Any) -> None:
+    """Prints a result as one JSON object."""
+    show(json.dumps(asdict(result) if is_dataclass(result) and not isinstance(result, type) else result, indent=1))
+
+
+def signal_code(name: str | None) -> int:
+    """Exit code of a command that a signal ended, as shells count it; 0 for None."""
+    return 128 + signal.Signals[name].value if name else 0
