@@ -44,7 +44,7 @@ def read_config(path: Path, known: Mapping[str, FromFile], command: str) -> dict
                 + (f"; did you mean {near[0]}?" if near else "")
             )
         if name in found:
-            raise InputError(f"{where}: {key_node.value} stands there twice")
+            raise InputError(f"{where}: {key_node.value} is given twice")
         value = loader.construct_object(value_node, deep=True)
         if value is None:
             continue
