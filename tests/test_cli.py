@@ -99,9 +99,9 @@ def test_generate_prints_its_summary_and_info_what_it_made(run, monkeypatch, tmp
     arguments = ("generate", source, "--teacher", "fake", "--out", tmp_path / "c", "--top-k", 8, "--unit-size", 2)
     code, out, err = run(*arguments)
     assert code == 0
-    assert re.search(r"c: 5 traces made, 5 of 5 there; \d+ tokens in", out)
+    assert re.search(r"c: 5 traces made, 5 of 5 present; \d+ tokens in", out)
     assert re.search(r"5/5 traces, [\d,]+ tokens/s, 0:00 left", err), "plain lines where there is no terminal"
-    assert "nothing to do, all 5 traces are there" in run(*arguments)[1]
+    assert "nothing to do, all 5 traces are present" in run(*arguments)[1]
 
     code, out, _ = run("info", tmp_path / "c", "--json")
     facts = json.loads(out)
@@ -191,7 +191,7 @@ def test_a_plan_is_drawn_from_all_prompts_and_its_traces_can_stay(run, monkeypat
     code, out, err = run("plan", *settings, "--try-prompts", 6, "--json")
     assert code == 0, err
     assert (json.loads(out)["prompts"], json.loads(out)["sample_traces"]) == (40, 6)
-    assert "6 traces there, 34 to make" in run("generate", *settings)[2]
+    assert "6 traces present, 34 to make" in run("generate", *settings)[2]
     code, out, _ = run("plan", *settings, "--try-prompts", 6)
     assert (code, out.startswith("job     40 traces of 40 prompts")) == (0, True)
 

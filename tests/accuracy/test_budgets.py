@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from logitcache.accuracy.answer_file import Answer, AnswerFile
+from logitcache.accuracy.answer_file import Answer, AnswerFile, Key
 from logitcache.accuracy.budgets import ANSWERS, RESULTS, Budget, BudgetOptions, measure, pass_at_1
 from logitcache.accuracy.run import Delimiters
 from logitcache.commands.text import describe_budgets
@@ -523,8 +523,8 @@ def test_the_real_engine_continues_prompt_cut_reasoning_and_closing(tmp_path) ->
     assert {cut for _, _, cut in answers} >= {None, 0}
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     for key, ids_sent, limit in sent:
-        answer = answers[module.Key(*key)]
-        natural = answers[module.Key(*key)._replace(cut=None)]
+        answer = answers[Key(*key)]
+        natural = answers[Key(*key)._replace(cut=None)]
         cut = key[2]
         forced = [] if cut is None else [*natural.tokens[:cut], *closing]
         assert (ids_sent, limit) == ([*prompts[key[0]], *forced], 16 if cut is None else 5)

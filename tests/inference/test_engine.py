@@ -69,7 +69,7 @@ def resumed(embedded_teacher, tmp_path_factory) -> Path:
     again = subprocess.run(command(embedded_teacher, out, 12), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert all(p.read_bytes() == data for p, data in safe.items()), "what was published is left alone"
-    assert "12 of 12 there" in again.stdout
+    assert "12 of 12 present" in again.stdout
     assert "INFO" not in again.stdout + again.stderr, "the engine's chatter goes to the log"
     assert "vLLM" in "".join(p.read_text() for p in (out / "logs").glob("*.log"))
     assert verify(out, workers=1) == []
@@ -85,7 +85,7 @@ def test_after_kill_9_each_trace_is_there_once(resumed: Path) -> None:
 def test_done_work_is_not_done_again(resumed: Path, embedded_teacher: Path) -> None:
     logs = set((resumed / "logs").iterdir())
     again = subprocess.run(command(embedded_teacher, resumed, 12), capture_output=True, text=True, check=True)
-    assert "nothing to do, all 12 traces are there" in again.stdout
+    assert "nothing to do, all 12 traces are present" in again.stdout
     assert set((resumed / "logs").iterdir()) == logs, "no engine was started"
 
 
