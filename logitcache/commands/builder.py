@@ -13,7 +13,7 @@ import re
 import types
 import typing
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -187,29 +187,29 @@ def _without_none(kind: Any) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class Values:
-    """The values of a command's options by name, and which of them were given."""
+    """The options of a command that were given, by name."""
 
-    values: dict[str, Any]
-    given: frozenset[str]
+    given: dict[str, Any]
 
     def make(self, declared: Any) -> Any:
-        """Calls a declaration with its values.
+        """Calls a declaration with what was given of its options, and its own defaults for the others.
 
-        Raises: InputError for a required option without a value.
+        Raises: InputError for a required option that was not given.
         """
         wanted = parameters(declared)
         for p in wanted:
-            if p.default is _REQUIRED and self.values[p.name] is _REQUIRED:
+            if p.default is _REQUIRED and p.name not in self.given:
                 raise InputError(f"`{p.name}` is required")
-        return declared(**{p.name: self.values[p.name] for p in wanted})
+        return declared(**{p.name: self.given.get(p.name, p.default) for p in wanted})
 
-    def refuse(self, names: set[str], why: str) -> None:
+    def refuse(self, names: Iterable[str], why: str) -> None:
         """Raises: InputError for one of these options if it was given."""
-        for name in sorted(names & self.given):
-            raise InputError(f"`{name}`: {why}")
+        for name in sorted(set(names) & self.given.keys()):
+            raise InputError(f"`{name}` {why}")
 
 
 Handler = Callable[..., int | None]
+Choose = Callable[[Values], tuple[Any, str]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +217,8 @@ class Command:
     """A command and the declarations that its options come from."""
 
     handler: Handler
-    declared: tuple[Callable[..., Any], ...]
+    declared: tuple[Any, ...]
+    choose: Choose | None = None
     more: Callable[[], str] | None = None  # text that --help adds
 
     def parameters(self) -> list[Parameter]:
@@ -227,39 +228,38 @@ class Command:
         for each in lists:
             for p in each:
                 required = p.default is _REQUIRED and all(p.name in {q.name for q in other} for other in lists)
-                default = p.default if required or p.default is not _REQUIRED else None
-                found.setdefault(p.name, Parameter(p.name, p.kind, default, p.option))
-        own = {p.name: p for p in parameters(self.handler)}
-        return _in_order((found | own).values())
+                default = None if p.default is _REQUIRED and not required else p.default
+                found.setdefault(p.name, replace(p, default=default))
+        return _in_order((found | {p.name: p for p in parameters(self.handler)}).values())
 
     def run(self, context: typer.Context) -> int | None:
         """Calls the handler with what the command line and a ``--config`` file say.
 
         Raises: LogitcacheError with the flags of this command.
         """
-        flags = {p.name: p.flag for p in self.parameters()}
+        options = self.parameters()
         try:
-            return self._run(context)
+            values = Values({p.name: p.value(context.params[p.name]) for p in options if _is_given(context, p.name)})
+            declared = self._chosen(values, options)
+            if context.params[PRINT_CONFIG]:
+                typer.echo(dump(_settings([*parameters(declared), *parameters(self.handler)], values)))
+                return 0
+            own = {p.name: values.given.get(p.name, p.default) for p in parameters(self.handler)}
+            extra = {"values": values} if "values" in inspect.signature(self.handler).parameters else {}
+            return self.handler(values.make(declared), **own, **extra)
         except LogitcacheError as e:
-            e.flags = flags
+            e.flags = {p.name: p.flag for p in options}
             raise
 
-    def _run(self, context: typer.Context) -> int | None:
-        options = self.parameters()
-        values = {p.name: p.value(context.params[p.name]) for p in options}
-        given = frozenset(p.name for p in options if _is_given(context, p.name))
-        if context.params[PRINT_CONFIG]:
-            typer.echo(dump({p.name: values[p.name] for p in options if _worth(p, values[p.name], p.name in given)}))
-            return 0
-        own = {p.name: values[p.name] for p in parameters(self.handler)}
-        wanted = inspect.signature(self.handler).parameters
-        every = Values({k: _REQUIRED if v is None and self._requires(k) else v for k, v in values.items()}, given)
-        extra = {"values": every} if "values" in wanted else {}
-        made = [every.make(declared) for declared in self.declared] if len(self.declared) == 1 else []
-        return self.handler(*made, **own, **extra)
-
-    def _requires(self, name: str) -> bool:
-        return any(p.name == name and p.default is _REQUIRED for d in self.declared for p in parameters(d))
+    def _chosen(self, values: Values, options: list[Parameter]) -> Any:
+        """The declaration that counts. Raises: InputError for an option of another one that was given."""
+        if self.choose is None:
+            (declared,) = self.declared
+            return declared
+        declared, why = self.choose(values)
+        known = {p.name for p in (*parameters(declared), *parameters(self.handler))}
+        values.refuse([p.name for p in options if p.name not in known], why)
+        return declared
 
     def callback(self) -> Any:
         """The function that Typer registers: its signature has all options."""
@@ -281,13 +281,17 @@ class Command:
         return call
 
 
-def command(*declared: Callable[..., Any], more: Callable[[], str] | None = None) -> Callable[[Handler], Command]:
-    """Makes a `Command` of a function.
+def command(
+    *declared: Any, choose: Choose | None = None, more: Callable[[], str] | None = None
+) -> Callable[[Handler], Command]:
+    """Makes a `Command` of a function, which is called with what the declaration returns.
 
-    With one declaration the function gets what it returns; with several, or if it has a parameter ``values``, it gets
-    the `Values`.
+    Args:
+        declared: a dataclass or a function. Of several, ``choose`` returns the one that counts, and why an option of
+            another has no effect.
+        more: text that --help adds to the docstring.
     """
-    return lambda handler: Command(handler, declared, more)
+    return lambda handler: Command(handler, declared, choose, more)
 
 
 def _config_parameters(options: list[Parameter]) -> list[inspect.Parameter]:
@@ -328,9 +332,10 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP", "ENVIRONMENT")
 
 
-def _worth(p: Parameter, value: Any, given: bool) -> bool:
-    """Whether a setting belongs into a printed configuration."""
-    return value not in (None, _REQUIRED) and (given or value not in ({}, []))
+def _settings(options: list[Parameter], values: Values) -> dict[str, Any]:
+    """What a printed configuration holds: all but empty defaults."""
+    every = {p.name: values.given.get(p.name, p.default) for p in options}
+    return {k: v for k, v in every.items() if v is not _REQUIRED and (k in values.given or v not in (None, {}, [], ()))}
 
 
 def _json_text(value: Any) -> str:

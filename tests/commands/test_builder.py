@@ -193,24 +193,29 @@ def test_a_broken_config_file_names_its_line(tmp_path, text: str, message: str) 
         Ran(Options)("--config", str(tmp_path / "c.yaml"))
 
 
-def test_an_option_of_one_declaration_alone_is_not_required_of_the_command() -> None:
+def test_of_two_declarations_one_counts_and_the_others_options_are_refused() -> None:
     @dataclass(frozen=True, kw_only=True)
     class Other:
         source: Annotated[str, Option("What.", positional=True)]
-        place: Annotated[Path, Option("Where.")]
+        place: Annotated[Path | None, Option("Where.")]
+        top_k: Annotated[int, Option("Ids.")] = 5
 
-    @command(Options, Other)
-    def either(values: Values) -> int:
-        values.refuse({"exact"}, "it has no effect here")
-        return len(values.make(Other).source)
+    def which(values: Values) -> tuple[Any, str]:
+        return (Other, "has no effect with --place") if "place" in values.given else (Options, "needs --place")
+
+    made: list[Any] = []
+
+    @command(Options, Other, choose=which)
+    def either(options: Any) -> None:
+        made.append(options)
 
     own = typer.Typer(add_completion=False)
     own.command("do")(either.callback())
     app = typer.main.get_command(own)
-    assert app.main(args=["abc", "--place", "x"], standalone_mode=False) == 3
-    with pytest.raises(InputError, match="`place` is required"):
-        app.main(args=["abc"], standalone_mode=False)
-    with pytest.raises(InputError, match="`exact`: it has no effect here"):
+    app.main(args=["abc", "--place", "x"], standalone_mode=False)
+    app.main(args=["abc", "--exact"], standalone_mode=False)
+    assert made == [Other(source="abc", place=Path("x"), top_k=5), Options(source="abc", top_k=64, exact=True)]
+    with pytest.raises(InputError, match="`exact` has no effect with --place"):
         app.main(args=["abc", "--place", "x", "--no-exact"], standalone_mode=False)
 
 

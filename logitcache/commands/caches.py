@@ -1,0 +1,70 @@
+"""info, verify, slice, merge, split."""
+
+from typing import Annotated
+
+from logitcache.cache import reader
+from logitcache.cache.info import CacheInfo
+from logitcache.cache.verify import VerifyReport, verify_cache
+from logitcache.commands.builder import command
+from logitcache.commands.results import show, show_json
+from logitcache.commands.text_caches import describe_info, describe_merge, describe_slice, describe_split, describe_verify
+from logitcache.runtime.options import Option
+from logitcache.transform.merge import MergeReport
+from logitcache.transform.merge import merge as merge_caches
+from logitcache.transform.slice import SliceReport, slice_cache
+from logitcache.transform.split import SplitReport
+from logitcache.transform.split import split as split_cache
+
+Json = Annotated[bool, Option("Print one JSON object.", "Output")]
+
+
+@command(reader.info)
+def info(info: CacheInfo, json: Json = False) -> None:
+    """Show what CACHE holds: teacher, traces, tokens by section, bytes per token, support and tail."""
+    if json:
+        show_json(info.to_json())
+    else:
+        show(describe_info(info))
+
+
+@command(verify_cache)
+def verify(report: VerifyReport, json: Json = False) -> int:
+    """Read all of CACHE and name whatever is wrong: checksums, columns, spans, ids, probabilities.
+
+    The exit code is 2 if there are problems. With --repair damaged shards are moved to CACHE/set-aside, and `generate` makes
+    their traces again.
+    """
+    if json:
+        show_json(report.to_json())
+    else:
+        show(describe_verify(report))
+    return 2 if report.problems else 0
+
+
+@command(slice_cache)
+def slice_(report: SliceReport) -> None:
+    """Write a part of CACHE as a new cache, without the teacher: fewer ids, fewer rows, fewer traces.
+
+    A slice at --top-k 16 holds what a capture at 16 would have held. With --verifier answers are graded anew.
+
+    Example: logitcache slice math-cache --out math-right --top-k 32 --where "correct and tokens<=8192"
+    """
+    show(describe_slice(report))
+
+
+@command(merge_caches)
+def merge(report: MergeReport) -> None:
+    """Join all traces of CACHES into one new cache. Caches of different identity are refused by the field that differs.
+
+    Example: logitcache merge part-a part-b --out whole
+    """
+    show(describe_merge(report))
+
+
+@command(split_cache)
+def split(report: SplitReport) -> None:
+    """Split CACHE into several new caches by prompt. A prompt's id alone decides its part, and no prompt is in two.
+
+    Example: logitcache split math-cache --into train=0.95 --into test=0.05
+    """
+    show(describe_split(report))
