@@ -16,7 +16,7 @@ demo: $(VENV)/.ready
 
 test: $(VENV)/.ready
 	$(BIN)/pytest -n 2 -m "not engine"
-	$(BIN)/pytest -n 2 -m engine
+	$(BIN)/pytest -n 2 --dist loadfile -m engine  # tests of one file share their engines
 
 fast: $(VENV)/.ready
 	$(BIN)/pytest -n 2 -m "not slow and not engine"
