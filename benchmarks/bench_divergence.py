@@ -41,7 +41,8 @@ from divergence_report import plot, save, table  # noqa: E402
 
 from logitcache.kernels import fused_linear  # noqa: E402
 from logitcache.kernels.fused_linear import linear_sparse_divergence  # noqa: E402
-from logitcache.kernels.reference import DIVERGENCES, Objective, SparseTargets  # noqa: E402
+from logitcache.kernels.objective import DIVERGENCES, Objective  # noqa: E402  # noqa: E402
+from logitcache.kernels.targets import SparseTargets  # noqa: E402  # noqa: E402
 
 # N taught rows, H hidden, V vocabulary, K ids a row.
 

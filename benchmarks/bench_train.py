@@ -56,11 +56,12 @@ from benchmarks.bench_divergence import ROOT, machine, say
 from benchmarks.embedded import embedded_teacher
 from logitcache.cache.reader import Cache
 from logitcache.student.data.dataset import TraceDataset
-from logitcache.student.data.sampler import StepSampler, split
-from logitcache.student.evaluation.evaluate_run import evaluate
-from logitcache.student.model.load import prune_layers
+from logitcache.student.data.held_out import split
+from logitcache.student.data.sampler import StepSampler
+from logitcache.student.model.metrics import evaluate
+from logitcache.student.model.prune import prune_layers
 from logitcache.student.training.config import DistillConfig
-from logitcache.student.training.flops import PeakMemory
+from logitcache.student.training.timers import PeakMemory
 from logitcache.student.training.trainer import DistillTrainer
 
 # B traces of a step, T tokens of the longest, N taught rows, V vocabulary.

@@ -62,7 +62,7 @@ def logitcache(*arguments: str, where: Path | None = None) -> None:
 
 def prune() -> None:
     """A copy of the teacher with every third layer: 10 of 30."""
-    from logitcache.student.model.load import prune_layers
+    from logitcache.student.model.prune import prune_layers
 
     if not PRUNED.exists():
         part = PRUNED.with_suffix(".part")

@@ -15,7 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from logitcache.kernels.reference import Objective, RowValues, SparseTargets, resolve_ce_weights, sparse_divergence_
+from logitcache.kernels.objective import Objective
+from logitcache.kernels.reference import RowValues, sparse_divergence_
+from logitcache.kernels.targets import SparseTargets, resolve_ce_weights
 
 logger = logging.getLogger(__name__)
 

@@ -10,207 +10,16 @@ Everything is finite where Q underflows, and one dense factor plus k overwritten
 GKD (arXiv 2306.13649), DistiLLM (arXiv 2402.03898), Sparse Logit Sampling (arXiv 2503.16870).
 """
 
-import difflib
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from logitcache.kernels.objective import Objective
+from logitcache.kernels.targets import IGNORED, SparseTargets, resolve_ce_weights
+
 # N taught rows, V vocabulary, K ids a padded row, E entries of all rows together. Masses are in nats.
-
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tv")
-TAILS = ("bucket", "support", "sampled")
-IGNORED = -100
-LOG_FLOOR = (
-    -30.0
-)  # reverse KL divides by P: a mass below e^-30 is beyond a float32 softmax over 2^18 ids (2^-24 / 2^18)
-SAME_LOG = (
-    1e-5  # |log Q - log P| below this is rounding of float32 log-probabilities: total variation has no slope there
-)
-
-
-@dataclass(frozen=True)
-class SparseTargets:
-    """What the teacher said in N rows, ragged: row r owns the entries offsets[r]:offsets[r+1].
-
-    offsets:  int64 [N+1], ascending, within [0, E]; need not start at 0, so a slice of rows shares ids and logprobs.
-    ids:      int32 or int64 [E]; an id < 0 is padding and masked. No id twice in a row, none >= V.
-    logprobs: float32 [E], teacher log-probabilities at T = 1, nats.
-    log_tail: float32 [N], log mass outside the support; -inf where the support is complete.
-    labels:   int64 [N], the realised token, for the cross-entropy and the `sampled` tail; -100 = none.
-    """
-
-    offsets: Tensor
-    ids: Tensor
-    logprobs: Tensor
-    log_tail: Tensor
-    labels: Tensor | None = None
-
-    def __len__(self) -> int:
-        return self.log_tail.shape[0]
-
-    def to(self, device: torch.device | str) -> "SparseTargets":
-        labels = None if self.labels is None else self.labels.to(device)
-        entries = self.ids.to(device), self.logprobs.to(device)
-        return SparseTargets(self.offsets.to(device), *entries, self.log_tail.to(device), labels)
-
-    def rows(self, start: int, stop: int) -> "SparseTargets":
-        """Rows start:stop, sharing the entries."""
-        labels = None if self.labels is None else self.labels[start:stop]
-        return SparseTargets(self.offsets[start : stop + 1], self.ids, self.logprobs, self.log_tail[start:stop], labels)
-
-    def longest(self) -> int:
-        """Entries of the longest row. Waits for the device."""
-        return int(self.offsets.diff().max()) if len(self) else 0
-
-    def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """ids int64 [N, K] (0 where masked), log-probabilities [N, K] and the bool mask [N, K] of real entries."""
-        slot_K = torch.arange(max(self.longest(), 1), device=self.ids.device)
-        valid_NK = slot_K < self.offsets.diff()[:, None]
-        if self.ids.numel() == 0:
-            zeros_NK = torch.zeros(valid_NK.shape, device=self.ids.device)
-            return zeros_NK.long(), zeros_NK, valid_NK
-        index_NK = (self.offsets[:-1, None] + slot_K).clamp_(max=self.ids.numel() - 1)
-        ids_NK = self.ids[index_NK].long()
-        valid_NK &= ids_NK >= 0
-        return ids_NK.masked_fill_(~valid_NK, 0), self.logprobs[index_NK], valid_NK
-
-    def check(self, vocab: int) -> "SparseTargets":
-        """Refuse targets that do not fit a vocabulary of `vocab` ids. Waits for the device.
-
-        Raises: ValueError for shapes that disagree, an id or label >= vocab, an id twice in one row.
-        """
-        n, e = len(self), self.ids.shape[0]
-        labels = self.log_tail if self.labels is None else self.labels
-        shapes = (self.offsets.shape, self.logprobs.shape, labels.shape)
-        if shapes != ((n + 1,), (e,), (n,)):
-            raise ValueError(
-                f"targets of {n} rows and {e} ids need offsets [{n + 1}], logprobs [{e}], labels [{n}] or None; "
-                f"found {', '.join(str(list(shape)) for shape in shapes)}"
-            )
-        if n == 0:
-            return self
-        low, high = self.offsets.aminmax()
-        ordered = (self.offsets.diff() >= 0).all()
-        if low < 0 or high > e or not ordered:
-            raise ValueError(f"offsets must ascend within [0, {e}], the number of ids; found {int(low)}..{int(high)}")
-        ids_NK, _, valid_NK = self.padded()
-        label = int(labels.max()) if self.labels is not None else -1
-        for name, found in (("ids", int(ids_NK.max())), ("labels", label)):
-            if found >= vocab:
-                raise ValueError(
-                    f"{name} hold {found}, the student's head has {vocab} rows: "
-                    "teacher and student must share a tokenizer"
-                )
-        slot_K = torch.arange(ids_NK.shape[1], device=ids_NK.device)
-        sorted_NK = torch.where(valid_NK, ids_NK, vocab + slot_K).sort(dim=1).values
-        twice_N = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(dim=1)
-        if twice_N.any():
-            row = int(twice_N.nonzero()[0])
-            raise ValueError(f"row {row} holds an id twice: merge its entries (logaddexp of their logprobs) first")
-        return self
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised, resolved and checked. `mix` is beta of jsd or alpha of the skewed ones."""
-
-    divergence: str = "forward_kl"
-    tail: str = "bucket"
-    mix: float = 0.5
-    temperature: float = 1.0
-    softcap: float | None = None
-    logit_scale: float = 1.0
-
-    @classmethod
-    def of(
-        cls,
-        divergence: str = "forward_kl",
-        tail: str = "bucket",
-        beta: float = 0.5,
-        alpha: float = 0.1,
-        temperature: float = 1.0,
-        softcap: float | None = None,
-        logit_scale: float = 1.0,
-    ) -> "Objective":
-        """Check the options as a user gives them. Raises: ValueError with the nearest good one."""
-        for name, value, good in (("divergence", divergence, DIVERGENCES), ("tail", tail, TAILS)):
-            if value not in good:
-                near = difflib.get_close_matches(value, good, n=1, cutoff=0.0)[0]
-                raise ValueError(f"{name}={value!r} is unknown: did you mean {near!r}? All: {', '.join(good)}")
-        mix, letter = (beta, "beta") if divergence == "jsd" else (alpha, "alpha")
-        if (divergence == "jsd" or divergence.startswith("skewed")) and not 0.0 < mix < 1.0:
-            raise ValueError(
-                f"{divergence} needs 0 < {letter} < 1, found {mix}: its limits are forward_kl and reverse_kl, "
-                "ask for those by name"
-            )
-        if not temperature > 0.0:
-            raise ValueError(f"temperature={temperature} must be positive")
-        if temperature != 1.0 and tail != "support":
-            raise ValueError(
-                f"temperature={temperature} with tail={tail!r} needs the teacher's log-sum-exp at that temperature, "
-                "which top-k rows do not hold: use temperature=1.0, or tail='support', where any temperature is exact"
-            )
-        if tail == "sampled" and divergence != "forward_kl":
-            raise ValueError(
-                f"tail='sampled' is unbiased for forward_kl only, which is linear in P; "
-                f"{divergence} needs tail='bucket'"
-            )
-        if softcap is not None and not softcap > 0.0:
-            raise ValueError(f"softcap={softcap} must be positive, or None for off")
-        if not (math.isfinite(logit_scale) and logit_scale != 0.0):
-            raise ValueError(f"logit_scale={logit_scale} must be finite and not zero")
-        return cls(divergence, tail, float(mix), float(temperature), softcap, float(logit_scale))
-
-    def logits(self, raw: Tensor) -> Tensor:
-        """z = softcap(scale * raw), as the student's own forward has it, but a raw -inf stays -inf: a masked id."""
-        if self.logit_scale == 1.0 and self.softcap is None:
-            return raw
-        z = raw * self.logit_scale
-        if self.softcap is not None:
-            z = self.softcap * torch.tanh(z / self.softcap)
-        return z.masked_fill(raw == -math.inf, -math.inf)
-
-    def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """The divergence's term of every bucket, differentiable in log_q."""
-        log_p = log_p.clamp(min=-1e4)  # exp is 0 and 0 * log_p is 0, where -inf would make NaN
-        p, q, a = log_p.exp(), log_q.exp(), self.mix
-        if self.divergence == "forward_kl":
-            return p * (log_p - log_q)
-        if self.divergence == "reverse_kl":
-            return q * (log_q - log_p.clamp(min=LOG_FLOOR))
-        if self.divergence == "jsd":
-            log_m = _log_mean(log_p, log_q, a)
-            return a * p * (log_p - log_m) + (1 - a) * q * (log_q - log_m)
-        if self.divergence == "skewed_forward_kl":
-            return p * (log_p - _log_mean(log_p, log_q, a))
-        if self.divergence == "skewed_reverse_kl":
-            return q * (log_q - _log_mean(log_p, log_q, 1 - a))
-        gap = q - p
-        return 0.5 * torch.where((log_q - log_p).abs() < SAME_LOG, gap.detach(), gap).abs()
-
-    def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """h = Q dL/dQ of every bucket: what the gradient is made of, by hand."""
-        log_p = log_p.clamp(min=-1e4)
-        q, a = log_q.exp(), self.mix
-        if self.divergence == "forward_kl":
-            return -log_p.exp()
-        if self.divergence == "reverse_kl":
-            return q * (log_q - log_p.clamp(min=LOG_FLOOR) + 1)
-        if self.divergence == "jsd":
-            return (1 - a) * q * (log_q - _log_mean(log_p, log_q, a))
-        if self.divergence == "skewed_forward_kl":
-            return -(1 - a) * (log_p + log_q - _log_mean(log_p, log_q, a)).exp()
-        if self.divergence == "skewed_reverse_kl":
-            log_qm = log_q - _log_mean(log_p, log_q, 1 - a)
-            return q * (log_qm + 1 - a * log_qm.exp())
-        return 0.5 * q * torch.sign(log_q - log_p).masked_fill_((log_q - log_p).abs() < SAME_LOG, 0.0)
-
-
-def _log_mean(log_p: Tensor, log_q: Tensor, weight_p: float) -> Tensor:
-    return torch.logaddexp(log_p + math.log(weight_p), log_q + math.log1p(-weight_p))
 
 
 def sparse_divergence(
@@ -282,19 +91,6 @@ def sparse_divergence(
     if weights_N is not None:
         value_N = value_N * weights_N
     return value_N if ce_weights_N is None else value_N + ce_N * ce_weights_N
-
-
-def resolve_ce_weights(
-    targets: SparseTargets, objective: Objective, ce_weight: float, ce_weights_N: Tensor | None
-) -> Tensor | None:
-    """One factor a row for the cross-entropy, or None where it is off."""
-    if ce_weights_N is not None and ce_weight:
-        raise ValueError("give ce_weight, one number for all rows, or ce_weights_N, one a row: not both")
-    wanted = bool(ce_weight) or ce_weights_N is not None
-    if targets.labels is None and (wanted or objective.tail == "sampled"):
-        what = "a cross-entropy weight" if wanted else "tail='sampled'"
-        raise ValueError(f"{what} needs targets.labels, the realised tokens (-100 where there is none)")
-    return torch.full_like(targets.log_tail, ce_weight) if ce_weight else ce_weights_N
 
 
 def _labels(targets: SparseTargets, ids_NK: Tensor, valid_NK: Tensor) -> tuple[Tensor, Tensor]:

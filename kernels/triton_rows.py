@@ -17,7 +17,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from logitcache.kernels.reference import Objective, RowValues, SparseTargets
+from logitcache.kernels.objective import Objective
+from logitcache.kernels.reference import RowValues
+from logitcache.kernels.targets import SparseTargets
 
 logger = logging.getLogger(__name__)
 

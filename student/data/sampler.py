@@ -1,4 +1,4 @@
-"""Which traces a student meets, and when: held-out split, mixtures, an order that anyone can compute again, steps.
+"""Which traces a student sees, and when: mixtures, a reproducible order, optimiser steps.
 
 The order of an epoch is a pure function of (seed, epoch, trace ids), and an optimiser step takes its traces from that
 order by a budget of tokens alone. Ranks and accumulation only share a step's traces out, so they change the order of a
@@ -8,38 +8,15 @@ meet the same traces in the same steps.
 
 import hashlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
 
-from logitcache.errors import StudentError
-
 
 def hash_64(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
-
-
-def split(prompt_ids: Sequence[str], held_out: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training traces and of the held-out ones; no prompt is on both sides.
-
-    A prompt's side depends on its id alone, so a cache that grows moves none; about `held_out` of the prompts are held
-    out, at least one of them, and at least one is trained on.
-    Raises: StudentError for a fraction outside (0, 1), and where there is but one prompt.
-    """
-    if not 0.0 < held_out < 1.0:
-        raise StudentError(f"held-out fraction {held_out}: give a number between 0 and 1, such as 0.05")
-    place = {p: hash_64("held out\0" + p) for p in prompt_ids}
-    if len(place) < 2:
-        raise StudentError(
-            f"the cache holds {len(place)} prompt(s), a held-out split needs two: `logitcache generate` more of them"
-        )
-    order = sorted(place, key=lambda p: (place[p], p))
-    count = sum(place[p] < held_out * 2**64 for p in order)
-    chosen = set(order[: min(max(count, 1), len(order) - 1)])
-    held = np.array([p in chosen for p in prompt_ids])
-    return (~held).nonzero()[0], held.nonzero()[0]
 
 
 def shuffled(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:

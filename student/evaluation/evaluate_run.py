@@ -1,122 +1,27 @@
 """How far a student is from its teacher on cached traces: exact over all taught rows, on any number of ranks."""
 
 import contextlib
-import functools
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.runtime.console import Progress
 from logitcache.sections import SECTIONS
-from logitcache.student.data.dataset import Batch, Lessons, TraceDataset, loader, matching, to
-from logitcache.student.data.sampler import evaluation_batches, split
+from logitcache.student.data.dataset import TraceDataset, matching
+from logitcache.student.data.held_out import split
 from logitcache.student.data.views import View
-from logitcache.student.model.head import Head, find_head, lesson_metrics, plain
+from logitcache.student.model.head import find_head
 from logitcache.student.model.load import load_student, quiet
+from logitcache.student.model.metrics import evaluate
 from logitcache.student.training.checkpoints import find_run, newest_checkpoint, standing
 from logitcache.student.training.options import TrainOptions, wants_bf16
-
-# N taught rows, B bins of confidence, C columns that are summed: five of a teacher's row, B gaps, two of the text.
-
-BINS = 15
-TENTHS = 10
-PLACES = TENTHS + 1  # tenth -1, a token of the prompt, comes last
-
-
-def evaluate(
-    student: PreTrainedModel,
-    data: Lessons,
-    *,
-    head: Head | None = None,
-    measure: Callable[[Batch], dict[str, Tensor]] | None = None,
-    tokens_per_batch: int = 4096,
-    workers: int = 0,
-    autocast: torch.dtype | None = None,
-    progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The student beside the teacher: means over all taught rows, over those of a section, and of a tenth.
-
-    ECE is the expected calibration error of Guo et al. (arXiv 1706.04599), right-closed bins of equal width, held
-    against the teacher instead of the truth: rows are binned by the student's highest probability, and the distance of
-    a bin is |mean of that probability - mean of the teacher's probability of that id|, weighted by its rows. An id
-    outside the teacher's support counts as 0 there.
-
-    Under torch.distributed every rank takes its share and all get the same answer.
-    Args:
-        head: found if not given.
-        measure: a batch's rows as `lesson_metrics` gives them, where a wrapped student must be called for them.
-        autocast: dtype to run in, such as bfloat16; None runs in the student's own.
-        progress: is told of every batch.
-    Returns: {"kl": bucketed forward KL, nats; "top1": share of rows whose best id is the teacher's; "rows": rows of the
-        teacher; "ce": nats, over taught tokens; "ece"; "tail": {"teacher", "student"}: mean mass outside the support;
-        "sections": {name: the same}, "positions": [the same for each tenth of the completion; the prompt is in none]}.
-        Means of nothing are None.
-    """
-    if measure is None:
-        measure = functools.partial(lesson_metrics, student, head or find_head(plain(student)))
-    rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-    training, device = student.training, student.device
-    student.eval()
-    batches = evaluation_batches(data.pool.lengths, tokens_per_batch, rank, world)
-    totals = torch.zeros(len(SECTIONS) * PLACES, 5 + BINS + 2, dtype=torch.float64, device=device)
-    if progress is not None:
-        progress.total = sum(map(len, batches))
-    # A loader draws a seed from the generator it has: of the process's own, training draws.
-    feed = loader(data, batches, num_workers=workers, generator=torch.Generator())
-    for traces, batch in zip(batches, feed, strict=True):
-        batch = to(batch, device)
-        with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
-            row = measure(batch)
-        totals.index_add_(0, batch["sections"] * PLACES + batch["tenths"] % PLACES, _columns(batch, row))
-        if progress is not None:
-            progress.add(len(traces), batch["tokens"])
-    student.train(training)
-    if world > 1:
-        dist.all_reduce(totals)
-    cells = totals.cpu().view(len(SECTIONS), PLACES, -1)
-    sections = {name: _means(c) for name, c in zip(SECTIONS, cells.sum(dim=1), strict=True)}
-    positions = [_means(c) for c in cells.sum(dim=0)[:TENTHS]]
-    return _means(cells.sum(dim=(0, 1))) | {"sections": sections, "positions": positions}
-
-
-def _columns(batch: Batch, row: dict[str, Tensor]) -> Tensor:
-    """float64 [N, C], what each row adds to the sums; one without a teacher's row (an empty support) adds its text."""
-    confidence_N, teacher_N = row["log_top"].double().exp(), row["teacher_log_top"].double().exp()
-    bin_N = ((confidence_N * BINS).ceil().long() - 1).clamp(0, BINS - 1)
-    gap_NB = confidence_N.new_zeros(len(bin_N), BINS).scatter_(1, bin_N[:, None], (confidence_N - teacher_N)[:, None])
-    tails = batch["log_tail"].double().exp(), row["log_tail"].double().exp()
-    means = torch.ones_like(confidence_N), row["forward_kl"].double(), row["top1"].double(), *tails
-    known_N1 = batch["offsets"].diff()[:, None] > 0
-    of_row_NC = torch.cat([torch.stack(means, dim=1), gap_NB], dim=1).masked_fill(~known_N1, 0.0)
-    labelled_N = (batch["labels"] >= 0).double()
-    return torch.cat([of_row_NC, torch.stack([labelled_N, row["ce"].double() * labelled_N], dim=1)], dim=1)
-
-
-def _means(sums: Tensor) -> dict[str, Any]:
-    rows, kl, top1, teacher, student, *gaps, labels, ce = sums.tolist()
-
-    def mean(total: float, count: float = rows) -> float | None:
-        return total / count if count else None
-
-    return {
-        "kl": mean(kl),
-        "top1": mean(top1),
-        "rows": int(rows),
-        "ce": mean(ce, labels),
-        "ece": mean(sum(map(abs, gaps))),
-        "tail": {"teacher": mean(teacher), "student": mean(student)},
-    }
 
 
 @dataclass(frozen=True)

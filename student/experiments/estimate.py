@@ -23,7 +23,7 @@ def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]
         (tokens that the teacher has yet to read for its crop).
     """
     from logitcache.student.data.dataset import matching
-    from logitcache.student.data.sampler import split
+    from logitcache.student.data.held_out import split
     from logitcache.student.data.views import NOT_TAUGHT, View
     from logitcache.student.training.options import TrainOptions, configure
 
@@ -96,7 +96,8 @@ def _work(options: ExperimentOptions) -> Work | None:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from logitcache.errors import StudentError, first_line
-    from logitcache.student.model.load import adapter_base, quiet
+    from logitcache.student.model.load import quiet
+    from logitcache.student.model.lora import adapter_base
 
     if options.shared.get("lora_rank") is not None:
         return None

@@ -139,7 +139,7 @@ def _check_shared(options: ExperimentOptions, arms: list[Arm]) -> None:
 def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where: str | None) -> int:
     """Returns: tokens a batch. Raises: what training would, for the settings that all arms share and for each arm's view."""
     from logitcache.student.data.dataset import matching
-    from logitcache.student.data.sampler import split
+    from logitcache.student.data.held_out import split
     from logitcache.student.data.views import View
     from logitcache.student.training.options import TrainOptions, configure
 
@@ -187,7 +187,7 @@ def _evaluation(
 ) -> dict[str, Any] | None:
     """Arms on crops are evaluated on the whole traces that the others hold out; those of one kind on that kind."""
     from logitcache.student.data.dataset import matching
-    from logitcache.student.data.sampler import split
+    from logitcache.student.data.held_out import split
 
     shared = {name: options.shared[name] for name in ("dtype", "tokens_per_batch") if name in options.shared}
     if chosen.crops:

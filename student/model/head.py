@@ -15,7 +15,8 @@ from transformers import PreTrainedModel
 from logitcache.errors import StudentError
 from logitcache.kernels.fused_linear import linear_sparse_divergence, linear_sparse_metrics
 from logitcache.sparse_rows import SparseRows
-from logitcache.student.data.dataset import Batch, Example, collate, targets, to
+from logitcache.student.data.collate import Batch, collate, targets, to
+from logitcache.student.data.dataset import Example
 
 # N taught rows, H hidden, V rows of the head.
 

@@ -1,8 +1,6 @@
-"""The student: loading it, holding it against a cache, an adapter on it, a smaller one cut out of a teacher."""
+"""Loading a student and checking that it fits a cache."""
 
 import contextlib
-import json
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,12 +8,12 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcache.errors import StudentError, first_line
 from logitcache.identity import Identity, tokenizer_hash
 from logitcache.student.model.head import find_head
+from logitcache.student.model.lora import adapter_base, import_peft
 
 
 def load_student(
@@ -36,7 +34,7 @@ def load_student(
         raise StudentError(f"{model} has no tokenizer that transformers can load: {first_line(e)}") from e
     if base:
         try:
-            student = _peft(model).PeftModel.from_pretrained(student, model).merge_and_unload().requires_grad_()
+            student = import_peft(model).PeftModel.from_pretrained(student, model).merge_and_unload().requires_grad_()
         except (ValueError, RuntimeError, OSError, SafetensorError) as e:
             raise StudentError(f"{model} holds an adapter that does not fit {base}: {first_line(e)}") from e
     check_vocabulary(student, tokenizer, identity)
@@ -63,45 +61,6 @@ def _load(model: str | Path, dtype: torch.dtype, attention: str | None) -> PreTr
     return student
 
 
-def adapter_base(model: str | Path) -> str | None:
-    """The model that a folder's LoRA adapter belongs on; None for what is no adapter."""
-    path = Path(model) / "adapter_config.json"
-    try:
-        return json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else None
-    except (ValueError, TypeError, KeyError) as e:
-        raise StudentError(f"{path} is not what peft writes: {first_line(e)}") from e
-
-
-def _peft(what: str | Path) -> Any:
-    try:
-        import peft
-    except ImportError as e:
-        raise StudentError(f"{what} needs peft: `pip install 'logitcache[lora]'`") from e
-    return peft
-
-
-def add_lora(
-    student: PreTrainedModel, rank: int, alpha: float | None = None, targets: str | list[str] | None = None
-) -> Any:
-    """The student as a peft model that trains an adapter of `rank` on `targets`, and nothing else.
-
-    Args:
-        alpha: scale, by default twice the rank. targets: as peft has them; all linear layers but the head by default.
-    Raises: StudentError for what peft refuses, and for an adapter on the head.
-    """
-    peft = _peft("`lora_rank`")
-    try:
-        config = peft.LoraConfig(
-            r=rank, lora_alpha=2 * rank if alpha is None else alpha, target_modules=targets or "all-linear",
-            task_type="CAUSAL_LM",
-        )  # fmt: skip
-        adapted = peft.get_peft_model(student, config)
-    except ValueError as e:
-        raise StudentError(f"`lora_rank` {rank}: {first_line(e)}") from e
-    find_head(student)
-    return adapted
-
-
 def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: Identity) -> None:
     """Raises: StudentError where the cache's ids do not mean the same to the student, or it has no rows for them."""
     name = student.config.name_or_path or type(student).__name__
@@ -121,43 +80,6 @@ def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
                 f"{name}: its {part} has {have} rows, the cache's ids go up to {needed - 1}; enlarge it with "
                 f"model.resize_token_embeddings({needed}) and save it, or take another student"
             )
-
-
-def prune_layers(model: str | Path, out: str | Path, every: int = 3) -> PreTrainedModel:
-    """Writes a copy of `model` with every `every`-th decoder layer to the directory `out`, tokenizer included.
-
-    Layers 0, every, 2 * every ... are kept, in the order they had; all else is copied, in the dtype it had.
-    Raises: StudentError for a model without a stack of layers as long as its config says.
-    """
-    teacher = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    fields = teacher.config.to_dict()
-    depth: int = fields.get("num_hidden_layers") or 0
-    stacks = [n for n, m in teacher.named_modules() if isinstance(m, nn.ModuleList) and len(m) == depth]
-    if every < 1 or depth < 1 or len(stacks) != 1:
-        raise StudentError(
-            f"{model}: cannot keep every {every}-th layer: it has {len(stacks)} stacks of {depth} layers"
-        )
-    kept = range(0, depth, every)
-    for name, value in fields.items():
-        if isinstance(value, list) and len(value) == depth:  # layer_types and the like
-            fields[name] = [value[i] for i in kept]
-    student = AutoModelForCausalLM.from_config(
-        type(teacher.config).from_dict(fields | {"num_hidden_layers": len(kept)}), dtype=teacher.dtype
-    )
-    place = {str(old): new for new, old in enumerate(kept)}
-    layer = re.compile(rf"{re.escape(stacks[0])}\.(\d+)\.(.*)")
-    weights = {}
-    for name, weight in teacher.state_dict().items():
-        if found := layer.fullmatch(name):
-            if found[1] not in place:
-                continue
-            name = f"{stacks[0]}.{place[found[1]]}.{found[2]}"
-        weights[name] = weight
-    student.load_state_dict(weights)
-    student.generation_config = teacher.generation_config
-    student.save_pretrained(out)
-    AutoTokenizer.from_pretrained(model).save_pretrained(out)
-    return student
 
 
 @contextlib.contextmanager

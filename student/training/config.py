@@ -7,7 +7,7 @@ from typing import Any
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
-from logitcache.kernels.reference import Objective
+from logitcache.kernels.objective import Objective
 from logitcache.sections import SECTIONS
 
 

@@ -15,7 +15,8 @@ from logitcache.runtime.console import Stop
 from logitcache.runtime.files import LOCK
 from logitcache.runtime.locks import exclusive
 from logitcache.student.data.views import View
-from logitcache.student.model.load import adapter_base, add_lora, load_student, quiet
+from logitcache.student.model.load import load_student, quiet
+from logitcache.student.model.lora import adapter_base, add_lora
 from logitcache.student.training.callbacks import Report
 from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.distributed import together

@@ -11,7 +11,7 @@ from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.sections import SECTIONS
 from logitcache.student.data.dataset import Lessons, Mixture, TraceDataset, check_tokenizers, matching
-from logitcache.student.data.sampler import split
+from logitcache.student.data.held_out import split
 from logitcache.student.data.views import View
 from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.options import TrainOptions

@@ -23,13 +23,15 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from logitcache.errors import StudentError, TrainingError
 from logitcache.runtime.console import Stop
 from logitcache.sections import SECTIONS
-from logitcache.student.data.dataset import Batch, Lessons, Mixture, TraceDataset, collate, loader, to
+from logitcache.student.data.collate import Batch, collate, loader, to
+from logitcache.student.data.dataset import Lessons, Mixture, TraceDataset
 from logitcache.student.data.sampler import StepSampler
-from logitcache.student.evaluation.evaluate_run import evaluate
 from logitcache.student.model.head import ANYWHERE, attach_head, check_packing, plain
+from logitcache.student.model.metrics import evaluate
 from logitcache.student.training.checkpoints import SPENT_FILE, STATE_FILE, drop_after, latest_checkpoint
 from logitcache.student.training.config import DistillConfig
-from logitcache.student.training.flops import Costs, work
+from logitcache.student.training.flops import work
+from logitcache.student.training.timers import Costs
 
 
 class DistillTrainer(Trainer):

@@ -128,7 +128,7 @@ def test_the_teacher_is_a_perfect_student_of_itself_and_one_row_off_is_not(
 
     from logitcache.student.data.dataset import TraceDataset
     from logitcache.student.data.views import View
-    from logitcache.student.evaluation.evaluate_run import evaluate
+    from logitcache.student.model.metrics import evaluate
     from tests.tiny import Shifted
 
     cache = Cache.open(resumed)

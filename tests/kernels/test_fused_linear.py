@@ -11,7 +11,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.bench_divergence import naive
 from logitcache.kernels import fused_linear
 from logitcache.kernels.fused_linear import linear_sparse_divergence, linear_sparse_metrics
-from logitcache.kernels.reference import DIVERGENCES, TAILS, SparseTargets, sparse_divergence
+from logitcache.kernels.objective import DIVERGENCES, TAILS
+from logitcache.kernels.reference import sparse_divergence
+from logitcache.kernels.targets import SparseTargets
 
 # pyright: reportOptionalMemberAccess=false, reportArgumentType=false, reportPrivateImportUsage=false
 

@@ -6,15 +6,9 @@ import math
 import pytest
 import torch
 
-from logitcache.kernels.reference import (
-    DIVERGENCES,
-    TAILS,
-    Objective,
-    SparseTargets,
-    softmax_,
-    sparse_divergence,
-    sparse_divergence_,
-)
+from logitcache.kernels.objective import DIVERGENCES, TAILS, Objective
+from logitcache.kernels.reference import softmax_, sparse_divergence, sparse_divergence_
+from logitcache.kernels.targets import SparseTargets
 
 # pyright: reportArgumentType=false
 
@@ -300,93 +294,9 @@ def test_float32_is_no_further_from_float64_than_autograd_is(divergence, vocab):
     torch.testing.assert_close(values.divergence_N, exact_N.detach().float(), atol=1e-5, rtol=1e-5)
 
 
-def test_padding_ids_change_nothing():
-    logp_NV, logits_NV = rows(2, 33)
-    plain = teacher(logp_NV, [3, 3], labels=False)
-    gaps = [0, 1, 3, 5, 6, 7]
-    ids, logprobs = torch.full((8,), -1), torch.zeros(8, dtype=torch.float64)
-    ids[gaps], logprobs[gaps] = plain.ids, plain.logprobs
-    padded = SparseTargets(torch.tensor([0, 4, 8]), ids.int(), logprobs, plain.log_tail)
-    for tail in ("bucket", "support"):
-        a_N, b_N = (sparse_divergence(logits_NV, targets, tail=tail) for targets in (plain, padded))
-        torch.testing.assert_close(a_N, b_N, rtol=0, atol=0)
-
-
-def test_rows_of_targets_share_their_entries():
-    logp_NV, logits_NV = rows(5, 33)
-    targets = teacher(logp_NV, [3, 0, 7, 2, 9])
-    whole_N = sparse_divergence(logits_NV, targets)
-    torch.testing.assert_close(sparse_divergence(logits_NV[1:4], targets.rows(1, 4)), whole_N[1:4])
-    assert targets.rows(1, 4).ids is targets.ids
-    assert len(targets.to("cpu").rows(2, 2)) == 0
-
-
 def test_softmax_in_place_turns_a_row_of_nothing_into_zeros():
     z_NV = torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]])
     lse_N = softmax_(z_NV)
     torch.testing.assert_close(z_NV[0].sum(), torch.tensor(1.0))
     assert z_NV[1].tolist() == [0.0, 0.0]
     assert lse_N[1] == -math.inf
-
-
-def broken(**changes) -> SparseTargets:
-    good = {
-        "offsets": torch.tensor([0, 2, 3]),
-        "ids": torch.tensor([4, 1, 4]),
-        "logprobs": torch.tensor([-1.0, -2.0, -1.0]),
-        "log_tail": torch.tensor([-0.7, -0.5]),
-        "labels": torch.tensor([4, -100]),
-    }
-    return SparseTargets(**{**good, **changes})
-
-
-@pytest.mark.parametrize(
-    ("targets", "message"),
-    [
-        (broken(ids=torch.tensor([4, 4, 1])), "row 0 holds an id twice"),
-        (broken(ids=torch.tensor([4, 9, 1])), "ids hold 9, the student's head has 9 rows"),
-        (broken(labels=torch.tensor([9, 1])), "labels hold 9, the student's head has 9 rows"),
-        (broken(offsets=torch.tensor([0, 2])), r"offsets \[3\]"),
-        (broken(logprobs=torch.zeros(2)), r"logprobs \[3\]"),
-        (broken(offsets=torch.tensor([0, 2, 4])), r"ascend within \[0, 3\]"),
-        (broken(offsets=torch.tensor([2, 0, 3])), r"ascend within \[0, 3\]"),
-    ],
-)
-def test_targets_that_do_not_fit_are_refused(targets, message):
-    with pytest.raises(ValueError, match=message):
-        sparse_divergence(torch.zeros(2, 9), targets)
-
-
-def test_padding_twice_in_a_row_is_no_duplicate():
-    broken(ids=torch.tensor([-1, -1, 4])).check(9)
-
-
-@pytest.mark.parametrize(
-    ("wrong", "message"),
-    [
-        ({"divergence": "foward_kl"}, "did you mean 'forward_kl'"),
-        ({"tail": "buckets"}, "did you mean 'bucket'"),
-        ({"temperature": 2.0}, "tail='support', where any temperature is exact"),
-        ({"temperature": 0.0, "tail": "support"}, "must be positive"),
-        ({"divergence": "jsd", "beta": 1.0}, "0 < beta < 1"),
-        ({"divergence": "skewed_forward_kl", "alpha": 0.0}, "0 < alpha < 1"),
-        ({"divergence": "reverse_kl", "tail": "sampled"}, "unbiased for forward_kl only"),
-        ({"softcap": 0.0}, "None for off"),
-        ({"logit_scale": 0.0}, "not zero"),
-        ({"ce_weight": 1.0, "ce_weights_N": torch.ones(2)}, "not both"),
-    ],
-)
-def test_options_that_do_not_go_together_are_refused(wrong, message):
-    with pytest.raises(ValueError, match=message):
-        sparse_divergence(torch.zeros(2, 9), broken(), **wrong)
-
-
-@pytest.mark.parametrize("wrong", [{"ce_weight": 1.0}, {"tail": "sampled"}])
-def test_what_needs_the_realised_token_says_so(wrong):
-    with pytest.raises(ValueError, match=r"needs targets\.labels"):
-        sparse_divergence(torch.zeros(2, 9), broken(labels=None), **wrong)
-
-
-def test_logits_of_other_rows_than_the_targets_are_refused():
-    with pytest.raises(ValueError, match="3 rows, targets 2"):
-        sparse_divergence(torch.zeros(3, 9), broken())

@@ -17,7 +17,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from logitcache.kernels.reference import DIVERGENCES, TAILS, Objective, SparseTargets, sparse_divergence
+from logitcache.kernels.objective import DIVERGENCES, TAILS, Objective
+from logitcache.kernels.reference import sparse_divergence
+from logitcache.kernels.targets import SparseTargets
 
 # pyright: reportOptionalMemberAccess=false
 

@@ -12,10 +12,10 @@ from logitcache.cache.reader import Cache
 from logitcache.errors import NotACacheError, StudentError, TrainingError
 from logitcache.sections import SECTIONS
 from logitcache.student.data.dataset import TraceDataset
-from logitcache.student.data.sampler import split
+from logitcache.student.data.held_out import split
 from logitcache.student.data.views import View
-from logitcache.student.evaluation.evaluate_run import evaluate
 from logitcache.student.model.load import load_student
+from logitcache.student.model.metrics import evaluate
 from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.options import TrainOptions, configure
 from logitcache.student.training.run import train
