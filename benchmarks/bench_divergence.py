@@ -40,8 +40,9 @@ sys.path.append(str(ROOT / "benchmarks"))  # some other package may own the name
 from divergence_report import plot, save, table  # noqa: E402
 
 from logitcache.kernels import fused_linear  # noqa: E402
+from logitcache.kernels.divergences import DIVERGENCES  # noqa: E402
 from logitcache.kernels.fused_linear import linear_sparse_divergence  # noqa: E402
-from logitcache.kernels.objective import DIVERGENCES, Objective  # noqa: E402  # noqa: E402
+from logitcache.kernels.objective import Objective  # noqa: E402
 from logitcache.kernels.targets import SparseTargets  # noqa: E402  # noqa: E402
 
 # N taught rows, H hidden, V vocabulary, K ids a row.

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from logitcache.kernels.divergences import ALPHA, BETA
 from logitcache.kernels.objective import Objective
 from logitcache.kernels.reference import RowValues, sparse_divergence_
 from logitcache.kernels.targets import SparseTargets, resolve_ce_weights
@@ -36,8 +37,8 @@ def linear_sparse_divergence(
     *,
     divergence: str = "forward_kl",
     tail: str = "bucket",
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    beta: float = BETA,
+    alpha: float = ALPHA,
     temperature: float = 1.0,
     bias_V: Tensor | None = None,
     weights_N: Tensor | None = None,

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from logitcache.kernels.divergences import ALPHA, BETA
 from logitcache.kernels.objective import Objective
 from logitcache.kernels.targets import IGNORED, SparseTargets, resolve_ce_weights
 
@@ -28,8 +29,8 @@ def sparse_divergence(
     *,
     divergence: str = "forward_kl",
     tail: str = "bucket",
-    beta: float = 0.5,
-    alpha: float = 0.1,
+    beta: float = BETA,
+    alpha: float = ALPHA,
     temperature: float = 1.0,
     weights_N: Tensor | None = None,
     ce_weight: float = 0.0,

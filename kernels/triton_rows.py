@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from logitcache.kernels import divergences
 from logitcache.kernels.objective import Objective
 from logitcache.kernels.reference import RowValues
 from logitcache.kernels.targets import SparseTargets
@@ -27,8 +28,8 @@ logger = logging.getLogger(__name__)
 
 TILES = ((4, 2), (8, 2), (16, 1), (16, 2), (32, 2))  # warps and vectors a thread that compile without spills
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that an online maximum over nothing but -inf makes no NaN
-LOG_FLOOR = tl.constexpr(-30.0)
-SAME_LOG = tl.constexpr(1e-5)
+LOG_FLOOR = tl.constexpr(divergences.LOG_FLOOR)
+SAME_LOG = tl.constexpr(divergences.SAME_LOG)
 MOST_K = 4096  # a row's entries live in registers
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.errors import StudentError
+from logitcache.kernels.divergences import DIVERGENCES
 from logitcache.runtime.files import publish
 from logitcache.student.training.checkpoints import RUN_FILE, SPENT_FILE, find_run, newest_checkpoint, standing
 
@@ -52,7 +53,7 @@ def compare(runs: list[Path], out: Path | None = None) -> dict[str, Any]:
     held_out, loss = ([k for k in differs if k.startswith(names)] for names in (_HELD_OUT, _OBJECTIVE))
     files = []
     if out is not None:
-        nats = all(each.get("divergence") != "tv" for each in settings)
+        nats = all(DIVERGENCES[each["divergence"]].in_nats for each in settings if "divergence" in each)
         unit = "objectives differ" if loss else "nats a row" if nats else "a row"
         publish(out / CURVES_FILE, _curves_png(found, unit))
         files.append(str(out / CURVES_FILE))

@@ -15,11 +15,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from logitcache.errors import InputError
+from logitcache.kernels.divergences import DIVERGENCES
 from logitcache.student.data.token_masks import Share
 
 BEFORE = "before"  # the arm that is not trained: the student as it was given
 PROMPT, REASONING, ANSWER = ALL = ("prompt", "reasoning", "answer")
-DIVERGENCES = ("forward_kl", "reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tv")
 TENTHS = tuple(i / 10 for i in range(1, 11))
 MIDDLE = (0.4, 0.5, 0.6, 0.7)  # of all tokens, the prompt's too: half of the reasoning lies above a half
 
@@ -135,7 +135,7 @@ def _token_matched(facts: Facts) -> list[Arm]:
 def _losses(facts: Facts) -> list[Arm]:
     """Each of the three varied alone, and the tail once more where rows are short, where it matters."""
 
-    def arm(divergence: str = DIVERGENCES[0], k: int = facts.top_k, tail: str = "bucket") -> Arm:
+    def arm(divergence: str = "forward_kl", k: int = facts.top_k, tail: str = "bucket") -> Arm:
         name = f"{divergence},k={k},{tail}"
         about = f"{divergence} from the {k} likeliest ids of a row and the pinned ones, tail {tail}"
         short = {"top_k": k} if k < facts.top_k else {}

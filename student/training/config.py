@@ -7,6 +7,7 @@ from typing import Any
 from transformers import IntervalStrategy, SchedulerType, TrainingArguments
 from transformers.trainer_utils import SaveStrategy
 
+from logitcache.kernels.divergences import DIVERGENCES
 from logitcache.kernels.objective import Objective
 from logitcache.sections import SECTIONS
 
@@ -83,8 +84,7 @@ class DistillConfig(TrainingArguments):
 
     def unused(self) -> set[str]:
         """Options of an objective that this divergence does not read."""
-        used = {"jsd": "beta", "skewed_forward_kl": "alpha", "skewed_reverse_kl": "alpha"}.get(self.divergence)
-        return {"beta", "alpha"} - {used}
+        return {"beta", "alpha"} - {DIVERGENCES[self.divergence].parameter}
 
     def objective(self) -> dict[str, Any]:
         names = ("divergence", "tail", "beta", "alpha", "temperature")

@@ -344,9 +344,9 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"temperature": 2.0}, "use temperature=1.0, or tail='support'"),
+        ({"temperature": 2.0}, "use temperature 1, or tail support"),
         ({"divergence": "reverse_kll"}, "did you mean 'reverse_kl'"),
-        ({"divergence": "tv", "tail": "sampled"}, "needs tail='bucket'"),
+        ({"divergence": "tv", "tail": "sampled"}, "use tail bucket for"),
         ({"tail": "sampled"}, "leave the prompt out of `sections`"),
         ({"section_weights": {"answers": 2.0}}, "section weight answers=2.0: give prompt, reasoning, answer"),
         ({"ce_weight": -1.0}, "give 0 or more"),
