@@ -43,7 +43,7 @@ def options(home, tmp_path):
     from logitcache.student.training.options import TrainOptions
 
     def make(out: str = "run", **changes) -> TrainOptions:
-        given = {"cache": home / "cache", "student": str(home / "model"), "out": tmp_path / out}
+        given = {"caches": [home / "cache"], "student": str(home / "model"), "out": tmp_path / out}
         given |= {"held_out": 0.2, "tokens_per_batch": 130, "epochs": 2, "learning_rate": 1e-2}
         return TrainOptions(**given | changes)
 

@@ -138,7 +138,7 @@ def main() -> None:
     if told["kill"]:
         kill_at(*told["kill"])
     options = told["options"]
-    run = train(TrainOptions(Path(options.pop("cache")), out=Path(options.pop("out")), **options))
+    run = train(TrainOptions(out=Path(options.pop("out")), **options))
     assert "vllm" not in sys.modules, "the student's side imported vllm"
     print(json.dumps(run, default=str))
     leave()

@@ -236,4 +236,8 @@ _TABLE = (
     Step("token-matched", None, "token-matched", "as many rows of each section as its smallest has", None, token_matched),
 )  # fmt: skip
 STEPS = {step.name: step for step in _TABLE}
-VIEW_HELP = "\n".join(f"{step.usage:<20}{step.help}" for step in STEPS.values())  # a step a line, for --help
+
+
+def view_table() -> list[str]:
+    """The steps of a view with what they do, a line each: the table of `logitcache train --help`."""
+    return [f"{step.usage:<20}{step.help}" for step in STEPS.values()]

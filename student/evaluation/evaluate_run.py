@@ -21,7 +21,8 @@ from logitcache.student.model.head import find_head
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.model.metrics import evaluate
 from logitcache.student.training.checkpoints import find_run, newest_checkpoint, standing
-from logitcache.student.training.options import TrainOptions, wants_bf16
+from logitcache.student.training.config import wants_bf16
+from logitcache.student.training.options import TrainOptions
 
 
 @dataclass(frozen=True)

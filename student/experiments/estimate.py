@@ -25,11 +25,12 @@ def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]
     from logitcache.student.data.dataset import matching
     from logitcache.student.data.held_out import split
     from logitcache.student.data.views import NOT_TAUGHT, View
-    from logitcache.student.training.options import TrainOptions, configure
+    from logitcache.student.training.config import configure
+    from logitcache.student.training.options import TrainOptions
 
     made = prepare(options)
     cache, prompt_rows = made.cache, made.cache.identity.prompt_logits
-    config = configure(TrainOptions(options.cache, options.student, options.out, **options.shared))
+    config = configure(TrainOptions(caches=[options.cache], student=options.student, out=options.out, **options.shared))
     chosen = split(cache.prompt_ids, options.held_out)[0]
     chosen = chosen[matching(cache, made.where)[chosen]] if made.where else chosen
     sample = chosen[np.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).astype(int)]

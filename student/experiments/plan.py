@@ -16,7 +16,7 @@ from logitcache.prompts import PromptSet
 from logitcache.sections import Markers
 from logitcache.student.experiments.catalog import Arm, Experiment, Facts, experiment
 
-OF_ARM = ("cache", "student", "out", "view", "sections", "seed")  # fields of TrainOptions that no arm shares
+OF_ARM = ("caches", "mix", "student", "out", "view", "sections", "seed")  # fields of TrainOptions that no arm shares
 SEED = -1  # of the arm that is not trained
 
 
@@ -141,9 +141,10 @@ def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where
     from logitcache.student.data.dataset import matching
     from logitcache.student.data.held_out import split
     from logitcache.student.data.views import View
-    from logitcache.student.training.options import TrainOptions, configure
+    from logitcache.student.training.config import configure
+    from logitcache.student.training.options import TrainOptions
 
-    config = configure(TrainOptions(options.cache, options.student, options.out, **options.shared))
+    config = configure(TrainOptions(caches=[options.cache], student=options.student, out=options.out, **options.shared))
     for arm in arms:
         view = View(arm.view, arm.sections)
         if not arm.crop:

@@ -18,9 +18,9 @@ from logitcache.student.data.views import View
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.model.lora import adapter_base, add_lora
 from logitcache.student.training.callbacks import Report
-from logitcache.student.training.config import DistillConfig
+from logitcache.student.training.config import DistillConfig, configure
 from logitcache.student.training.distributed import together
-from logitcache.student.training.options import TrainOptions, configure
+from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run_data import datasets, open_caches, sides
 from logitcache.student.training.run_record import claim, record, versions, write
 from logitcache.student.training.trainer import DistillTrainer

@@ -23,15 +23,15 @@ Sides = dict[Path, tuple[np.ndarray, np.ndarray]]  # of each cache: indices to l
 
 def open_caches(options: TrainOptions, view: View) -> dict[Path, Cache]:
     """Raises: StudentError for a share that is none, a cache given twice, one that cannot serve the view; CacheError."""
-    for path, share in options.caches.items():
+    for path, share in options.shares.items():
         if share is not None and not (0 < share < math.inf):
             raise StudentError(f"`mix` {path}={share}: give a share above 0")
-    places = [path.resolve() for path in options.caches]
-    if len(set(places)) < len(options.given_caches):
+    places = [path.resolve() for path in options.shares]
+    if len(set(places)) < len(options.caches) + len(options.mix):
         raise StudentError(
             "a cache is given twice: name each once, with `mix` CACHE=SHARE where one is to count for more"
         )
-    caches = {path: Cache.open(path) for path in options.caches}
+    caches = {path: Cache.open(path) for path in options.shares}
     for path, cache in caches.items():
         view.check(cache.identity, str(path))
     check_tokenizers(list(caches.values()))
@@ -44,7 +44,7 @@ def sides(options: TrainOptions, caches: dict[Path, Cache]) -> Sides:
 
     Raises: StudentError where nothing is left.
     """
-    several, mixed = len(caches) > 1, None not in options.caches.values()
+    several, mixed = len(caches) > 1, None not in options.shares.values()
     held = {path: split(cache.prompt_ids, options.held_out)[1] for path, cache in caches.items()}
     prompts = {path: _prompts(cache) if several else np.array(cache.prompt_ids) for path, cache in caches.items()}
     barred = np.concatenate([prompts[path][held[path]] for path in caches])
@@ -83,7 +83,7 @@ def datasets(
     Raises: StudentError where nothing is taught.
     """
     parts = [TraceDataset(cache, chosen[path][0], view, top_k=options.top_k) for path, cache in caches.items()]
-    shares = list(options.caches.values())
+    shares = list(options.shares.values())
     mixed = None if None in shares else typing.cast(list[float], shares)
     taught = parts[0] if len(parts) == 1 else Mixture(parts, mixed)
     weights = dict.fromkeys(SECTIONS, 1.0) | (config.section_weights or {})

@@ -38,10 +38,10 @@ _OPTIONS = {
 def record(options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], view: View) -> dict[str, Any]:
     """All that decides the weights a run ends with, in the order in which a difference is named."""
     found: dict[str, Any] = {"caches": len(caches)}
-    shares = [share for share in options.caches.values() if share is not None]
+    shares = [share for share in options.shares.values() if share is not None]
     for number, (path, cache) in enumerate(caches.items(), 1):
         own = {"cache": asdict(cache.identity), "traces": {"count": len(cache), "digest": cache.traces_digest}}
-        own |= {} if (share := options.caches[path]) is None else {"share": round(share / sum(shares), 12)}
+        own |= {} if (share := options.shares[path]) is None else {"share": round(share / sum(shares), 12)}
         found |= {name if number == 1 else f"{name}_{number}": value for name, value in own.items()}
     student = Path(options.student)
     objective = config.objective()

@@ -14,7 +14,7 @@ from logitcache import cli
 from logitcache.capture.score import Crop
 from logitcache.errors import StudentError
 from logitcache.sections import SECTIONS, Sections
-from logitcache.student.data.token_masks import STEPS, VIEW_HELP
+from logitcache.student.data.token_masks import STEPS, view_table
 from logitcache.student.data.views import NOT_TAUGHT, Lesson, View, section_of, tenth_of
 from tests import tiny
 
@@ -306,7 +306,7 @@ def test_an_unknown_section_names_the_nearest():
 
 
 def test_every_step_has_a_line_of_help_and_an_example_that_works():
-    for step, line in zip(STEPS.values(), VIEW_HELP.splitlines(), strict=True):
+    for step, line in zip(STEPS.values(), view_table(), strict=True):
         assert line.split()[0] == step.usage
         assert str(View(step.example)) == step.example
 
@@ -427,4 +427,4 @@ def test_a_shifted_view_teaches_each_position_the_row_before():
 
 def test_the_command_line_explains_every_step():
     text = inspect.getdoc(cli.train) or ""
-    assert all(line in text for line in VIEW_HELP.splitlines())
+    assert all(line in text for line in view_table())

@@ -2,6 +2,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,8 +17,8 @@ from logitcache.student.data.held_out import split
 from logitcache.student.data.views import View
 from logitcache.student.model.load import load_student
 from logitcache.student.model.metrics import evaluate
-from logitcache.student.training.config import DistillConfig
-from logitcache.student.training.options import TrainOptions, configure
+from logitcache.student.training.config import DistillConfig, configure
+from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run import train
 from logitcache.student.training.run_data import sides
 from logitcache.student.training.trainer import DistillTrainer
@@ -57,7 +58,7 @@ def test_a_finished_run_does_nothing_and_one_made_otherwise_is_refused_by_name(o
     other = home / "other"
     tiny.write_cache(other, tiny.traces(20, 10))
     with pytest.raises(StudentError, match=r"made with traces\.count = 24, this run has 20"):
-        train(TrainOptions(**options().__dict__ | {"cache": other}))
+        train(TrainOptions(**options().__dict__ | {"caches": [other]}))
 
 
 def test_bad_input_is_refused_before_anything_is_written(options, tmp_path):
@@ -75,7 +76,7 @@ def test_bad_input_is_refused_before_anything_is_written(options, tmp_path):
         with pytest.raises(error, match=message):
             train(options(**changes))
     with pytest.raises(NotACacheError):
-        train(TrainOptions(**options().__dict__ | {"cache": tmp_path / "nowhere"}))
+        train(TrainOptions(**options().__dict__ | {"caches": [tmp_path / "nowhere"]}))
     assert not options().out.exists()
 
 
@@ -84,7 +85,7 @@ def test_sections_without_rows_are_refused(options, home):
     made = [tiny.trace(i, list(range(3, 20)), tiny.bigram()[9:18], row_start=8, prompts=4) for i in range(8)]
     tiny.write_cache(bare, made)
     with pytest.raises(StudentError, match=r"no training trace has rows of prompt;.*`prompt_logits`"):
-        train(TrainOptions(**options(sections=("prompt",)).__dict__ | {"cache": bare}))
+        train(TrainOptions(**options(sections=("prompt",)).__dict__ | {"caches": [bare]}))
     assert not options().out.exists()
 
 
@@ -334,10 +335,10 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
     opts = options("mixed", where="correct", top_k=4, epochs=1)
     with pytest.raises(StudentError, match="cache: no trace is left to learn from where correct"):
         train(opts)
-    run = train(replace(opts, cache=tmp_path / "judged"))
+    run = train(replace(opts, caches=[tmp_path / "judged"]))
     assert 0 < run["tokens_fed"] < 0.6 * train(options("all", epochs=1))["tokens_fed"]
     assert run["eval_before"]["rows"] == train(options("all", epochs=1))["eval_before"]["rows"], "held out all the same"
-    both = train(replace(options("both", epochs=1), cache={home / "cache": 0.5, tmp_path / "judged": 0.5}))
+    both = train(options("both", epochs=1, caches=[], mix={str(home / "cache"): 0.5, str(tmp_path / "judged"): 0.5}))
     assert (both["caches"], both["share"], both["traces_2"]["count"]) == (2, 0.5, 24)
 
 
@@ -364,7 +365,7 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
         ({"top_k": 9}, "keeps 8 ids a row; give 1 to 8"),
         ({"view": "right:0.5"}, "logitcache score --from-cache"),
         ({"set": {"torch_compile": "true"}}, "use `compile`"),
-        ({"report_to": "tensorbord"}, "tensorbord"),
+        ({"report_to": ("tensorbord",)}, "tensorbord"),
         ({"attention": "flash_attention_9"}, "flash_attention_9"),
     ],
 )
@@ -384,12 +385,14 @@ def test_tails_that_were_not_sampled_plainly_are_refused(home, tmp_path):
         "temperature = 0.6": {"temperature": 0.6},
         "top_p = 0.9": {"temperature": 1.0, "top_p": 0.9},
     }
+    given: dict[str, Any] = {"student": str(home / "model"), "out": tmp_path / "run", "tail": "sampled"}
     for place, (message, sampling) in enumerate(wrong.items()):
         tiny.write_cache(tmp_path / str(place), made, sampling=sampling, prompt_logits=False)
+        given["caches"] = [tmp_path / str(place)]
         with pytest.raises(StudentError, match=f"tail sampled.*{message}.*`tail` bucket"):
-            train(TrainOptions(tmp_path / str(place), str(home / "model"), tmp_path / "run", tail="sampled"))
+            train(TrainOptions(**given))
     tiny.write_cache(tmp_path / "good", made, prompt_logits=False)
-    run = train(TrainOptions(tmp_path / "good", str(home / "model"), tmp_path / "run", tail="sampled", max_steps=1))
+    run = train(TrainOptions(**given | {"caches": [tmp_path / "good"], "max_steps": 1}))
     assert run["status"] == "finished"
 
 
@@ -397,13 +400,13 @@ def test_tails_that_were_not_sampled_plainly_are_refused(home, tmp_path):
 def test_a_cache_counts_once_however_often_it_is_named(options, home, tmp_path):
     for caches in ([home / "cache", home / "model" / ".." / "cache"], [home / "cache"] * 2):
         with pytest.raises(StudentError, match="a cache is given twice"):
-            train(options(cache=caches))
+            train(options(caches=caches))
     with pytest.raises(StudentError, match="give a share above 0"):
-        train(options(cache={home / "cache": float("nan")}))
+        train(options(caches=[], mix={str(home / "cache"): float("nan")}))
     made = list(Cache.open(home / "cache"))
     part = tiny.write_cache(tmp_path / "part", made[:20])
     assert len(part) == 20
-    both, alone = train(options("both", cache=[tmp_path / "part", home / "cache"], epochs=1)), train(options(epochs=1))
+    both, alone = train(options("both", caches=[tmp_path / "part", home / "cache"], epochs=1)), train(options(epochs=1))
     assert both["tokens_fed"] <= alone["tokens_fed"]
 
 
@@ -411,8 +414,8 @@ def test_no_prompt_held_out_of_one_cache_is_learnt_from_another(options, home, t
     made = list(Cache.open(home / "cache"))
     renamed = [replace(t, trace_id=f"{i:032x}", prompt_id=f"other {t.prompt_id}") for i, t in enumerate(made, 500)]
     tiny.write_cache(tmp_path / "renamed", renamed)
-    opts = options(cache=[home / "cache", tmp_path / "renamed"])
-    caches = {path: Cache.open(path) for path in opts.caches}
+    opts = options(caches=[home / "cache", tmp_path / "renamed"])
+    caches = {path: Cache.open(path) for path in opts.shares}
     chosen = sides(opts, caches)
 
     def prompts(side: int) -> set[bytes]:
@@ -479,7 +482,7 @@ def test_files_that_are_not_ours_are_named(options, tmp_path):
 def test_two_tokenizers_are_refused(options, home, tmp_path):
     tiny.write_cache(tmp_path / "other", tokenizer_hash="0" * 32)
     with pytest.raises(StudentError, match="their token ids mean different tokens; train on one of them"):
-        train(options(cache=[home / "cache", tmp_path / "other"]))
+        train(options(caches=[home / "cache", tmp_path / "other"]))
 
 
 @pytest.mark.slow
@@ -520,6 +523,6 @@ def test_an_adapter_goes_on_where_it_was_stopped(options):
 
 @pytest.mark.slow
 def test_a_log_goes_where_it_is_sent(options):
-    opts = options(report_to="tensorboard", set={"max_steps": "2"})
+    opts = options(report_to=("tensorboard",), set={"max_steps": "2"})
     train(opts)
     assert len(list((opts.out / "tensorboard").glob("events.out.tfevents.*"))) > 0
