@@ -273,9 +273,9 @@ def take_part(arm: str, load: Load) -> None:
     peak = memory.bytes()
     del trainer
     found: Case = {"peak_mib": None if peak is None else (peak - before) / 2**20}
-    found["kl"] = evaluate(student, held, tokens_per_batch=2048)["kl"]
+    found["kl"] = evaluate(student, held, tokens_per_batch=2048).kl
     if arm == FINE_TUNING:
-        found["kl_before"] = evaluate(load_model(load.student).to(device), held, tokens_per_batch=2048)["kl"]  # pyright: ignore
+        found["kl_before"] = evaluate(load_model(load.student).to(device), held, tokens_per_batch=2048).kl  # pyright: ignore
     print(json.dumps(found), file=lines)
 
 

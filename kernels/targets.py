@@ -3,6 +3,7 @@
 N supervised rows, K ids of a padded row, E entries of all rows together.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -33,10 +34,13 @@ class SparseTargets:
     def __len__(self) -> int:
         return self.log_tail.shape[0]
 
+    def map(self, move: Callable[[Tensor], Tensor]) -> "SparseTargets":
+        """The same targets with `move` applied to each tensor."""
+        labels = None if self.labels is None else move(self.labels)
+        return SparseTargets(move(self.offsets), move(self.ids), move(self.logprobs), move(self.log_tail), labels)
+
     def to(self, device: torch.device | str) -> "SparseTargets":
-        labels = None if self.labels is None else self.labels.to(device)
-        entries = self.ids.to(device), self.logprobs.to(device)
-        return SparseTargets(self.offsets.to(device), *entries, self.log_tail.to(device), labels)
+        return self.map(lambda tensor: tensor.to(device))
 
     def rows(self, start: int, stop: int) -> "SparseTargets":
         """Rows start:stop, sharing the entries."""

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM, TrainerState
 from logitcache.student.training.distributed import leave
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run import train
+from logitcache.student.training.run_record import RunRecord
 from logitcache.student.training.trainer import DistillTrainer
 
 ROOT = Path(__file__).parents[1]
@@ -29,7 +30,7 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
 
 
 def history(run, name: str) -> list[float]:
-    return [entry[name] for entry in run["history"] if name in entry]
+    return [entry[name] for entry in run.history if name in entry]
 
 
 def stop_at(step: int) -> None:
@@ -116,10 +117,12 @@ def last_lines(command: list[str], count: int = 2, **environment: str) -> list[s
     return [end.out.strip().rpartition("\n")[2] for end in ends]
 
 
-def launch(options: TrainOptions, count: int = 1, *, stop: int | None = None, kill: list | None = None) -> dict:
+def launch(
+    options: TrainOptions, count: int = 1, *, stop: int | None = None, kill: list | None = None
+) -> RunRecord | None:
     """The same in processes of its own, `count` of them over gloo; stopped in step `stop`, or killed as `kill_at` does.
 
-    Returns: what the run returned; {} of one that was killed.
+    Returns: what the run returned; None for one that was killed.
     """
     given = {k: v for k, v in options.__dict__.items() if v is not None}
     text = json.dumps({"options": given, "stop": stop, "kill": kill}, default=str)
@@ -127,8 +130,8 @@ def launch(options: TrainOptions, count: int = 1, *, stop: int | None = None, ki
     if kill is not None:
         killed = ranks(command, count)[0]
         assert killed.code == -signal.SIGKILL, killed.err[-3000:]
-        return {}
-    return json.loads(last_lines(command, count)[0])
+        return None
+    return RunRecord.from_json(json.loads(last_lines(command, count)[0]))
 
 
 def main() -> None:
@@ -140,7 +143,7 @@ def main() -> None:
     options = told["options"]
     run = train(TrainOptions(out=Path(options.pop("out")), **options))
     assert "vllm" not in sys.modules, "the student's side imported vllm"
-    print(json.dumps(run, default=str))
+    print(json.dumps(run.to_json(), default=str))
     leave()
 
 

@@ -17,7 +17,7 @@ from logitcache.identity import Identity
 from logitcache.identity import tokenizer_hash as hash_of_tokenizer
 from logitcache.sections import Sections
 from logitcache.sparse_rows import from_topk
-from logitcache.student.data.views import NOT_TAUGHT, Lesson, View
+from logitcache.student.data.views import UNSUPERVISED, SupervisedTrace, View
 from logitcache.trace import Trace
 
 VOCAB = 64
@@ -149,8 +149,8 @@ class Shifted:
 
     view: View
 
-    def __call__(self, trace: Trace, epoch: int = 0) -> Lesson:
-        lesson = self.view(trace, epoch)
-        kept = lesson.row > 0
-        row, target = (np.where(kept, of, NOT_TAUGHT) for of in (lesson.row - 1, lesson.target))
-        return replace(lesson, row=row, target=target, kd=lesson.kd * kept, ce=lesson.ce * kept)
+    def __call__(self, trace: Trace, epoch: int = 0) -> SupervisedTrace:
+        supervised = self.view(trace, epoch)
+        kept = supervised.row > 0
+        row, target = (np.where(kept, of, UNSUPERVISED) for of in (supervised.row - 1, supervised.target))
+        return replace(supervised, row=row, target=target, kd=supervised.kd * kept, ce=supervised.ce * kept)

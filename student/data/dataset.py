@@ -12,7 +12,7 @@ from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.sparse_rows import SparseRows, fold, keep
 from logitcache.student.data.sampler import Pool, hash_64
-from logitcache.student.data.views import NOT_TAUGHT, Lesson, View, section_of, tenth_of
+from logitcache.student.data.views import UNSUPERVISED, SupervisedTrace, View, section_of, tenth_of
 from logitcache.trace import Trace
 
 # N taught rows, T input positions of a trace, B traces of a batch, E entries of all its rows.
@@ -49,7 +49,7 @@ class TraceDataset(Dataset[Example]):
         self,
         cache: Cache,
         indices: np.ndarray | None = None,
-        view: Callable[[Trace, int], Lesson] | None = None,
+        view: Callable[[Trace, int], SupervisedTrace] | None = None,
         vocab: int | None = None,
         top_k: int | None = None,
     ):
@@ -80,7 +80,7 @@ class TraceDataset(Dataset[Example]):
     def example(self, i: int, epoch: int = 0) -> Example:
         trace = self.cache[int(self.indices[i])]
         lesson = self.view(trace, epoch)
-        positions = (lesson.target != NOT_TAUGHT).nonzero()[0]
+        positions = (lesson.target != UNSUPERVISED).nonzero()[0]
         target_N = lesson.target[positions]
         return Example(
             trace.trace_id,
@@ -132,7 +132,7 @@ class Mixture(Dataset[Example]):
         return self.parts[part].example(i - int(self._starts[part]), epoch)
 
 
-Lessons = TraceDataset | Mixture
+ExampleSource = TraceDataset | Mixture
 
 
 def check_tokenizers(caches: Sequence[Cache]) -> None:
@@ -153,13 +153,13 @@ def matching(cache: Cache, where: str) -> np.ndarray:
 
 
 def _take(rows: SparseRows, index_N: np.ndarray) -> SparseRows:
-    """The rows at `index_N`; one with nothing kept and all in its tail for NOT_TAUGHT."""
+    """The rows at `index_N`; one with nothing kept and all in its tail for UNSUPERVISED."""
     if len(index_N) == 0:
         return rows[:0]
     first = int(index_N[0])
     if np.array_equal(index_N, np.arange(first, first + len(index_N))) and first >= 0:
         return rows[first : first + len(index_N)]
-    there_N = index_N != NOT_TAUGHT
+    there_N = index_N != UNSUPERVISED
     counts = np.where(there_N, rows.counts[index_N], 0)
     offsets = np.concatenate([[0], np.cumsum(counts)])
     entry_E = np.arange(offsets[-1]) + np.repeat(rows.offsets[index_N] - offsets[:-1], counts)

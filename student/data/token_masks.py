@@ -125,8 +125,8 @@ def trsd_anchored(trace: Trace, epoch: int, spread: Spread) -> Plan:
     The closing is not taught where something is cut, since the teacher did not end there. Where nothing is cut this is `full`.
     """
     whole, (before_L, fed_L) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
-    taught_L = before_L | _answer(trace)
-    return whole if fed_L.all() else Plan(fed_L, whole.by_row & taught_L, whole.by_token)
+    supervised_L = before_L | _answer(trace)
+    return whole if fed_L.all() else Plan(fed_L, whole.by_row & supervised_L, whole.by_token)
 
 
 def crop(trace: Trace, epoch: int, p: Share) -> Plan:
@@ -153,29 +153,29 @@ def _answer(trace: Trace) -> np.ndarray:
 # Choices: (trace, taught bool [L], argument) -> bool [L], those of the taught tokens that still are.
 
 
-def both_ends(trace: Trace, taught_L: np.ndarray, p: Share) -> np.ndarray:
+def both_ends(trace: Trace, supervised_L: np.ndarray, p: Share) -> np.ndarray:
     """The first and the last p/2 of what is taught, of all sections together; an odd one goes to the first."""
-    index = taught_L.nonzero()[0]
+    index = supervised_L.nonzero()[0]
     kept = _count(p, len(index))
-    chosen = np.zeros_like(taught_L)
+    chosen = np.zeros_like(supervised_L)
     chosen[index[: (kept + 1) // 2]] = True
     chosen[index[len(index) - kept // 2 :]] = True
     return chosen
 
 
-def random_mask(trace: Trace, taught_L: np.ndarray, r: Share) -> np.ndarray:
+def random_mask(trace: Trace, supervised_L: np.ndarray, r: Share) -> np.ndarray:
     """A share r of what is taught, of all sections together; what a smaller share draws, a larger one draws too."""
-    return _drawn(taught_L, _count(r, int(taught_L.sum())), "random-mask", trace.trace_id)
+    return _drawn(supervised_L, _count(r, int(supervised_L.sum())), "random-mask", trace.trace_id)
 
 
-def token_matched(trace: Trace, taught_L: np.ndarray, argument: None = None) -> np.ndarray:
+def token_matched(trace: Trace, supervised_L: np.ndarray, argument: None = None) -> np.ndarray:
     """As many of each section's taught tokens as the section with the fewest has; one with none does not count.
 
     Delimiters count as reasoning, and every section of the trace counts, whether or not it is chosen: so
     ``--sections reasoning`` and ``--sections answer`` teach equally many tokens.
     """
     section_L = sections_of(trace)
-    parts = [taught_L & (section_L == i) for i in range(len(SECTIONS))]
+    parts = [supervised_L & (section_L == i) for i in range(len(SECTIONS))]
     least = min((int(part.sum()) for part in parts if part.any()), default=0)
     return np.logical_or.reduce([_drawn(part, least, "token-matched", trace.trace_id) for part in parts])
 
@@ -198,11 +198,11 @@ def _draws(n: int, *key: str) -> np.ndarray:
     return np.frombuffer(hashlib.shake_128("\0".join(key).encode()).digest(8 * n), "<u8")
 
 
-def _drawn(taught_L: np.ndarray, count: int, *key: str) -> np.ndarray:
+def _drawn(supervised_L: np.ndarray, count: int, *key: str) -> np.ndarray:
     """bool [L], `count` of the taught tokens: those with the lowest draws."""
-    index = taught_L.nonzero()[0]
-    chosen = np.zeros_like(taught_L)
-    chosen[index[np.argsort(_draws(len(taught_L), *key)[index], kind="stable")[:count]]] = True
+    index = supervised_L.nonzero()[0]
+    chosen = np.zeros_like(supervised_L)
+    chosen[index[np.argsort(_draws(len(supervised_L), *key)[index], kind="stable")[:count]]] = True
     return chosen
 
 

@@ -37,15 +37,15 @@ from logitcache.trace import Trace
 
 # T input positions of a lesson, L tokens of its trace, N some of them.
 
-NOT_TAUGHT = -1
+UNSUPERVISED = -1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Lesson:
+class SupervisedTrace:
     """What a student sees of one trace. Nothing after the last taught position is fed: it could change no taught row.
 
     input_ids: int64 [T]; target: int64 [T], the token that each position is taught to predict, as an index into the
-    trace's tokens, or NOT_TAUGHT; row: int64 [T], the cached row it is taught, or NOT_TAUGHT, also where the target is
+    trace's tokens, or UNSUPERVISED; row: int64 [T], the cached row it is taught, or UNSUPERVISED, also where the target is
     taught by its token alone; kd, ce: float32 [T], weights of the divergence from the row and of the cross-entropy with
     the token, 0 where not taught.
     """
@@ -83,16 +83,16 @@ class View:
     def __str__(self) -> str:
         return self.text
 
-    def __call__(self, trace: Trace, epoch: int = 0) -> Lesson:
+    def __call__(self, trace: Trace, epoch: int = 0) -> SupervisedTrace:
         (first, argument), *choices = parse(self.text)
         assert first.cut
         plan = first.cut(trace, epoch, argument)
-        taught_L = plan.by_row | plan.by_token
+        supervised_L = plan.by_row | plan.by_token
         for step, argument in choices:
             assert step.choose
-            taught_L = step.choose(trace, taught_L, argument)
+            supervised_L = step.choose(trace, supervised_L, argument)
         chosen = [i for i, name in enumerate(SECTIONS) if name in self.sections]
-        return _lesson(trace, plan, taught_L & np.isin(sections_of(trace), chosen))
+        return _supervise(trace, plan, supervised_L & np.isin(sections_of(trace), chosen))
 
     def check(self, identity: Identity, path: str) -> None:
         """Whether a cache can serve this view.
@@ -149,29 +149,29 @@ def _step(view: str, text: str) -> tuple[Step, Any]:
         raise StudentError(f"view {view!r}: {name} takes {step.takes.wants}; write {step.example}") from None
 
 
-def _lesson(trace: Trace, plan: Plan, taught_L: np.ndarray) -> Lesson:
+def _supervise(trace: Trace, plan: Plan, supervised_L: np.ndarray) -> SupervisedTrace:
     index = plan.fed.nonzero()[0]
     source_T, target_T = index[:-1], index[1:]
-    taught_T = taught_L[target_T]
-    fed = int(taught_T.nonzero()[0][-1]) + 1 if taught_T.any() else 0
-    source_T, target_T, taught_T = source_T[:fed], target_T[:fed], taught_T[:fed]
-    by_row_T, by_token_T = taught_T & plan.by_row[target_T], taught_T & plan.by_token[target_T]
-    return Lesson(
+    supervised_T = supervised_L[target_T]
+    fed = int(supervised_T.nonzero()[0][-1]) + 1 if supervised_T.any() else 0
+    source_T, target_T, supervised_T = source_T[:fed], target_T[:fed], supervised_T[:fed]
+    by_row_T, by_token_T = supervised_T & plan.by_row[target_T], supervised_T & plan.by_token[target_T]
+    return SupervisedTrace(
         input_ids=trace.token_ids[source_T].astype(np.int64),
-        target=np.where(taught_T, target_T, NOT_TAUGHT),
-        row=np.where(by_row_T, target_T - trace.row_start, NOT_TAUGHT),
+        target=np.where(supervised_T, target_T, UNSUPERVISED),
+        row=np.where(by_row_T, target_T - trace.row_start, UNSUPERVISED),
         kd=by_row_T.astype(np.float32),
         ce=by_token_T.astype(np.float32),
     )
 
 
 def section_of(trace: Trace, target_N: np.ndarray) -> np.ndarray:
-    """int64 [N], the section of each token (an index into the trace's tokens), as an index into SECTIONS; NOT_TAUGHT stays."""
-    return np.append(sections_of(trace), NOT_TAUGHT)[target_N]
+    """int64 [N], the section of each token (an index into the trace's tokens), as an index into SECTIONS; UNSUPERVISED stays."""
+    return np.append(sections_of(trace), UNSUPERVISED)[target_N]
 
 
 def tenth_of(trace: Trace, target_N: np.ndarray) -> np.ndarray:
-    """int64 [N], 0 to 9, the tenth of the completion that each token lies in; -1 for the prompt's and for NOT_TAUGHT."""
+    """int64 [N], 0 to 9, the tenth of the completion that each token lies in; -1 for the prompt's and for UNSUPERVISED."""
     start, length = trace.sections.prompt_end, len(trace.token_ids)
     return np.where(target_N < start, -1, (target_N - start) * 10 // max(1, length - start))
 

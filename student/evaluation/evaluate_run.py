@@ -76,7 +76,7 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
             autocast=torch.bfloat16 if bf16 else None,
             progress=stack.enter_context(shown) if shown else None,
         )
-    if found["kl"] is None and found["ce"] is None:
+    if found.kl is None and found.ce is None:
         raise StudentError(
             f"{options.cache}: view {view} teaches nothing on {len(data)} traces; choose other `sections`, or generate "
             "with `prompt_logits` for those of the prompt"
@@ -93,7 +93,7 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
         "taught": list(view.sections),
         "dtype": "bf16" if bf16 else "fp32",
         "seconds": time.monotonic() - began,
-        **found,
+        **found.to_json(),
     }
 
 

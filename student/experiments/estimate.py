@@ -9,7 +9,7 @@ from logitcache.commands.text import columns, shown
 from logitcache.student.experiments.catalog import Arm, experiment
 from logitcache.student.experiments.plan import ExperimentOptions, prepare
 from logitcache.student.experiments.runner import finished
-from logitcache.student.training.flops import Work, work
+from logitcache.student.training.flops import FlopCounts, count_flops
 
 SAMPLE = 200  # traces that an estimate is made from
 
@@ -24,7 +24,7 @@ def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]
     """
     from logitcache.student.data.dataset import matching
     from logitcache.student.data.held_out import split
-    from logitcache.student.data.views import NOT_TAUGHT, View
+    from logitcache.student.data.views import UNSUPERVISED, View
     from logitcache.student.training.config import configure
     from logitcache.student.training.options import TrainOptions
 
@@ -44,8 +44,8 @@ def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]
                 fed, taught = span.stop - span.start - 1, max(0, span.stop - span.start - first)
             else:
                 lesson = view(trace)
-                fed, taught = len(lesson.input_ids), int((lesson.target != NOT_TAUGHT).sum())
-            total += fed, taught, needed.flops([(1, fed)], taught) if needed else 0
+                fed, taught = len(lesson.input_ids), int((lesson.target != UNSUPERVISED).sum())
+            total += fed, taught, needed.total([(1, fed)], taught) if needed else 0
     if config.max_steps > 0:
         times = config.max_steps * config.tokens_per_step / int(cache.lengths[sample].sum())
     else:
@@ -91,7 +91,7 @@ def describe_plan(options: ExperimentOptions, table: list[dict[str, Any]]) -> st
     return "\n".join([*lines, closing])
 
 
-def _work(options: ExperimentOptions) -> Work | None:
+def _work(options: ExperimentOptions) -> FlopCounts | None:
     """Of the student as its config describes it; None with an adapter, where other products are needed."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -110,7 +110,7 @@ def _work(options: ExperimentOptions) -> Work | None:
         raise StudentError(f"{options.student} is no causal model that transformers knows: {first_line(e)}") from e
     if options.shared.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable()
-    return work(model, training=True)
+    return count_flops(model, training=True)
 
 
 def _to_score(options: ExperimentOptions, arm: Arm, lengths: np.ndarray) -> int:

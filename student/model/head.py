@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from logitcache.errors import StudentError
 from logitcache.kernels.fused_linear import linear_sparse_divergence, linear_sparse_metrics
 from logitcache.sparse_rows import SparseRows
-from logitcache.student.data.collate import Batch, collate, targets, to
+from logitcache.student.data.collate import Batch, collate
 from logitcache.student.data.dataset import Example
 
 # N taught rows, H hidden, V rows of the head.
@@ -99,27 +99,27 @@ def plain(student: Any) -> PreTrainedModel:
     )
 
 
-def taught_hidden(student: PreTrainedModel, batch: Batch) -> Tensor:
+def supervised_hidden(student: PreTrainedModel, batch: Batch) -> Tensor:
     """[N, H], the base model's last hidden states at the taught positions; the head is not run."""
     # No mask: rows are padded on the right only, and packed ones are told apart by their positions, which transformers
     # takes for that where there is no mask and no cache of keys and values.
-    positions = {} if batch["position_ids"] is None else {"position_ids": batch["position_ids"]}
+    positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
     base = plain(student).base_model
-    outputs = [base(input_ids=ids_BT, use_cache=False, **positions) for ids_BT in batch["groups"]]
-    return torch.cat([o.last_hidden_state.flatten(0, 1) for o in outputs])[batch["taught"]]
+    outputs = [base(input_ids=ids_BT, use_cache=False, **positions) for ids_BT in batch.groups]
+    return torch.cat([o.last_hidden_state.flatten(0, 1) for o in outputs])[batch.supervised]
 
 
-def lesson_loss(student: PreTrainedModel, head: Head, batch: Batch, **objective: Any) -> Tensor:
+def distillation_loss(student: PreTrainedModel, head: Head, batch: Batch, **objective: Any) -> Tensor:
     """Weighted divergence and cross-entropy, summed over taught rows, nats; connected even if none is taught.
 
     objective: divergence, tail, beta, alpha, temperature, as `linear_sparse_divergence` has them.
     """
     return linear_sparse_divergence(
-        taught_hidden(student, batch),
+        supervised_hidden(student, batch),
         head.module.weight,
-        targets(batch),
-        weights_N=batch["kd"],
-        ce_weights_N=batch["ce"],
+        batch.targets,
+        weights_N=batch.kd,
+        ce_weights_N=batch.ce,
         check=False,  # the cache's writer refused repeated ids, the dataset dropped those beyond the head
         **objective,
         **head.options(),
@@ -127,25 +127,29 @@ def lesson_loss(student: PreTrainedModel, head: Head, batch: Batch, **objective:
 
 
 @torch.no_grad()
-def lesson_metrics(student: PreTrainedModel, head: Head, batch: Batch) -> dict[str, Tensor]:
+def distillation_metrics(student: PreTrainedModel, head: Head, batch: Batch) -> dict[str, Tensor]:
     """Per taught row, as `linear_sparse_metrics` gives it."""
     return linear_sparse_metrics(
-        taught_hidden(student, batch), head.module.weight, targets(batch), check=False, **head.options()
+        supervised_hidden(student, batch), head.module.weight, batch.targets, check=False, **head.options()
     )
 
 
 def attach_head(student: Any, **objective: Any) -> Head:
-    """Lets `student(lesson=batch)` give the loss, and `student(lesson=batch, metrics=True)` the metrics.
+    """Lets `student(distill=batch)` give the loss, and `student(distill=batch, metrics=True)` the metrics.
 
     They run inside the model's forward, so that what wraps it (DDP, FSDP, autocast) wraps the head; all other calls
     are as before.
     """
     head = find_head(plain(student))
 
-    def forward(self: Any, *inputs: Any, lesson: Batch | None = None, metrics: bool = False, **named: Any) -> Any:
-        if lesson is None:
+    def forward(self: Any, *inputs: Any, distill: Batch | None = None, metrics: bool = False, **named: Any) -> Any:
+        if distill is None:
             return type(self).forward(self, *inputs, **named)
-        return lesson_metrics(self, head, lesson) if metrics else lesson_loss(self, head, lesson, **objective)
+        return (
+            distillation_metrics(self, head, distill)
+            if metrics
+            else distillation_loss(self, head, distill, **objective)
+        )
 
     student.forward = types.MethodType(forward, student)
     return head
@@ -163,7 +167,7 @@ def check_packing(student: Any) -> None:
     probes = [_probe(ids[:24]), _probe(ids[24:41]), _probe(ids[41:])]
 
     def hidden(examples: list[Example], packed: bool = False) -> Tensor:
-        return taught_hidden(model, to(collate(examples, packed=packed), model.device)).float()
+        return supervised_hidden(model, collate(examples, packed=packed).to(model.device)).float()
 
     with _tried(model):
         alone, padded, packed = torch.cat([hidden([p]) for p in probes]), hidden(probes), hidden(probes, packed=True)

@@ -11,10 +11,11 @@ from transformers import PreTrainedModel
 
 from logitcache.runtime.console import Progress
 from logitcache.sections import SECTIONS
-from logitcache.student.data.collate import Batch, loader, to
-from logitcache.student.data.dataset import Lessons
+from logitcache.student.data.collate import Batch, loader
+from logitcache.student.data.dataset import ExampleSource
 from logitcache.student.data.sampler import evaluation_batches
-from logitcache.student.model.head import Head, find_head, lesson_metrics, plain
+from logitcache.student.model.head import Head, distillation_metrics, find_head, plain
+from logitcache.student.model.measures import Evaluation, Measures, TailMass
 
 # N supervised positions, B bins of confidence, C columns that are summed: five of a teacher's row, B gaps, two of the text.
 
@@ -29,7 +30,7 @@ PLACES = TENTHS + 1  # tenth -1, a token of the prompt, comes last
 
 def evaluate(
     student: PreTrainedModel,
-    data: Lessons,
+    data: ExampleSource,
     *,
     head: Head | None = None,
     measure: Callable[[Batch], dict[str, Tensor]] | None = None,
@@ -37,27 +38,24 @@ def evaluate(
     workers: int = 0,
     autocast: torch.dtype | None = None,
     progress: Progress | None = None,
-) -> dict[str, Any]:
-    """The student beside the teacher: means over all taught rows, over those of a section, and of a tenth.
+) -> Evaluation:
+    """Compares the student's distributions with the teacher's, over all supervised positions.
 
-    ECE is the expected calibration error of Guo et al. (arXiv 1706.04599), right-closed bins of equal width, held
-    against the teacher instead of the truth: rows are binned by the student's highest probability, and the distance of
-    a bin is |mean of that probability - mean of the teacher's probability of that id|, weighted by its rows. An id
-    outside the teacher's support counts as 0 there.
+    ECE is the expected calibration error of Guo et al. (arXiv 1706.04599), with right-closed bins of equal width, against
+    the teacher instead of the truth: rows are binned by the student's highest probability, and the distance of a bin is
+    |mean of that probability - mean of the teacher's probability of that id|, weighted by its rows. An id that the
+    teacher's row does not contain counts as probability 0 there.
 
-    Under torch.distributed every rank takes its share and all get the same answer.
+    Under torch.distributed every rank takes its share, and all return the same.
     Args:
         head: found if not given.
-        measure: a batch's rows as `lesson_metrics` gives them, where a wrapped student must be called for them.
-        autocast: dtype to run in, such as bfloat16; None runs in the student's own.
-        progress: is told of every batch.
-    Returns: {"kl": bucketed forward KL, nats; "top1": share of rows whose best id is the teacher's; "rows": rows of the
-        teacher; "ce": nats, over taught tokens; "ece"; "tail": {"teacher", "student"}: mean mass outside the support;
-        "sections": {name: the same}, "positions": [the same for each tenth of the completion; the prompt is in none]}.
-        Means of nothing are None.
+        measure: gives a batch's metrics as `distillation_metrics` does, for a student that is wrapped (DDP, FSDP).
+        workers: processes that read and decode.
+        autocast: dtype to compute in, such as bfloat16; None: the student's own.
+        progress: is advanced after every batch.
     """
     if measure is None:
-        measure = functools.partial(lesson_metrics, student, head or find_head(plain(student)))
+        measure = functools.partial(distillation_metrics, student, head or find_head(plain(student)))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     training, device = student.training, student.device
     student.eval()
@@ -68,19 +66,19 @@ def evaluate(
     # A loader draws a seed from the generator it has: of the process's own, training draws.
     feed = loader(data, batches, num_workers=workers, generator=torch.Generator())
     for traces, batch in zip(batches, feed, strict=True):
-        batch = to(batch, device)
+        batch = batch.to(device)
         with torch.autocast(device.type, dtype=autocast, enabled=autocast is not None):
             row = measure(batch)
-        totals.index_add_(0, batch["sections"] * PLACES + batch["tenths"] % PLACES, _columns(batch, row))
+        totals.index_add_(0, batch.sections * PLACES + batch.tenths % PLACES, _columns(batch, row))
         if progress is not None:
-            progress.add(len(traces), batch["tokens"])
+            progress.add(len(traces), batch.tokens)
     student.train(training)
     if world > 1:
         dist.all_reduce(totals)
     cells = totals.cpu().view(len(SECTIONS), PLACES, -1)
-    sections = {name: _means(c) for name, c in zip(SECTIONS, cells.sum(dim=1), strict=True)}
-    positions = [_means(c) for c in cells.sum(dim=0)[:TENTHS]]
-    return _means(cells.sum(dim=(0, 1))) | {"sections": sections, "positions": positions}
+    sections = {name: Measures(**_means(c)) for name, c in zip(SECTIONS, cells.sum(dim=1), strict=True)}
+    positions = [Measures(**_means(c)) for c in cells.sum(dim=0)[:TENTHS]]
+    return Evaluation(**_means(cells.sum(dim=(0, 1))), sections=sections, positions=positions)
 
 
 def _columns(batch: Batch, row: dict[str, Tensor]) -> Tensor:
@@ -88,11 +86,12 @@ def _columns(batch: Batch, row: dict[str, Tensor]) -> Tensor:
     confidence_N, teacher_N = row["log_top"].double().exp(), row["teacher_log_top"].double().exp()
     bin_N = ((confidence_N * BINS).ceil().long() - 1).clamp(0, BINS - 1)
     gap_NB = confidence_N.new_zeros(len(bin_N), BINS).scatter_(1, bin_N[:, None], (confidence_N - teacher_N)[:, None])
-    tails = batch["log_tail"].double().exp(), row["log_tail"].double().exp()
+    tails = batch.targets.log_tail.double().exp(), row["log_tail"].double().exp()
     means = torch.ones_like(confidence_N), row["forward_kl"].double(), row["top1"].double(), *tails
-    known_N1 = batch["offsets"].diff()[:, None] > 0
+    known_N1 = batch.targets.offsets.diff()[:, None] > 0
     of_row_NC = torch.cat([torch.stack(means, dim=1), gap_NB], dim=1).masked_fill(~known_N1, 0.0)
-    labelled_N = (batch["labels"] >= 0).double()
+    assert batch.targets.labels is not None
+    labelled_N = (batch.targets.labels >= 0).double()
     return torch.cat([of_row_NC, torch.stack([labelled_N, row["ce"].double() * labelled_N], dim=1)], dim=1)
 
 
@@ -108,5 +107,5 @@ def _means(sums: Tensor) -> dict[str, Any]:
         "rows": int(rows),
         "ce": mean(ce, labels),
         "ece": mean(sum(map(abs, gaps))),
-        "tail": {"teacher": mean(teacher), "student": mean(student)},
+        "tail": TailMass(mean(teacher), mean(student)),
     }

@@ -17,7 +17,7 @@ class Report(TrainerCallback):
         self.progress: Any = None
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
-        self.fed = self.trainer.counts["tokens_fed"]
+        self.fed = self.trainer.counts.input_tokens
         self.progress = Progress(sys.stderr, state.max_steps - state.global_step, "steps").__enter__()
         data, held, done = self.trainer.train_dataset, self.trainer.eval_dataset, state.global_step
         self.progress.say(
@@ -30,7 +30,7 @@ class Report(TrainerCallback):
             self.progress.what = f"steps, loss {found['logs']['loss']:.3f}"
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
-        fed = self.trainer.counts["tokens_fed"]
+        fed = self.trainer.counts.input_tokens
         self.progress.add(1, fed - self.fed)
         self.fed = fed
 

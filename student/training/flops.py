@@ -21,30 +21,31 @@ EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_expert
 
 
 @dataclass(frozen=True)
-class Work:
-    """Multiply-adds of a model: of a token, of a pair of positions in one sequence, of a row of the head."""
+class FlopCounts:
+    """Multiply-adds of a model."""
 
-    token: int
-    pair: int
-    row: int
+    per_token: int
+    per_pair: int  # of positions in one sequence
+    per_row: int  # of the head
 
-    def flops(self, shapes: Shapes, rows: int) -> int:
+    def total(self, shapes: Shapes, rows: int) -> int:
+        """FLOPs of sequences of these shapes, padding included, with the head on `rows` rows."""
         shapes = list(shapes)
         tokens, pairs = sum(B * T for B, T in shapes), sum(B * T * T for B, T in shapes)
-        return 2 * (self.token * tokens + self.pair * pairs + self.row * rows)
+        return 2 * (self.per_token * tokens + self.per_pair * pairs + self.per_row * rows)
 
 
 def forward_flops(model: PreTrainedModel, shapes: Shapes, rows: int) -> int:
     """FLOPs of one forward over sequences of these shapes, padding included, with the head on `rows` rows."""
-    return work(model).flops(shapes, rows)
+    return count_flops(model).total(shapes, rows)
 
 
 def training_flops(model: PreTrainedModel, shapes: Shapes, rows: int) -> int:
-    """FLOPs of a forward and its backward, as `work` counts them; the optimiser's, a few a weight, are left out."""
-    return work(model, training=True).flops(shapes, rows)
+    """FLOPs of a forward and its backward, as `count_flops` counts them; the optimiser's, a few a weight, are left out."""
+    return count_flops(model, training=True).total(shapes, rows)
 
 
-def work(model: PreTrainedModel, training: bool = False) -> Work:
+def count_flops(model: PreTrainedModel, training: bool = False) -> FlopCounts:
     """Taken once, before the model is wrapped or sharded (shards of DeepSpeed and FSDP2 are read by their whole shape).
 
     Every weight of two dimensions outside embeddings meets every token, and of a stack of experts as many as the config
@@ -81,7 +82,7 @@ def work(model: PreTrainedModel, training: bool = False) -> Work:
     if head is not None:
         learns = any(p.requires_grad for p in model.parameters())
         row = _products(head, "weight", head.weight, active) * (1 + training * (learns + head.weight.requires_grad))
-    return Work(token, pair, row)
+    return FlopCounts(token, pair, row)
 
 
 def _products(module: nn.Module, name: str, weight: torch.Tensor, active: int | None) -> int:

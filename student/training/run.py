@@ -1,6 +1,7 @@
 """One training run: its options, its directory, and what it leaves behind."""
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,29 +23,30 @@ from logitcache.student.training.config import DistillConfig, configure
 from logitcache.student.training.distributed import together
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run_data import datasets, open_caches, sides
-from logitcache.student.training.run_record import claim, record, versions, write
+from logitcache.student.training.run_record import RunRecord
+from logitcache.student.training.run_settings import claim, run_settings, versions, write
 from logitcache.student.training.trainer import DistillTrainer
 
 
-def train(options: TrainOptions) -> dict[str, Any]:
-    """Trains `options.student` from a cache into the directory `options.out`, or goes on where an earlier call stopped.
+def train(options: TrainOptions) -> RunRecord:
+    """Trains `options.student` from caches into the directory `options.out`, or resumes an earlier call.
 
-    OUT then holds the model with its tokenizer, `run.json` (what was done, and how the student stood before and after)
-    and its last checkpoints. Works under torchrun.
-    Returns: what run.json holds, its "status" "finished" or, after Ctrl-C or SIGTERM, "stopped" with the "signal";
-        "again" is true where nothing was left to do.
-    Raises: StudentError for a student, an option or an OUT that will not do; CacheError; TrainingError.
+    OUT then contains the model with its tokenizer, `run.json` (settings, and evaluations before and after) and the last
+    checkpoints. Works under torchrun.
+    Returns: what run.json contains. Its status is "finished" or, after Ctrl-C or SIGTERM, "stopped" with the signal;
+        `again` is true where nothing was left to do.
+    Raises: StudentError for a student, an option or an OUT that cannot be used; CacheError; TrainingError.
     """
     with quiet():
         return _train(options)
 
 
-def _train(options: TrainOptions) -> dict[str, Any]:
+def _train(options: TrainOptions) -> RunRecord:
     view, config = View(options.view, tuple(options.sections)), configure(options)
     caches = open_caches(options, view)
-    wanted = record(options, config, caches, view)
-    if (before := claim(options.out, wanted)).get("status") == "finished":
-        return before | {"again": True}
+    wanted = run_settings(options, config, caches, view)
+    if (before := claim(options.out, wanted)) and before.status == "finished":
+        return replace(before, again=True)
     chosen = sides(options, caches)
     student, tokenizer = _load(options, config, next(iter(caches.values())).identity)
     data, held_data = datasets(options, config, caches, chosen, view)
@@ -55,27 +57,28 @@ def _train(options: TrainOptions) -> dict[str, Any]:
             if main:
                 options.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(exclusive(options.out / LOCK, str(options.out)))
-        if (before := claim(options.out, wanted)).get("status") == "finished":  # by another process, meanwhile
-            return before | {"again": True}
+        if (before := claim(options.out, wanted)) and before.status == "finished":  # by another process, meanwhile
+            return replace(before, again=True)
         trainer = _trainer(student, config, data, eval_dataset=held_data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Report(trainer)) if main else None
-        run = {"status": "running", **wanted, "eval_before": before.get("eval_before"), "versions": versions()}
-        if run["eval_before"] is None:
+        if (eval_before := before and before.eval_before) is None:
             trainer.evaluate()
-            run["eval_before"] = trainer.last_evaluation[1]
+            eval_before = trainer.last_evaluation[1]
+        run = RunRecord(status="running", settings=wanted, eval_before=eval_before, versions=versions())
         trainer.stop = stop = stack.enter_context(Stop())
         stop.patient = True
         if main:
             write(options.out, run)
         _fit(trainer)
-        run |= trainer.spent() | {"steps": trainer.state.global_step}
+        run = replace(run, spent=trainer.spent(), steps=trainer.state.global_step)
         if trainer.state.global_step < trainer.state.max_steps:
-            return run | {"status": "stopped", "signal": stop.signal}
+            return replace(run, status="stopped", signal=stop.signal)
         stop.patient = False
         if trainer.last_evaluation[0] != trainer.state.global_step or config.load_best_model_at_end:
             trainer.evaluate()
-        run |= {"status": "finished", "eval_after": trainer.last_evaluation[1], "history": trainer.state.log_history}
+        found, history = trainer.last_evaluation[1], trainer.state.log_history
+        run = replace(run, status="finished", eval_after=found, history=history)
         trainer.save_model()
         with together(config.device):
             if main:

@@ -10,7 +10,7 @@ import numpy as np
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.sections import SECTIONS
-from logitcache.student.data.dataset import Lessons, Mixture, TraceDataset, check_tokenizers, matching
+from logitcache.student.data.dataset import ExampleSource, Mixture, TraceDataset, check_tokenizers, matching
 from logitcache.student.data.held_out import split
 from logitcache.student.data.views import View
 from logitcache.student.training.config import DistillConfig
@@ -76,7 +76,7 @@ def _prompts(cache: Cache) -> np.ndarray:
 
 def datasets(
     options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], chosen: Sides, view: View
-) -> tuple[Lessons, Lessons]:
+) -> tuple[ExampleSource, ExampleSource]:
     """What to learn from, and what to be evaluated on: whole traces and all their rows, the same for every run of these
     caches, whatever it learns from.
 

@@ -1,105 +1,106 @@
-"""run.json: what a run was told, which a later call must repeat, and what it found."""
+"""What run.json and a checkpoint's spent.json contain. Light: they are also read where torch is not wanted."""
 
-import json
-import platform
-from dataclasses import asdict
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Self
 
-import torch
-import transformers
-
-import logitcache
-from logitcache.cache.filters import Filter
-from logitcache.cache.reader import Cache
-from logitcache.errors import StudentError
-from logitcache.identity import first_difference
-from logitcache.runtime.files import left_behind, publish, taken
-from logitcache.student.data.views import View
-from logitcache.student.training.checkpoints import RUN_FILE, find_run, latest_checkpoint
-from logitcache.student.training.config import DistillConfig
-from logitcache.student.training.options import TrainOptions
-
-# Settings that do not change the weights a run ends with: it may be taken up with others.
-_FREE = {"tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "compile", "report_to"}
-_FREE |= {"run_name", "disable_tqdm", "use_cpu", "torch_empty_cache_steps", "project", "trackio_space_id"}
-_FREE_PREFIXES = ("dataloader_", "logging_", "log_", "save_", "eval_", "ddp_")
-# Settings with a name of their own below, however they were given.
-_NAMED = {"num_train_epochs", "max_steps", "learning_rate", "seed", "ce_weight", "section_weights"}
-# What a person sets where the record has another name.
-_OPTIONS = {
-    "tokens_per_step": "`tokens_per_batch` x gradient_accumulation_steps x processes",
-    "bf16": "`dtype`",
-    "cache": "`caches`",
-    "traces": "`caches`",
-}
+from logitcache.student.model.measures import Evaluation
 
 
-def record(options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], view: View) -> dict[str, Any]:
-    """All that decides the weights a run ends with, in the order in which a difference is named."""
-    found: dict[str, Any] = {"caches": len(caches)}
-    shares = [share for share in options.shares.values() if share is not None]
-    for number, (path, cache) in enumerate(caches.items(), 1):
-        own = {"cache": asdict(cache.identity), "traces": {"count": len(cache), "digest": cache.traces_digest}}
-        own |= {} if (share := options.shares[path]) is None else {"share": round(share / sum(shares), 12)}
-        found |= {name if number == 1 else f"{name}_{number}": value for name, value in own.items()}
-    student = Path(options.student)
-    objective = config.objective()
-    named = _NAMED | objective.keys()
-    loose = [n for n in options.set if n in _FREE | named or n.startswith(_FREE_PREFIXES)]
-    return found | {
-        "student": str(student.resolve() if student.exists() else options.student),
-        "view": str(view),
-        "sections": list(view.sections),
-        "where": None if options.where is None else str(Filter.parse(options.where)),
-        "top_k": options.top_k,
-        "held_out": options.held_out,
-        "bf16": config.bf16,
-        "lora_rank": options.lora_rank,
-        "lora_alpha": options.lora_alpha,
-        **{name: value for name, value in objective.items() if name not in config.unused()},
-        "ce_weight": config.ce_weight,
-        "section_weights": config.section_weights,
-        "tokens_per_step": config.tokens_per_step,
-        "epochs": config.num_train_epochs,
-        "max_steps": config.max_steps,
-        "learning_rate": config.learning_rate,
-        "seed": config.seed,
-        "set": {n: v for n, v in options.set.items() if n not in loose},
-    }
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """What training has processed so far, over all ranks."""
 
+    input_tokens: int = 0  # without padding
+    supervised_tokens: int = 0
+    flops: int = 0
 
-def claim(out: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    """What run.json of `out` holds, {} for a new run, and for one that came to nothing: it is made anew.
-
-    Raises: StudentError for a directory of other things, and for a run made otherwise, naming the difference.
-    """
-    foreign = taken(out, left_behind)
-    _, found = find_run(out)
-    if not found:
-        if foreign:
-            raise StudentError(f"{out} exists and is not a run; give `out` an empty or a new directory")
-        return {}
-    if difference := first_difference(found, json.loads(json.dumps(wanted, default=str))):
-        if found["status"] != "finished" and latest_checkpoint(out) is None:
-            return {}
-        name, there, here = difference
-        option = _OPTIONS.get(name.partition(".")[0].rstrip("_0123456789"))
-        raise StudentError(
-            f"{out} was made with {name} = {there!r}, this run has {here!r}; set it as it was"
-            f"{f' ({option})' if option else ''}, or give `out` a new directory"
+    def __add__(self, other: Self) -> "Counts":
+        return Counts(
+            self.input_tokens + other.input_tokens,
+            self.supervised_tokens + other.supervised_tokens,
+            self.flops + other.flops,
         )
-    return found
+
+    def to_json(self) -> dict[str, int]:
+        return {"tokens_fed": self.input_tokens, "tokens_taught": self.supervised_tokens, "flops": self.flops}
 
 
-def write(out: Path, run: dict[str, Any]) -> None:
-    publish(out / RUN_FILE, json.dumps(run, indent=1, default=str).encode())
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """What training has cost so far: counts of all ranks, seconds and peak memory of the first."""
+
+    counts: Counts
+    seconds: dict[str, float]  # by part of a step: timers.PARTS
+    peak_memory: int | None  # bytes; None where it is not known
+
+    @property
+    def total_seconds(self) -> float:
+        """Spent in steps, not in evaluations and checkpoints."""
+        return sum(self.seconds.values())
+
+    def to_json(self) -> dict[str, Any]:
+        counts, seconds = self.counts, self.total_seconds
+        return {
+            "tokens_fed": counts.input_tokens,
+            "tokens_taught": counts.supervised_tokens,
+            "seconds": seconds,
+            "tokens_per_second": counts.input_tokens / max(seconds, 1e-9),
+            "cost": {"flops": counts.flops, "seconds": self.seconds, "peak_memory": self.peak_memory},
+        }
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "Spent":
+        cost = found["cost"]
+        counts = Counts(found["tokens_fed"], found["tokens_taught"], cost["flops"])
+        return cls(counts, {part: float(seconds) for part, seconds in cost["seconds"].items()}, cost["peak_memory"])
 
 
-def versions() -> dict[str, str]:
-    return {
-        "logitcache": logitcache.__version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
+_SPENT = ("tokens_fed", "tokens_taught", "seconds", "tokens_per_second", "cost")
+_OWN = {"status", "signal", "again", "eval_before", "eval_after", "history", "steps", "versions", *_SPENT}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunRecord:
+    """run.json: what a run was set to and what it has found. None: not known yet."""
+
+    status: str  # running, stopped or finished
+    settings: dict[str, Any]  # all that decides the run's weights, as `run_settings` names it
+    eval_before: Evaluation | None = None
+    versions: dict[str, str] = field(default_factory=dict)
+    spent: Spent | None = None
+    steps: int | None = None
+    eval_after: Evaluation | None = None
+    history: list[dict[str, Any]] | None = None  # Trainer's log
+    signal: str | None = None  # that stopped it
+    again: bool = False  # whether it was finished before this call
+
+    def to_json(self) -> dict[str, Any]:
+        """The contents of run.json; what is not known yet is left out."""
+        found: dict[str, Any] = {"status": self.status, **self.settings}
+        found |= {"eval_before": self.eval_before and self.eval_before.to_json(), "versions": self.versions}
+        found |= self.spent.to_json() if self.spent else {}
+        later = {
+            "steps": self.steps,
+            "eval_after": self.eval_after and self.eval_after.to_json(),
+            "history": self.history,
+        }
+        later |= {"signal": self.signal, "again": self.again or None}
+        return found | {name: value for name, value in later.items() if value is not None}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "RunRecord":
+        before, after = (
+            Evaluation.from_json(e) if (e := found.get(n)) else None for n in ("eval_before", "eval_after")
+        )
+        return cls(
+            status=found["status"],
+            settings={name: value for name, value in found.items() if name not in _OWN},
+            eval_before=before,
+            versions=found.get("versions", {}),
+            spent=Spent.from_json(found) if "cost" in found else None,
+            steps=found.get("steps"),
+            eval_after=after,
+            history=found.get("history"),
+            signal=found.get("signal"),
+            again=found.get("again", False),
+        )

@@ -104,14 +104,11 @@ class Costs:
         finally:
             self.memory.reset()
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"seconds": self.seconds, "peak_memory": self.peak_memory}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Takes up what an earlier process counted; what this one has counted so far is dropped."""
+    def resume(self, seconds: dict[str, float], peak_memory: int | None) -> None:
+        """Continues from what an earlier process has counted; what this one has counted so far is dropped."""
         self._laps.clear()
-        self._spent = {part: float(state["seconds"].get(part, 0.0)) for part in PARTS}
-        self._peak = state["peak_memory"] or 0
+        self._spent = {part: seconds.get(part, 0.0) for part in PARTS}
+        self._peak = peak_memory or 0
 
     def _now(self) -> Any:
         if self.device.type != "cuda":

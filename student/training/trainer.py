@@ -5,12 +5,14 @@ number.
 """
 
 import contextlib
+import itertools
 import json
 import math
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -23,14 +25,16 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from logitcache.errors import StudentError, TrainingError
 from logitcache.runtime.console import Stop
 from logitcache.sections import SECTIONS
-from logitcache.student.data.collate import Batch, collate, loader, to
-from logitcache.student.data.dataset import Lessons, Mixture, TraceDataset
+from logitcache.student.data.collate import Batch, collate, loader
+from logitcache.student.data.dataset import ExampleSource, Mixture, TraceDataset
 from logitcache.student.data.sampler import StepSampler
 from logitcache.student.model.head import ANYWHERE, attach_head, check_packing, plain
+from logitcache.student.model.measures import Evaluation
 from logitcache.student.model.metrics import evaluate
 from logitcache.student.training.checkpoints import SPENT_FILE, STATE_FILE, drop_after, latest_checkpoint
 from logitcache.student.training.config import DistillConfig
-from logitcache.student.training.flops import work
+from logitcache.student.training.flops import count_flops
+from logitcache.student.training.run_record import Counts, Spent
 from logitcache.student.training.timers import Costs
 
 
@@ -46,7 +50,7 @@ class DistillTrainer(Trainer):
     train_dataset: Any
     eval_dataset: Any
 
-    def __init__(self, model: PreTrainedModel, args: DistillConfig, train_dataset: Lessons, **options: Any):
+    def __init__(self, model: PreTrainedModel, args: DistillConfig, train_dataset: ExampleSource, **options: Any):
         if options.get("eval_dataset") is None:
             args.eval_strategy = IntervalStrategy.NO
         if args.n_gpu > 1:  # no DataParallel: one process drives one device, torchrun starts more of them
@@ -64,7 +68,9 @@ class DistillTrainer(Trainer):
                 self.packed = True
         if args.gradient_checkpointing:  # Trainer would do so too, but only after its cost was counted
             causal.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
-        super().__init__(model=model, args=args, train_dataset=train_dataset, data_collator=collate, **options)
+        super().__init__(
+            model=model, args=args, train_dataset=train_dataset, data_collator=cast(Any, collate), **options
+        )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if args.bf16 and plugin is not None and plugin.fsdp_version == 2:
             # accelerate's own would cast the teacher's rows and the loss to bfloat16, and add gradients up in it.
@@ -76,11 +82,14 @@ class DistillTrainer(Trainer):
         if self.is_deepspeed_enabled:
             _register_head(model, self.head.module)
         self.loss_is_scaled_for_ga = self.model_accepts_loss_kwargs = True
-        self.work = work(model, training=True)
+        self.flop_counts = count_flops(model, training=True)
         self.costs = Costs(args.device)
-        self.counts = {"tokens_fed": 0, "tokens_taught": 0, "flops": 0}
+        self.counts = Counts()
         self.stop: Stop | None = None
-        self.last_evaluation: tuple[int | None, dict[str, Any]] = (None, {})  # at which step, what evaluate() found
+        self.last_evaluation: tuple[int | None, Evaluation | None] = (
+            None,
+            None,
+        )  # the last step evaluated, and the result
         self._suspects: list[tuple[Tensor, list[str]]] = []  # losses of the step's batches, and their traces
         self.add_callback(_Flow(self))
         for callback in self.callback_handler.callbacks:
@@ -88,7 +97,7 @@ class DistillTrainer(Trainer):
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(Path(args.output_dir or ".") / "tensorboard")
 
-    def _fit_to_head(self, data: Lessons) -> None:
+    def _fit_to_head(self, data: ExampleSource) -> None:
         """Kept ids for which the head has no row join the tail."""
         for part in data.parts:
             part.vocab = part.vocab or self.head.module.weight.shape[0]
@@ -121,45 +130,51 @@ class DistillTrainer(Trainer):
     ) -> tuple[list, Tensor]:
         """The step's micro-batches, and the taught rows of the whole step over all ranks."""
         self.costs.switch("data")
-        samples, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        samples: list[Batch] = list(itertools.islice(epoch_iterator, num_batches))
         self.costs.switch("other")
-        taught = [sum(len(b["taught"]) for b in samples), sum(b["tokens"] for b in samples)]
-        flops = sum(self.work.flops(b["shapes"], len(b["taught"])) for b in samples)
-        counts = torch.tensor([*taught, flops], device=device)
+        tokens, supervised = sum(b.tokens for b in samples), sum(len(b.supervised) for b in samples)
+        flops = sum(self.flop_counts.total(b.shapes, len(b.supervised)) for b in samples)
+        counts = torch.tensor([tokens, supervised, flops], device=device)
         self._reduce(counts)
-        for name, count in zip(("tokens_taught", "tokens_fed", "flops"), counts.tolist(), strict=True):
-            self.counts[name] += count
-        return samples, counts[0].clamp(min=1)
+        self.counts += Counts(*counts.tolist())
+        return samples, counts[1].clamp(min=1)
 
-    def _prepare_inputs(self, inputs: Batch) -> Batch:
+    def _prepare_inputs(self, inputs: Any) -> Any:
         """To the device, in the dtypes they have: Trainer's own would cast the teacher's rows under DeepSpeed."""
-        return to(inputs, self.args.device)
+        return inputs.to(self.args.device)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """Trainer's own cannot read a Batch; `get_batch_samples` counts."""
+        return 0
+
+    def _track_num_input_tokens(self, inputs: Any) -> None:
+        """Likewise."""
 
     def training_step(self, *inputs: Any, **named: Any) -> Tensor:
         with self.costs.time("backward"):  # the forward takes its share out of it
             return super().training_step(*inputs, **named)
 
     def compute_loss(
-        self, model: nn.Module, inputs: Batch, return_outputs: bool = False, num_items_in_batch: Any = None
+        self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Sum over this batch's rows by the step's rows, times the ranks, over which gradients are averaged."""
         with self.costs.time("forward"):
-            loss = model(lesson=self._weighted(inputs))
-        self._suspects.append((loss.detach(), inputs["trace_ids"]))
-        rows = len(inputs["taught"]) if num_items_in_batch is None else num_items_in_batch
+            loss = model(distill=self._weighted(inputs))
+        self._suspects.append((loss.detach(), inputs.trace_ids))
+        rows = len(inputs.supervised) if num_items_in_batch is None else num_items_in_batch
         loss = loss * (self.args.world_size / max(rows, 1))
         return (loss, None) if return_outputs else loss
 
     def _weighted(self, batch: Batch) -> Batch:
         """The batch with the configuration's weights on what its view weighs."""
-        kd, ce = batch["kd"], batch["ce"]
+        kd, ce = batch.kd, batch.ce
         if self.args.ce_weight:
             ce = self.args.ce_weight * (kd > 0) + (0 if ce is None else ce)
         if self.args.section_weights:
             weight_S = kd.new_tensor([self.args.section_weights.get(name, 1.0) for name in SECTIONS])
-            weight_N = weight_S[batch["sections"]]
+            weight_N = weight_S[batch.sections]
             kd, ce = kd * weight_N, None if ce is None else ce * weight_N
-        return batch | {"kd": kd, "ce": ce}
+        return replace(batch, kd=kd, ce=ce)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """Before the weights change.
@@ -186,22 +201,12 @@ class DistillTrainer(Trainer):
     def log(self, logs: dict[str, float], *inputs: Any, **named: Any) -> None:
         """Losses go with what they have cost so far, the x axis of a comparison."""
         if "loss" in logs:
-            logs = logs | self.counts | {"seconds": self.seconds}
+            logs = logs | self.counts.to_json() | {"seconds": sum(self.costs.seconds.values())}
         super().log(logs, *inputs, **named)
 
-    def spent(self) -> dict[str, Any]:
-        """What training has cost so far: tokens and FLOPs of all ranks, seconds and peak bytes of this one."""
-        seconds, flops = self.seconds, self.counts["flops"]
-        return {name: self.counts[name] for name in ("tokens_fed", "tokens_taught")} | {
-            "seconds": seconds,
-            "tokens_per_second": self.counts["tokens_fed"] / max(seconds, 1e-9),
-            "cost": {"flops": flops, **self.costs.state_dict()},
-        }
-
-    @property
-    def seconds(self) -> float:
-        """Spent in steps so far, not in evaluations and checkpoints."""
-        return sum(self.costs.seconds.values())
+    def spent(self) -> Spent:
+        """What training has cost so far."""
+        return Spent(self.counts, self.costs.seconds, self.costs.peak_memory)
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -219,14 +224,14 @@ class DistillTrainer(Trainer):
             found = evaluate(
                 self.model,
                 data,
-                measure=lambda batch: self.model(lesson=batch, metrics=True),
+                measure=lambda batch: self.model(distill=batch, metrics=True),
                 tokens_per_batch=self.args.tokens_per_batch,
                 autocast=torch.bfloat16 if self.args.bf16 else None,
             )
         if parked is not None:
             self.model.to(parked)
         self.last_evaluation = (self.state.global_step, found)
-        metrics = {"loss": found["kl"], **{name: found[name] for name in ("kl", "top1", "ece", "rows")}}
+        metrics = {"loss": found.kl, "kl": found.kl, "top1": found.top1, "ece": found.ece, "rows": found.rows}
         metrics = {f"{metric_key_prefix}_{k}": v for k, v in metrics.items()}
         metrics[f"{metric_key_prefix}_runtime"] = time.monotonic() - began
         self.log(metrics)
@@ -245,9 +250,9 @@ class DistillTrainer(Trainer):
             return super().train(None, trial, ignore_keys_for_eval)
         path = Path(resume_from_checkpoint)
         if (path / SPENT_FILE).exists():
-            spent = json.loads((path / SPENT_FILE).read_text())
-            self.counts = {name: spent.get(name, spent["cost"].get(name)) for name in self.counts}
-            self.costs.load_state_dict(spent["cost"])
+            spent = Spent.from_json(json.loads((path / SPENT_FILE).read_text()))
+            self.counts = spent.counts
+            self.costs.resume(spent.seconds, spent.peak_memory)
         state = TrainerState.load_from_json(str(path / STATE_FILE))
         if state.global_step >= (
             self.args.max_steps
@@ -262,14 +267,14 @@ class DistillTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
         if _internal_call and output_dir and self.args.should_save:
-            (Path(output_dir) / SPENT_FILE).write_text(json.dumps(self.spent()))
+            (Path(output_dir) / SPENT_FILE).write_text(json.dumps(self.spent().to_json()))
 
     def _reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         if self.args.world_size > 1:
             dist.all_reduce(tensor, op)
 
 
-def _check_sampled(data: Lessons, tail: str) -> None:
+def _check_sampled(data: ExampleSource, tail: str) -> None:
     """Raises: StudentError where the tail `sampled` is asked for tokens that the teacher did not draw at temperature 1."""
     for part in data.parts if tail == "sampled" else []:
         identity, sections = part.cache.identity, getattr(part.view, "sections", ())

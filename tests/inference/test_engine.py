@@ -137,9 +137,9 @@ def test_the_teacher_is_a_perfect_student_of_itself_and_one_row_off_is_not(
         aligned = evaluate(teacher, TraceDataset(cache))
         print(f"{dtype}: {aligned}")
         assert aligned["rows"] == sum(len(t.rows) for t in cache)
-        assert aligned["kl"] < 0.01
-        assert aligned["top1"] > 0.9
-    assert evaluate(teacher, TraceDataset(cache, view=Shifted(View())))["kl"] > 1
+        assert aligned.kl < 0.01
+        assert aligned.top1 > 0.9
+    assert evaluate(teacher, TraceDataset(cache, view=Shifted(View()))).kl > 1
 
 
 def test_a_killed_engine_ends_the_command_with_its_cause_and_sigterm_ends_it_cleanly(

@@ -25,21 +25,21 @@ def test_groups_of_alike_length_cover_all_and_save_padding():
 
 def test_a_batch_names_for_each_taught_position_the_row_of_the_next_token(data):
     batch = collate([data[i] for i in (3, 0, 7)])
-    flat = torch.cat([g.flatten() for g in batch["groups"]])
+    flat = torch.cat([g.flatten() for g in batch.groups])
     traces = {t.trace_id: t for t in map(data.cache.__getitem__, (3, 0, 7))}
     row = 0
-    for name in batch["trace_ids"]:
+    for name in batch.trace_ids:
         trace = traces[name]
         for r in range(len(trace.rows)):
-            entries = slice(int(batch["offsets"][row]), int(batch["offsets"][row + 1]))
+            entries = slice(int(batch.targets.offsets[row]), int(batch.targets.offsets[row + 1]))
             expected = slice(*trace.rows.offsets[r : r + 2])
-            assert batch["ids"][entries].tolist() == trace.rows.ids[expected].tolist()
-            assert batch["logprobs"][entries].tolist() == trace.rows.logprobs[expected].tolist()
-            assert batch["log_tail"][row] == trace.rows.log_tail[r]
-            assert flat[batch["taught"][row]] == trace.token_ids[trace.row_start + r - 1]
-            assert batch["labels"][row] == trace.token_ids[trace.row_start + r]
+            assert batch.targets.ids[entries].tolist() == trace.rows.ids[expected].tolist()
+            assert batch.targets.logprobs[entries].tolist() == trace.rows.logprobs[expected].tolist()
+            assert batch.targets.log_tail[row] == trace.rows.log_tail[r]
+            assert flat[batch.supervised[row]] == trace.token_ids[trace.row_start + r - 1]
+            assert batch.targets.labels[row] == trace.token_ids[trace.row_start + r]
             row += 1
-    assert row == len(batch["taught"]) == batch["tokens"]
+    assert row == len(batch.supervised) == batch.tokens
 
 
 def test_a_batch_of_traces_with_nothing_to_teach_is_a_dummy(data):
@@ -49,17 +49,17 @@ def test_a_batch_of_traces_with_nothing_to_teach_is_a_dummy(data):
     )
     for examples in ([], [nothing]):
         batch = collate(examples)
-        assert (len(batch["taught"]), batch["tokens"], batch["groups"][0].shape) == (0, 0, (1, 1))
+        assert (len(batch.supervised), batch.tokens, batch.groups[0].shape) == (0, 0, (1, 1))
 
 
 @pytest.mark.slow
 def test_loader_workers_give_the_same_batches(data):
     alone, workers = (loader(data, StepSampler(data.pool, 100), num_workers=n) for n in (0, 2))
     for a, b in zip(alone, workers, strict=True):
-        assert a["trace_ids"] == b["trace_ids"]
-        assert torch.equal(a["logprobs"], b["logprobs"])
+        assert a.trace_ids == b.trace_ids
+        assert torch.equal(a.targets.logprobs, b.targets.logprobs)
 
 
 def test_an_empty_packed_batch_is_a_dummy():
     batch = collate([], packed=True)
-    assert batch["groups"][0].shape == batch["position_ids"].shape == (1, 1)
+    assert batch.groups[0].shape == batch.position_ids.shape == (1, 1)

@@ -8,7 +8,7 @@ from logitcache.sparse_rows import SparseRows
 from logitcache.student.data.collate import loader
 from logitcache.student.data.dataset import Mixture, TraceDataset, _take, matching
 from logitcache.student.data.sampler import StepSampler
-from logitcache.student.data.views import NOT_TAUGHT, View
+from logitcache.student.data.views import UNSUPERVISED, View
 from tests import tiny
 
 
@@ -51,7 +51,7 @@ def test_an_index_beyond_the_last_is_the_same_trace_in_a_later_epoch(data):
 
 def test_a_token_without_a_row_has_an_empty_one(data):
     rows = data.cache[0].rows
-    taken = _take(rows, np.array([2, NOT_TAUGHT, 4, NOT_TAUGHT]))
+    taken = _take(rows, np.array([2, UNSUPERVISED, 4, UNSUPERVISED]))
     assert taken.counts.tolist() == [rows.counts[2], 0, rows.counts[4], 0]
     assert taken.log_tail.tolist() == [rows.log_tail[2], 0, rows.log_tail[4], 0]
     assert taken.ids.tolist() == [*rows[2:3].ids, *rows[4:5].ids]
@@ -76,7 +76,7 @@ def test_several_caches_are_one_dataset(data, tmp_path):
     late = both[2 * 34 + 24 + 3]
     assert late.input_ids.tolist() == other.example(3, 2).input_ids.tolist()
     sampler = StepSampler(both.pool, 10_000)
-    assert sum(len(batch["trace_ids"]) for batch in loader(both, sampler)) == 34
+    assert sum(len(batch.trace_ids) for batch in loader(both, sampler)) == 34
     with pytest.raises(StudentError, match="give each a number above 0"):
         Mixture([data, other], [0.5, 0.0])
     foreign = tiny.write_cache(tmp_path / "foreign", tokenizer_hash="0" * 32)

@@ -15,7 +15,7 @@ from logitcache.capture.score import Crop
 from logitcache.errors import StudentError
 from logitcache.sections import SECTIONS, Sections
 from logitcache.student.data.token_masks import STEPS, view_table
-from logitcache.student.data.views import NOT_TAUGHT, Lesson, View, section_of, tenth_of
+from logitcache.student.data.views import UNSUPERVISED, SupervisedTrace, View, section_of, tenth_of
 from tests import tiny
 
 # Bounds of the sections of eleven tokens 10, 11, ..., 20.
@@ -45,18 +45,18 @@ def made(bounds=FIVE, *, row_start: int = 1, length: int = 11, rows: int | None 
     )
 
 
-def spelled(lesson: Lesson) -> str:
+def spelled(supervised: SupervisedTrace) -> str:
     """A word a position: the token fed, then ``>target:row`` where a row is taught, ``>target*`` where CE alone is."""
-    assert [a.dtype for a in (lesson.input_ids, lesson.target, lesson.row)] == [np.int64] * 3
-    assert lesson.kd.dtype == lesson.ce.dtype == np.float32
+    assert [a.dtype for a in (supervised.input_ids, supervised.target, supervised.row)] == [np.int64] * 3
+    assert supervised.kd.dtype == supervised.ce.dtype == np.float32
     words = []
     for token, target, row, *weights in zip(
-        lesson.input_ids, lesson.target, lesson.row, lesson.kd, lesson.ce, strict=True
+        supervised.input_ids, supervised.target, supervised.row, supervised.kd, supervised.ce, strict=True
     ):
-        if target == NOT_TAUGHT:
-            assert (row, *weights) == (NOT_TAUGHT, 0, 0)
+        if target == UNSUPERVISED:
+            assert (row, *weights) == (UNSUPERVISED, 0, 0)
             words.append(f"{token}")
-        elif row == NOT_TAUGHT:
+        elif row == UNSUPERVISED:
             assert weights == [0, 1]
             words.append(f"{token}>{target}*")
         else:
@@ -158,8 +158,8 @@ def test_token_matched_teaches_every_section_as_many_rows_as_the_smallest():
 
 
 def test_both_delimiters_are_taught_with_the_reasoning():
-    lesson = View(sections=("reasoning",))(made())
-    assert spelled(lesson) == "10 11 12>3:2 13>4:3 14>5:4 15>6:5 16>7:6 17>8:7", "nothing after it is fed"
+    supervised = View(sections=("reasoning",))(made())
+    assert spelled(supervised) == "10 11 12>3:2 13>4:3 14>5:4 15>6:5 16>7:6 17>8:7", "nothing after it is fed"
 
 
 def test_the_answer_is_taught_from_its_first_token_with_all_before_it_as_context():
@@ -203,7 +203,7 @@ def wide(reasoning: int):
     return replace(trace, sections=Sections(1, 2, reasoning + 2, reasoning + 3, length))
 
 
-def lessons(view: str, reasoning: int, epoch: int = 0) -> list[Lesson]:
+def supervised_traces(view: str, reasoning: int, epoch: int = 0) -> list[SupervisedTrace]:
     """Of one trace under 2,000 ids."""
     trace = wide(reasoning)
     return [View(view)(replace(trace, trace_id=f"{i:032x}"), epoch) for i in range(2000)]
@@ -211,7 +211,7 @@ def lessons(view: str, reasoning: int, epoch: int = 0) -> list[Lesson]:
 
 def kept(view: str, epoch: int = 0) -> np.ndarray:
     """Tokens that are left of a hundred of reasoning, for 2,000 trace ids."""
-    return np.array([len(lesson.input_ids) - 4 for lesson in lessons(view, 100, epoch)])
+    return np.array([len(supervised.input_ids) - 4 for supervised in supervised_traces(view, 100, epoch)])
 
 
 def test_draws_from_a_range_are_uniform_and_new_in_each_epoch():
@@ -231,8 +231,8 @@ def test_draws_from_a_list_take_each_share_alike():
 
 def test_a_random_mask_favours_no_row_and_no_neighbour():
     taught = np.zeros((2000, 24))
-    for taught_T, lesson in zip(taught, lessons("random-mask:0.5", 20), strict=True):
-        taught_T[: len(lesson.kd)] = lesson.kd
+    for supervised_T, supervised in zip(taught, supervised_traces("random-mask:0.5", 20), strict=True):
+        supervised_T[: len(supervised.kd)] = supervised.kd
     assert (taught.sum(axis=1) == 12).all()
     assert abs(taught.mean(axis=0) - 0.5).max() < 5 * 0.5 / np.sqrt(2000)
     correlation = np.corrcoef(taught.T) - np.eye(24)
@@ -368,8 +368,8 @@ def test_cutting_the_reasoning_of_a_cache_without_any_is_refused(view):
 
 
 def test_sections_and_tenths_go_by_the_token():
-    trace, tokens = made(FIVE, row_start=3), np.array([*range(11), NOT_TAUGHT])
-    assert section_of(trace, tokens).tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, NOT_TAUGHT]
+    trace, tokens = made(FIVE, row_start=3), np.array([*range(11), UNSUPERVISED])
+    assert section_of(trace, tokens).tolist() == [0, 0, 0, 1, 1, 1, 1, 1, 1, 2, 2, UNSUPERVISED]
     assert tenth_of(trace, tokens).tolist() == [-1, -1, -1, 0, 1, 2, 3, 5, 6, 7, 8, -1]
     assert tenth_of(made((1, 1, 1, 1)), np.arange(11)).tolist() == [-1, *range(10)]
     assert tenth_of(made((11, 11, 11, 11)), tokens).tolist() == [-1] * 12
@@ -401,16 +401,16 @@ def some_trace(draw):
 @settings(max_examples=200, deadline=None)
 @given(some_view(), some_trace(), st.integers(0, 3))
 def test_a_view_never_teaches_a_row_whose_context_the_student_was_not_given(view, trace, epoch):
-    lesson, text, answer = view(trace, epoch), str(view), trace.sections.answer_start
-    words, tokens = spelled(lesson), trace.token_ids.tolist()
+    supervised, text, answer = view(trace, epoch), str(view), trace.sections.answer_start
+    words, tokens = spelled(supervised), trace.token_ids.tolist()
     assert not words or ">" in words.split()[-1], "nothing after the last taught position is fed"
-    assert [t for t in tokens if t in lesson.input_ids] == lesson.input_ids.tolist(), "in order, none made up"
-    for position in (lesson.target != NOT_TAUGHT).nonzero()[0]:
-        target, row = int(lesson.target[position]), int(lesson.row[position])
+    assert [t for t in tokens if t in supervised.input_ids] == supervised.input_ids.tolist(), "in order, none made up"
+    for position in (supervised.target != UNSUPERVISED).nonzero()[0]:
+        target, row = int(supervised.target[position]), int(supervised.row[position])
         assert list(SECTIONS)[section_of(trace, np.array([target]))[0]] in view.sections
-        if position + 1 < len(lesson.input_ids):
-            assert lesson.input_ids[position + 1] == tokens[target], "what is fed next is what was to be predicted"
-        if row == NOT_TAUGHT:
+        if position + 1 < len(supervised.input_ids):
+            assert supervised.input_ids[position + 1] == tokens[target], "what is fed next is what was to be predicted"
+        if row == UNSUPERVISED:
             assert text.startswith("reasoning-lsp")
             assert target >= answer
             continue
@@ -418,7 +418,7 @@ def test_a_view_never_teaches_a_row_whose_context_the_student_was_not_given(view
         if text.startswith("trsd:"):
             assert target >= answer
         if not text.startswith("trsd") or target < answer:
-            assert lesson.input_ids[: position + 1].tolist() == tokens[: trace.row_start + row]
+            assert supervised.input_ids[: position + 1].tolist() == tokens[: trace.row_start + row]
 
 
 def test_a_shifted_view_teaches_each_position_the_row_before():

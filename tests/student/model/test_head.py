@@ -21,9 +21,15 @@ from transformers import (
 
 from logitcache.errors import StudentError
 from logitcache.kernels.reference import sparse_divergence
-from logitcache.student.data.collate import collate, targets
+from logitcache.student.data.collate import collate
 from logitcache.student.data.dataset import TraceDataset
-from logitcache.student.model.head import check_packing, find_head, lesson_loss, lesson_metrics, taught_hidden
+from logitcache.student.model.head import (
+    check_packing,
+    distillation_loss,
+    distillation_metrics,
+    find_head,
+    supervised_hidden,
+)
 from logitcache.student.model.load import load_student
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
@@ -55,13 +61,13 @@ def test_packed_traces_do_not_see_each_other(data, family, attention):
     check_packing(student)
     examples = [data[i] for i in (3, 0, 7, 9)]
     packed, padded = collate(examples, packed=True), collate(examples)
-    assert packed["groups"][0].shape == (1, packed["tokens"]), "no padding"
-    assert sum(g.numel() for g in padded["groups"]) > packed["tokens"]
-    assert packed["shapes"] == [(1, n) for n in sorted((len(e.input_ids) for e in examples), reverse=True)]
+    assert packed.groups[0].shape == (1, packed.tokens), "no padding"
+    assert sum(g.numel() for g in padded.groups) > packed.tokens
+    assert packed.shapes == [(1, n) for n in sorted((len(e.input_ids) for e in examples), reverse=True)]
     with torch.no_grad():
-        together, apart = taught_hidden(student, packed), taught_hidden(student, padded)
+        together, apart = supervised_hidden(student, packed), supervised_hidden(student, padded)
         alone = torch.cat(
-            [taught_hidden(student, collate([e])) for e in sorted(examples, key=lambda e: -len(e.input_ids))]
+            [supervised_hidden(student, collate([e])) for e in sorted(examples, key=lambda e: -len(e.input_ids))]
         )
     torch.testing.assert_close(together, alone, rtol=0, atol=2e-6)
     torch.testing.assert_close(apart, alone, rtol=0, atol=2e-6)
@@ -116,25 +122,25 @@ def test_the_loss_on_taught_rows_is_that_of_the_models_own_logits(data, student,
     assert (head.logit_scale, head.softcap) == (scale, softcap)
     batch = collate([data[i] for i in range(6)])
     with torch.no_grad():
-        logits = torch.cat([student(input_ids=g, use_cache=False).logits.flatten(0, 1) for g in batch["groups"]])
-    value_N = sparse_divergence(logits[batch["taught"]], targets(batch))
-    torch.testing.assert_close(lesson_loss(student, head, batch), value_N.sum(), rtol=1e-5, atol=0)
-    metrics = lesson_metrics(student, head, batch)
+        logits = torch.cat([student(input_ids=g, use_cache=False).logits.flatten(0, 1) for g in batch.groups])
+    value_N = sparse_divergence(logits[batch.supervised], batch.targets)
+    torch.testing.assert_close(distillation_loss(student, head, batch), value_N.sum(), rtol=1e-5, atol=0)
+    metrics = distillation_metrics(student, head, batch)
     torch.testing.assert_close(metrics["forward_kl"], value_N, rtol=1e-4, atol=1e-5)
-    assert torch.equal(metrics["argmax"], logits[batch["taught"]].argmax(dim=1))
+    assert torch.equal(metrics["argmax"], logits[batch.supervised].argmax(dim=1))
 
 
 def test_a_trace_has_the_hidden_states_in_a_batch_that_it_has_alone(data):
     student = tiny.model()
     batch = collate([data[i] for i in range(12)])
-    assert any(len(g) > 1 for g in batch["groups"])
-    alone = [taught_hidden(student, collate([data[data.cache.trace_ids.index(t)]])) for t in batch["trace_ids"]]
-    torch.testing.assert_close(taught_hidden(student, batch), torch.cat(alone), rtol=0, atol=1e-5)
+    assert any(len(g) > 1 for g in batch.groups)
+    alone = [supervised_hidden(student, collate([data[data.cache.trace_ids.index(t)]])) for t in batch.trace_ids]
+    torch.testing.assert_close(supervised_hidden(student, batch), torch.cat(alone), rtol=0, atol=1e-5)
 
 
 def test_a_batch_with_nothing_to_teach_is_a_connected_zero():
     student = tiny.model()
-    loss = lesson_loss(student, find_head(student), collate([]))
+    loss = distillation_loss(student, find_head(student), collate([]))
     loss.backward()
     assert loss == 0
     assert all(p.grad is None or not p.grad.any() for p in student.parameters())

@@ -19,22 +19,21 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypa
     tiny.save_model(tmp_path / "drops out", attention_dropout=0.2)  # what is drawn goes on, too
     whole, cut = (options(name, student=str(tmp_path / "drops out")) for name in ("whole", "cut"))
     expected = train(whole)
-    assert expected["steps"] == 8
+    assert expected.steps == 8
     monkeypatch.setattr(DistillTrainer, "compute_loss", DistillTrainer.compute_loss)  # and back at the end
     stop_at(step)
     stopped = train(cut)
-    assert (stopped["status"], stopped["signal"], stopped["steps"]) == ("stopped", "SIGTERM", step)
+    assert (stopped.status, stopped.signal, stopped.steps) == ("stopped", "SIGTERM", step)
     monkeypatch.undo()
     assert latest_checkpoint(cut.out) == str(cut.out / f"checkpoint-{step}")
     resumed = train(cut)
-    assert resumed["status"] == "finished"
+    assert resumed.status == "finished"
     assert same(weights(whole.out), weights(cut.out))
-    for name in ("eval_before", "eval_after", "tokens_fed", "tokens_taught"):
-        assert resumed[name] == expected[name]
-    assert resumed["cost"]["flops"] == expected["cost"]["flops"]
+    assert (resumed.eval_before, resumed.eval_after) == (expected.eval_before, expected.eval_after)
+    assert resumed.spent.counts == expected.spent.counts
     assert history(resumed, "loss") == history(expected, "loss")
     assert history(resumed, "eval_kl") == history(expected, "eval_kl"), "at the end of an epoch too"
-    assert resumed["seconds"] == pytest.approx(sum(resumed["cost"]["seconds"].values()))
+    assert resumed.spent.total_seconds == pytest.approx(sum(resumed.spent.seconds.values()))
 
 
 @pytest.mark.slow
@@ -45,12 +44,12 @@ def test_a_run_goes_from_one_rank_to_two_and_back_to_the_same_weights(options):
     whole = train(given("whole", 1))
     for ranks, step in ((1, 2), (2, 6), (1, None)):
         run = launch(given("moved", ranks), ranks, stop=step)
-        assert run["status"] == ("stopped" if step else "finished")
-    assert run["steps"] == whole["steps"] == 8
+        assert run.status == ("stopped" if step else "finished")
+    assert run.steps == whole.steps == 8
     assert history(run, "loss") == pytest.approx(history(whole, "loss"), rel=1e-6)
-    assert (run["tokens_fed"], run["cost"]["flops"]) == (
-        whole["tokens_fed"],
-        pytest.approx(whole["cost"]["flops"], rel=0.2),
+    assert (run.spent.counts.input_tokens, run.spent.counts.flops) == (
+        whole.spent.counts.input_tokens,
+        pytest.approx(whole.spent.counts.flops, rel=0.2),
     )
     a, b = weights(given("whole", 1).out), weights(given("moved", 1).out)
     for name in a:
@@ -78,8 +77,8 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(options):
     (opts.out / "model.safetensors").unlink()
     record.write_text(record.read_text().replace('"finished"', '"running"'))
     resumed = train(opts)
-    assert (resumed["status"], resumed["steps"]) == ("finished", 6)
-    assert resumed["tokens_fed"] == expected["tokens_fed"]
+    assert (resumed.status, resumed.steps) == ("finished", 6)
+    assert resumed.spent.counts.input_tokens == expected.spent.counts.input_tokens
     assert same(weights(opts.out), finished)
 
 

@@ -11,7 +11,7 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
-from logitcache.student.training.flops import forward_flops, training_flops, work
+from logitcache.student.training.flops import count_flops, forward_flops, training_flops
 from tests.tiny import one_thread  # noqa: F401
 
 SHAPES, TOKENS, ROWS = [(3, 24), (2, 9)], 90, 31
@@ -104,5 +104,5 @@ def test_a_model_of_six_billion_is_counted_without_weights():
             vocab_size=32000,
         )
     matrices = 32 * (4 * 4096**2 + 3 * 4096 * 11008)
-    assert work(model).token == matrices
+    assert count_flops(model).per_token == matrices
     assert training_flops(model, [(1, 1)], 1) == 6 * (matrices + 32000 * 4096 + 2 * 32 * 4096)

@@ -78,16 +78,16 @@ def compare(cache, shard):
         alone = tiny.model(tie_word_embeddings=tied).train()
         model = copy.deepcopy(alone)
         attach_head(alone)
-        expected = sum(alone(lesson=b) for b in batches) / world
+        expected = sum(alone(distill=b) for b in batches) / world
         expected.backward()
         head = attach_head(model)
         called, backward, gradient, clear = shard(model, head)
         worst = {"loss": 0, "gradient": 0, "kl": 0}
         for turn in range(2):
             with torch.no_grad():
-                mine = model(lesson=batches[rank], metrics=True)["forward_kl"]
-            kl = alone(lesson=batches[rank], metrics=True)["forward_kl"]
-            loss = called(lesson=batches[rank])
+                mine = model(distill=batches[rank], metrics=True)["forward_kl"]
+            kl = alone(distill=batches[rank], metrics=True)["forward_kl"]
+            loss = called(distill=batches[rank])
             backward(loss)
             mean = loss.detach().clone()
             dist.all_reduce(mean)

@@ -30,11 +30,11 @@ from tests.tiny import one_thread  # noqa: F401
 def test_a_student_learns_and_is_saved_with_its_tokenizer(options, home):
     opts = options(epochs=6)
     run = train(opts)
-    assert run["status"] == "finished"
-    assert run["eval_after"]["kl"] < 0.75 * run["eval_before"]["kl"]
-    assert run["eval_after"]["top1"] > run["eval_before"]["top1"]
+    assert run.status == "finished"
+    assert run.eval_after.kl < 0.75 * run.eval_before.kl
+    assert run.eval_after.top1 > run.eval_before.top1
     saved = json.loads((opts.out / "run.json").read_text())
-    assert saved["steps"] == run["steps"] == 6 * len(history(run, "loss")) // 6
+    assert saved["steps"] == run.steps == len(history(run, "loss")) == 24, "4 in an epoch"
     assert saved["cache"] == tiny.identity().__dict__
     assert saved["tokens_taught"] == saved["tokens_fed"] > 0
     student = AutoModelForCausalLM.from_pretrained(opts.out)
@@ -42,14 +42,14 @@ def test_a_student_learns_and_is_saved_with_its_tokenizer(options, home):
     assert len(AutoTokenizer.from_pretrained(opts.out)) == tiny.VOCAB
     cache = Cache.open(home / "cache")
     held = TraceDataset(cache, split(cache.prompt_ids, 0.2)[1])
-    assert evaluate(student, held)["kl"] == pytest.approx(run["eval_after"]["kl"], rel=1e-6)
+    assert evaluate(student, held).kl == pytest.approx(run.eval_after.kl, rel=1e-6)
 
 
 def test_a_finished_run_does_nothing_and_one_made_otherwise_is_refused_by_name(options, home):
     opts = options()
     train(opts)
     before = {p.name: p.stat().st_mtime_ns for p in opts.out.iterdir()}
-    assert train(opts)["again"]
+    assert train(opts).again
     assert {p.name: p.stat().st_mtime_ns for p in opts.out.iterdir()} == before
     with pytest.raises(StudentError, match=r"made with learning_rate = 0\.01, this run has 0\.02"):
         train(options(learning_rate=2e-2))
@@ -135,7 +135,7 @@ def test_accumulated_batches_equal_one_batch(options, accumulation):
         learning_rate=0.1,
     )
     one, many = train(whole), train(parts)
-    assert one["steps"] == many["steps"] > 4
+    assert one.steps == many.steps > 4
     assert history(one, "loss") == pytest.approx(history(many, "loss"), rel=1e-6)
     assert history(one, "grad_norm") == pytest.approx(history(many, "grad_norm"), rel=1e-5)
     a, b = weights(whole.out), weights(parts.out)
@@ -157,7 +157,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_traces(options, home):
 @pytest.mark.slow
 def test_bfloat16_trains_float32_weights(options):
     opts = options(dtype="bf16")
-    assert train(opts)["eval_after"]["kl"] > 0
+    assert train(opts).eval_after.kl > 0
     assert {w.dtype for w in weights(opts.out).values()} == {torch.float32}
 
 
@@ -176,8 +176,8 @@ def test_the_lines_of_the_readme_train_a_student(home, tmp_path, monkeypatch):
     known = {"cache": cache}
     exec(lines, known)
     student = AutoModelForCausalLM.from_pretrained(tmp_path / "student")
-    before = evaluate(tiny.model(), TraceDataset(cache))["kl"]
-    assert evaluate(student, TraceDataset(cache))["kl"] < 0.9 * before
+    before = evaluate(tiny.model(), TraceDataset(cache)).kl
+    assert evaluate(student, TraceDataset(cache)).kl < 0.9 * before
     assert len(AutoTokenizer.from_pretrained(tmp_path / "student")) == tiny.VOCAB
     assert known["student"](input_ids=torch.tensor([[3, 4]])).logits.shape == (1, 2, tiny.VOCAB), "called as ever"
 
@@ -206,25 +206,25 @@ def test_two_ranks_equal_one_with_accumulation(options):
         runs.append(launch(given, ranks))
         saved.append(weights(given.out))
     for run, state in zip(runs[1:], saved[1:], strict=True):
-        assert run["steps"] == runs[0]["steps"]
+        assert run.steps == runs[0].steps
         assert history(run, "loss") == pytest.approx(history(runs[0], "loss"), rel=1e-6)
         assert history(run, "grad_norm") == pytest.approx(history(runs[0], "grad_norm"), rel=1e-5)
-        assert run["eval_after"]["kl"] == pytest.approx(runs[0]["eval_after"]["kl"], rel=1e-6)
-        assert run["tokens_fed"] == runs[0]["tokens_fed"]
+        assert run.eval_after.kl == pytest.approx(runs[0].eval_after.kl, rel=1e-6)
+        assert run.spent.counts.input_tokens == runs[0].spent.counts.input_tokens
         for tensor in state:
             torch.testing.assert_close(state[tensor], saved[0][tensor], rtol=0, atol=1e-6)
 
 
 @pytest.mark.slow
 def test_training_never_imports_vllm(options):
-    assert launch(options())["status"] == "finished"
+    assert launch(options()).status == "finished"
 
 
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_losses_and_another_gives_others(options):
     one, two, other = train(options("one")), train(options("two")), train(options("other", seed=1))
     assert history(one, "loss") == history(two, "loss") != history(other, "loss")
-    assert one["eval_after"] == two["eval_after"]
+    assert one.eval_after == two.eval_after
 
 
 def one_step(home, view: View | None = None, traces=None, **config) -> tuple[float, dict[str, torch.Tensor]]:
@@ -336,8 +336,8 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
     with pytest.raises(StudentError, match="cache: no trace is left to learn from where correct"):
         train(opts)
     run = train(replace(opts, caches=[tmp_path / "judged"]))
-    assert 0 < run["tokens_fed"] < 0.6 * train(options("all", epochs=1))["tokens_fed"]
-    assert run["eval_before"]["rows"] == train(options("all", epochs=1))["eval_before"]["rows"], "held out all the same"
+    assert 0 < run.spent.counts.input_tokens < 0.6 * train(options("all", epochs=1)).spent.counts.input_tokens
+    assert run.eval_before.rows == train(options("all", epochs=1)).eval_before.rows, "held out all the same"
     both = train(options("both", epochs=1, caches=[], mix={str(home / "cache"): 0.5, str(tmp_path / "judged"): 0.5}))
     assert (both["caches"], both["share"], both["traces_2"]["count"]) == (2, 0.5, 24)
 
@@ -393,7 +393,7 @@ def test_tails_that_were_not_sampled_plainly_are_refused(home, tmp_path):
             train(TrainOptions(**given))
     tiny.write_cache(tmp_path / "good", made, prompt_logits=False)
     run = train(TrainOptions(**given | {"caches": [tmp_path / "good"], "max_steps": 1}))
-    assert run["status"] == "finished"
+    assert run.status == "finished"
 
 
 @pytest.mark.slow
@@ -407,7 +407,7 @@ def test_a_cache_counts_once_however_often_it_is_named(options, home, tmp_path):
     part = tiny.write_cache(tmp_path / "part", made[:20])
     assert len(part) == 20
     both, alone = train(options("both", caches=[tmp_path / "part", home / "cache"], epochs=1)), train(options(epochs=1))
-    assert both["tokens_fed"] <= alone["tokens_fed"]
+    assert both.spent.counts.input_tokens <= alone.spent.counts.input_tokens
 
 
 def test_no_prompt_held_out_of_one_cache_is_learnt_from_another(options, home, tmp_path):
@@ -432,7 +432,7 @@ def test_no_prompt_held_out_of_one_cache_is_learnt_from_another(options, home, t
 def test_a_run_that_came_to_nothing_is_begun_anew(options):
     with pytest.raises(TrainingError):
         train(options(learning_rate=1e30))
-    assert train(options())["status"] == "finished"
+    assert train(options()).status == "finished"
     with pytest.raises(StudentError, match="made with learning_rate"):
         train(options(learning_rate=2e-2))
 
@@ -440,7 +440,7 @@ def test_a_run_that_came_to_nothing_is_begun_anew(options):
 def test_what_means_the_same_is_the_same_run(options, home):
     train(options(sections=("reasoning", "answer"), where="tokens<=100", max_steps=2))
     again = options(sections=("answer", "reasoning"), where="tokens <= 100", set={"max_steps": "2"})
-    assert train(again)["again"]
+    assert train(again).again
     with pytest.raises(
         StudentError, match=r"tokens_per_step = 130, .*`tokens_per_batch` x gradient_accumulation_steps"
     ):
@@ -454,22 +454,22 @@ def test_the_best_weights_are_those_that_are_reported(options, home):
     run = train(opts)
     cache = Cache.open(home / "cache")
     held = TraceDataset(cache, split(cache.prompt_ids, 0.2)[1])
-    found = evaluate(AutoModelForCausalLM.from_pretrained(opts.out), held)["kl"]
-    assert run["eval_after"]["kl"] == pytest.approx(found, rel=1e-5)
+    found = evaluate(AutoModelForCausalLM.from_pretrained(opts.out), held).kl
+    assert run.eval_after.kl == pytest.approx(found, rel=1e-5)
     assert found == pytest.approx(min(history(run, "eval_kl")), rel=1e-5)
 
 
 def test_a_run_of_few_steps_learns_in_each_of_them(options):
     run = train(options(max_steps=1))
     assert history(run, "learning_rate") == [1e-2]
-    assert run["eval_after"]["kl"] != run["eval_before"]["kl"]
+    assert run.eval_after.kl != run.eval_before.kl
 
 
 def test_files_that_are_not_ours_are_named(options, tmp_path):
     opts = options()
     train(opts)
     (opts.out / "checkpoint-old").mkdir()
-    assert train(opts)["again"]
+    assert train(opts).again
     (opts.out / "run.json").write_text("[]")
     with pytest.raises(StudentError, match=r"run\.json is not what `logitcache train` writes"):
         train(opts)
@@ -489,19 +489,19 @@ def test_two_tokenizers_are_refused(options, home, tmp_path):
 @pytest.mark.parametrize("name", ["reverse_kl", "jsd", "skewed_forward_kl", "skewed_reverse_kl", "tv"])
 def test_every_divergence_brings_the_student_nearer(options, name):
     run = train(options(divergence=name, epochs=4))
-    assert run["eval_after"]["kl"] < run["eval_before"]["kl"]
+    assert run.eval_after.kl < run.eval_before.kl
 
 
 def test_an_adapter_learns_alone_and_is_loaded_merged(options, home):
     opts = options(lora_rank=4, epochs=4, learning_rate=3e-2)
     run = train(opts)
-    assert run["eval_after"]["kl"] < run["eval_before"]["kl"]
+    assert run.eval_after.kl < run.eval_before.kl
     assert (opts.out / "adapter_model.safetensors").exists()
     assert not (opts.out / "model.safetensors").exists()
     cache = Cache.open(home / "cache")
     student, _ = load_student(opts.out, cache.identity)
     held = TraceDataset(cache, split(cache.prompt_ids, 0.2)[1])
-    assert evaluate(student, held)["kl"] == pytest.approx(run["eval_after"]["kl"], rel=1e-5)
+    assert evaluate(student, held).kl == pytest.approx(run.eval_after.kl, rel=1e-5)
 
 
 @pytest.mark.slow
@@ -510,7 +510,7 @@ def test_an_adapter_on_an_adapter_is_refused(options):
     train(first)
     with pytest.raises(StudentError, match="is an adapter already"):
         train(options("second", student=str(first.out), lora_rank=2))
-    assert train(options("whole", student=str(first.out), max_steps=1))["status"] == "finished"
+    assert train(options("whole", student=str(first.out), max_steps=1)).status == "finished"
 
 
 @pytest.mark.slow

@@ -1,0 +1,106 @@
+"""The settings that decide a run's weights: a later call on the same directory must repeat them."""
+
+import json
+import platform
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import logitcache
+from logitcache.cache.filters import Filter
+from logitcache.cache.reader import Cache
+from logitcache.errors import StudentError
+from logitcache.identity import first_difference
+from logitcache.runtime.files import left_behind, publish, taken
+from logitcache.student.data.views import View
+from logitcache.student.training.checkpoints import RUN_FILE, find_run, latest_checkpoint
+from logitcache.student.training.config import DistillConfig
+from logitcache.student.training.options import TrainOptions
+from logitcache.student.training.run_record import RunRecord
+
+# Settings that do not change the weights a run ends with: it may be taken up with others.
+_FREE = {"tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "compile", "report_to"}
+_FREE |= {"run_name", "disable_tqdm", "use_cpu", "torch_empty_cache_steps", "project", "trackio_space_id"}
+_FREE_PREFIXES = ("dataloader_", "logging_", "log_", "save_", "eval_", "ddp_")
+# Settings with a name of their own below, however they were given.
+_NAMED = {"num_train_epochs", "max_steps", "learning_rate", "seed", "ce_weight", "section_weights"}
+# What a person sets where the record has another name.
+_OPTIONS = {
+    "tokens_per_step": "`tokens_per_batch` x gradient_accumulation_steps x processes",
+    "bf16": "`dtype`",
+    "cache": "`caches`",
+    "traces": "`caches`",
+}
+
+
+def run_settings(options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], view: View) -> dict[str, Any]:
+    """All that decides the weights a run ends with, in the order in which a difference is named."""
+    found: dict[str, Any] = {"caches": len(caches)}
+    shares = [share for share in options.shares.values() if share is not None]
+    for number, (path, cache) in enumerate(caches.items(), 1):
+        own = {"cache": asdict(cache.identity), "traces": {"count": len(cache), "digest": cache.traces_digest}}
+        own |= {} if (share := options.shares[path]) is None else {"share": round(share / sum(shares), 12)}
+        found |= {name if number == 1 else f"{name}_{number}": value for name, value in own.items()}
+    student = Path(options.student)
+    objective = config.objective()
+    named = _NAMED | objective.keys()
+    loose = [n for n in options.set if n in _FREE | named or n.startswith(_FREE_PREFIXES)]
+    return found | {
+        "student": str(student.resolve() if student.exists() else options.student),
+        "view": str(view),
+        "sections": list(view.sections),
+        "where": None if options.where is None else str(Filter.parse(options.where)),
+        "top_k": options.top_k,
+        "held_out": options.held_out,
+        "bf16": config.bf16,
+        "lora_rank": options.lora_rank,
+        "lora_alpha": options.lora_alpha,
+        **{name: value for name, value in objective.items() if name not in config.unused()},
+        "ce_weight": config.ce_weight,
+        "section_weights": config.section_weights,
+        "tokens_per_step": config.tokens_per_step,
+        "epochs": config.num_train_epochs,
+        "max_steps": config.max_steps,
+        "learning_rate": config.learning_rate,
+        "seed": config.seed,
+        "set": {n: v for n, v in options.set.items() if n not in loose},
+    }
+
+
+def claim(out: Path, wanted: dict[str, Any]) -> RunRecord | None:
+    """What run.json of `out` holds, {} for a new run, and for one that came to nothing: it is made anew.
+
+    Raises: StudentError for a directory of other things, and for a run made otherwise, naming the difference.
+    """
+    foreign = taken(out, left_behind)
+    _, found = find_run(out)
+    if not found:
+        if foreign:
+            raise StudentError(f"{out} exists and is not a run; give `out` an empty or a new directory")
+        return None
+    if difference := first_difference(found, json.loads(json.dumps(wanted, default=str))):
+        if found["status"] != "finished" and latest_checkpoint(out) is None:
+            return None
+        name, there, here = difference
+        option = _OPTIONS.get(name.partition(".")[0].rstrip("_0123456789"))
+        raise StudentError(
+            f"{out} was made with {name} = {there!r}, this run has {here!r}; set it as it was"
+            f"{f' ({option})' if option else ''}, or give `out` a new directory"
+        )
+    return RunRecord.from_json(found)
+
+
+def write(out: Path, run: RunRecord) -> None:
+    publish(out / RUN_FILE, json.dumps(run.to_json(), indent=1, default=str).encode())
+
+
+def versions() -> dict[str, str]:
+    return {
+        "logitcache": logitcache.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
