@@ -1,7 +1,8 @@
-"""The steps of a view: which tokens of a trace are fed, and which of them are taught. Small pure functions, one table.
+"""The steps of a view, as one table: each decides which tokens of a trace are input and which are supervised.
 
-A cut says both, and a choice takes from what is taught. What is drawn is drawn from the trace id: it depends on no order,
-no batch and no seed. A share of n things is int(share * n) of them, but at least one.
+A cut decides both. A choice comes after a cut, and keeps some of the supervised tokens. Random draws depend on the trace
+id (and on the epoch where a step says so), never on order, batch or seed. A share p of n things is int(p * n) of them, but
+at least one. docs/extending.md adds a step.
 """
 
 from __future__ import annotations
@@ -23,20 +24,16 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Plan:
-    """What a cut makes of a trace: bool [L] each, said of its tokens.
+class TokenMasks:
+    """What a cut makes of a trace. A token is supervised by its cached row, by itself, or not at all."""
 
-    fed: those that stay, the last of them as a target only; by_row: taught by their cached rows; by_token: taught by
-    cross-entropy with the token alone.
-    """
-
-    fed: np.ndarray
-    by_row: np.ndarray
-    by_token: np.ndarray
+    input: np.ndarray  # bool [L], tokens that are kept; the last of them is only predicted
+    by_row: np.ndarray  # bool [L], supervised by the cached row (divergence)
+    by_token: np.ndarray  # bool [L], supervised by the sampled token alone (cross-entropy)
 
 
 class Share(float):
-    """A number above 0 and at most 1; its text reads back as the same number."""
+    """A number above 0 and at most 1. Its text reads back as the same number."""
 
     label = "P"
     wants = "a share P, 0 < P <= 1"
@@ -76,61 +73,64 @@ class Spread:
         return ("-" if self.uniform else ",").join(map(str, self.shares))
 
     def at(self, u: float) -> float:
-        """The share that u, uniform in [0, 1), draws."""
+        """The share drawn by u, which is uniform in [0, 1)."""
         if self.uniform:
             return self.shares[0] + u * (self.shares[1] - self.shares[0])
         return self.shares[int(u * len(self.shares))]
 
 
-# Cuts: (trace, epoch, argument) -> Plan.
+# Cuts: (trace, epoch, argument) -> TokenMasks.
 
 
-def full(trace: Trace, epoch: int = 0, argument: None = None) -> Plan:
-    """Every token is fed, every cached row is taught, but for a first token, which nothing predicts."""
+def full(trace: Trace, epoch: int = 0, argument: None = None) -> TokenMasks:
+    """Every token is input, every cached row is supervised. The first token of a trace has no prediction."""
     token_L = np.arange(len(trace.token_ids))
     by_row = (token_L >= max(1, trace.row_start)) & (token_L < trace.row_start + len(trace.rows))
-    return Plan(np.ones_like(by_row), by_row, np.zeros_like(by_row))
+    return TokenMasks(np.ones_like(by_row), by_row, np.zeros_like(by_row))
 
 
-def lsp(trace: Trace, epoch: int, p: Share) -> Plan:
-    """The first p of prompt, reasoning and answer together (lead-span); the rest is not fed at all."""
+def lsp(trace: Trace, epoch: int, p: Share) -> TokenMasks:
+    """The first p of all tokens: prompt, reasoning and answer together. The rest is not input."""
     whole = full(trace)
-    fed = np.arange(len(whole.fed)) < _count(p, len(whole.fed))
-    return Plan(fed, whole.by_row & fed, whole.by_token)
+    input_L = np.arange(len(whole.input)) < _count(p, len(whole.input))
+    return TokenMasks(input_L, whole.by_row & input_L, whole.by_token)
 
 
-def reasoning_lsp(trace: Trace, epoch: int, p: Share) -> Plan:
+def reasoning_lsp(trace: Trace, epoch: int, p: Share) -> TokenMasks:
     """The first p of the reasoning, then the closing and the answer.
 
-    Rows up to the cut are taught. The closing is not; the answer's rows were made with the whole reasoning in sight, so
-    the answer is taught by its tokens alone. Where nothing is cut this is `full`.
+    Rows before the cut are supervised, the closing delimiter is not. The teacher made the answer's rows from the whole
+    reasoning, which the student does not see, so the answer is supervised by its tokens alone. Where nothing is cut this
+    is `full`.
     """
-    whole, (before_L, fed_L) = full(trace), _cut_reasoning(trace, p)
-    return whole if fed_L.all() else Plan(fed_L, whole.by_row & before_L, _answer(trace))
+    whole, (before_L, input_L) = full(trace), _cut_reasoning(trace, p)
+    return whole if input_L.all() else TokenMasks(input_L, whole.by_row & before_L, _answer(trace))
 
 
-def trsd(trace: Trace, epoch: int, spread: Spread) -> Plan:
-    """The first r of the reasoning, then the closing and the answer; taught are the answer's rows, and no others.
+def trsd(trace: Trace, epoch: int, spread: Spread) -> TokenMasks:
+    """The first r of the reasoning, then the closing and the answer. Only the answer's rows are supervised.
 
-    The student learns to say with less reasoning what the teacher said after all of it: with `trsd_anchored` the only view
-    whose rows were made with more context than it feeds. r is drawn from `spread` by trace id and epoch.
+    The student learns to answer after less reasoning as the teacher answered after all of it. This view and
+    `trsd_anchored` are the only ones whose rows were made from more context than the student sees. r is drawn from
+    `spread` by trace id and epoch.
     """
-    whole, (_, fed_L) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
-    return Plan(fed_L, whole.by_row & _answer(trace), whole.by_token)
+    whole, (_, input_L) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
+    return TokenMasks(input_L, whole.by_row & _answer(trace), whole.by_token)
 
 
-def trsd_anchored(trace: Trace, epoch: int, spread: Spread) -> Plan:
-    """As `trsd`, and the rows up to the cut are taught too: they hold the student to its reasoning while it learns.
+def trsd_anchored(trace: Trace, epoch: int, spread: Spread) -> TokenMasks:
+    """Like `trsd`, with the rows before the cut supervised too, so that the student does not unlearn its reasoning.
 
-    The closing is not taught where something is cut, since the teacher did not end there. Where nothing is cut this is `full`.
+    The closing delimiter is not supervised where something is cut: the teacher did not stop there. Where nothing is cut
+    this is `full`.
     """
-    whole, (before_L, fed_L) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
+    whole, (before_L, input_L) = full(trace), _cut_reasoning(trace, _drawn_share(trace, epoch, spread))
     supervised_L = before_L | _answer(trace)
-    return whole if fed_L.all() else Plan(fed_L, whole.by_row & supervised_L, whole.by_token)
+    return whole if input_L.all() else TokenMasks(input_L, whole.by_row & supervised_L, whole.by_token)
 
 
-def crop(trace: Trace, epoch: int, p: Share) -> Plan:
-    """All of a trace that was cropped already, when the teacher read it."""
+def crop(trace: Trace, epoch: int, p: Share) -> TokenMasks:
+    """The whole trace, of a cache whose traces are crops already (`logitcache score --crop`)."""
     return full(trace)
 
 
@@ -139,7 +139,7 @@ def _drawn_share(trace: Trace, epoch: int, spread: Spread) -> float:
 
 
 def _cut_reasoning(trace: Trace, p: float) -> tuple[np.ndarray, np.ndarray]:
-    """bool [L] twice: the tokens before a cut that keeps the reasoning's first p, and those with all after the reasoning."""
+    """bool [L] twice: tokens before the end of the reasoning's first p; the same with everything after the reasoning."""
     span, token_L = trace.sections.reasoning, np.arange(len(trace.token_ids))
     before_L = token_L < span.start + _count(p, span.stop - span.start)
     return before_L, before_L | (token_L >= span.stop)
@@ -150,11 +150,11 @@ def _answer(trace: Trace) -> np.ndarray:
     return np.arange(len(trace.token_ids)) >= trace.sections.answer_start
 
 
-# Choices: (trace, taught bool [L], argument) -> bool [L], those of the taught tokens that still are.
+# Choices: (trace, supervised bool [L], argument) -> bool [L], the supervised tokens that are kept.
 
 
 def both_ends(trace: Trace, supervised_L: np.ndarray, p: Share) -> np.ndarray:
-    """The first and the last p/2 of what is taught, of all sections together; an odd one goes to the first."""
+    """The first and the last p/2 of the supervised tokens, counted over all sections; the first half gets an odd one."""
     index = supervised_L.nonzero()[0]
     kept = _count(p, len(index))
     chosen = np.zeros_like(supervised_L)
@@ -164,15 +164,15 @@ def both_ends(trace: Trace, supervised_L: np.ndarray, p: Share) -> np.ndarray:
 
 
 def random_mask(trace: Trace, supervised_L: np.ndarray, r: Share) -> np.ndarray:
-    """A share r of what is taught, of all sections together; what a smaller share draws, a larger one draws too."""
+    """A random share r of the supervised tokens, over all sections. A larger share contains what a smaller one draws."""
     return _drawn(supervised_L, _count(r, int(supervised_L.sum())), "random-mask", trace.trace_id)
 
 
 def token_matched(trace: Trace, supervised_L: np.ndarray, argument: None = None) -> np.ndarray:
-    """As many of each section's taught tokens as the section with the fewest has; one with none does not count.
+    """Equally many supervised tokens of each section: as many as the smallest section has; empty ones do not count.
 
-    Delimiters count as reasoning, and every section of the trace counts, whether or not it is chosen: so
-    ``--sections reasoning`` and ``--sections answer`` teach equally many tokens.
+    Delimiters count as reasoning. Every section of the trace counts, whether it is chosen or not, so sections reasoning and
+    sections answer supervise equally many tokens.
     """
     section_L = sections_of(trace)
     parts = [supervised_L & (section_L == i) for i in range(len(SECTIONS))]
@@ -194,12 +194,12 @@ def _count(p: float, n: int) -> int:
 
 
 def _draws(n: int, *key: str) -> np.ndarray:
-    """uint64 [n], uniform, the same on every machine and with every version of numpy."""
+    """uint64 [n], uniform; the same on every machine and with every version of numpy."""
     return np.frombuffer(hashlib.shake_128("\0".join(key).encode()).digest(8 * n), "<u8")
 
 
 def _drawn(supervised_L: np.ndarray, count: int, *key: str) -> np.ndarray:
-    """bool [L], `count` of the taught tokens: those with the lowest draws."""
+    """bool [L], `count` of the supervised tokens: those with the lowest draws."""
     index = supervised_L.nonzero()[0]
     chosen = np.zeros_like(supervised_L)
     chosen[index[np.argsort(_draws(len(supervised_L), *key)[index], kind="stable")[:count]]] = True
@@ -208,13 +208,13 @@ def _drawn(supervised_L: np.ndarray, count: int, *key: str) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A line of the table; it cuts or it chooses. `example` is one that works."""
+    """One entry of the table: a step that cuts or that chooses. `example` is a valid text of it."""
 
     name: str
     takes: type[Share] | type[Spread] | None
     example: str
     help: str
-    cut: Callable[[Trace, int, Any], Plan] | None = None
+    cut: Callable[[Trace, int, Any], TokenMasks] | None = None
     choose: Callable[[Trace, np.ndarray, Any], np.ndarray] | None = None
 
     @property
@@ -223,17 +223,17 @@ class Step:
 
 
 _TABLE = (
-    Step("full", None, "full", "all tokens, every cached row", full),
+    Step("full", None, "full", "all tokens and every cached row", full),
     Step("lsp", Share, "lsp:0.5", "the first P of all tokens", lsp),
-    Step("reasoning-lsp", Share, "reasoning-lsp:0.5", "the first P of the reasoning; then the answer, by CE", reasoning_lsp),
-    Step("trsd", Spread, "trsd:0.1-0.9", "the answer's rows after the reasoning's first part", trsd),
-    Step("trsd-anchored", Spread, "trsd-anchored:0.1-0.9", "the same, and the rows of that part", trsd_anchored),
-    Step("left", Share, "left:0.5", "all of a cache of `score --crop left:P`", crop),
-    Step("middle", Share, "middle:0.5", "all of a cache of `score --crop middle:P`", crop),
-    Step("right", Share, "right:0.5", "all of a cache of `score --crop right:P`", crop),
+    Step("reasoning-lsp", Share, "reasoning-lsp:0.5", "the reasoning's first P, then the answer by CE", reasoning_lsp),
+    Step("trsd", Spread, "trsd:0.1-0.9", "the answer's rows, after the first part of the reasoning", trsd),
+    Step("trsd-anchored", Spread, "trsd-anchored:0.1-0.9", "the same, with the rows of that part", trsd_anchored),
+    Step("left", Share, "left:0.5", "a cache made with `score --crop left:P`", crop),
+    Step("middle", Share, "middle:0.5", "a cache made with `score --crop middle:P`", crop),
+    Step("right", Share, "right:0.5", "a cache made with `score --crop right:P`", crop),
     Step("both-ends", Share, "both-ends:0.5", "the first and the last P/2 of the rows", None, both_ends),
-    Step("random-mask", Share, "random-mask:0.5", "P of the rows, the same in every epoch", None, random_mask),
-    Step("token-matched", None, "token-matched", "as many rows of each section as its smallest has", None, token_matched),
+    Step("random-mask", Share, "random-mask:0.5", "a random share P of the rows, the same in every epoch", None, random_mask),
+    Step("token-matched", None, "token-matched", "as many rows of each section as the smallest section has", None, token_matched),
 )  # fmt: skip
 STEPS = {step.name: step for step in _TABLE}
 

@@ -46,7 +46,7 @@ def made(bounds=FIVE, *, row_start: int = 1, length: int = 11, rows: int | None 
 
 
 def spelled(supervised: SupervisedTrace) -> str:
-    """A word a position: the token fed, then ``>target:row`` where a row is taught, ``>target*`` where CE alone is."""
+    """A word per position: the input token, then ``>target:row`` for a row, ``>target*`` for cross-entropy alone."""
     assert [a.dtype for a in (supervised.input_ids, supervised.target, supervised.row)] == [np.int64] * 3
     assert supervised.kd.dtype == supervised.ce.dtype == np.float32
     words = []
@@ -78,7 +78,7 @@ def test_the_full_view_teaches_every_row_one_position_before_its_token(view):
     assert spelled(View(view)(made((1, 2, 3, 4), length=5))) == "10>1:0 11>2:1 12>3:2 13>4:3"
 
 
-def test_rows_that_were_sliced_away_are_not_taught():
+def test_rows_that_were_sliced_away_are_not_supervised():
     assert spelled(View()(made(rows=7))) == "10>1:0 11>2:1 12>3:2 13>4:3 14>5:4 15>6:5 16>7:6"
     assert spelled(View("trsd:0.5")(made(rows=7))) == ""
 
@@ -157,12 +157,12 @@ def test_token_matched_teaches_every_section_as_many_rows_as_the_smallest():
     assert View("token-matched")(made((1, 2, 3, 4), length=5)).kd.sum() == 2, "one of the reasoning, one of the answer"
 
 
-def test_both_delimiters_are_taught_with_the_reasoning():
+def test_both_delimiters_are_supervised_with_the_reasoning():
     supervised = View(sections=("reasoning",))(made())
-    assert spelled(supervised) == "10 11 12>3:2 13>4:3 14>5:4 15>6:5 16>7:6 17>8:7", "nothing after it is fed"
+    assert spelled(supervised) == "10 11 12>3:2 13>4:3 14>5:4 15>6:5 16>7:6 17>8:7", "the input ends there"
 
 
-def test_the_answer_is_taught_from_its_first_token_with_all_before_it_as_context():
+def test_the_answer_is_supervised_from_its_first_token_with_all_before_it_as_context():
     assert spelled(View(sections=("answer",))(made())) == "10 11 12 13 14 15 16 17 18>9:8 19>10:9"
 
 
@@ -230,12 +230,12 @@ def test_draws_from_a_list_take_each_share_alike():
 
 
 def test_a_random_mask_favours_no_row_and_no_neighbour():
-    taught = np.zeros((2000, 24))
-    for supervised_T, supervised in zip(taught, supervised_traces("random-mask:0.5", 20), strict=True):
+    supervised_NT = np.zeros((2000, 24))
+    for supervised_T, supervised in zip(supervised_NT, supervised_traces("random-mask:0.5", 20), strict=True):
         supervised_T[: len(supervised.kd)] = supervised.kd
-    assert (taught.sum(axis=1) == 12).all()
-    assert abs(taught.mean(axis=0) - 0.5).max() < 5 * 0.5 / np.sqrt(2000)
-    correlation = np.corrcoef(taught.T) - np.eye(24)
+    assert (supervised_NT.sum(axis=1) == 12).all()
+    assert abs(supervised_NT.mean(axis=0) - 0.5).max() < 5 * 0.5 / np.sqrt(2000)
+    correlation = np.corrcoef(supervised_NT.T) - np.eye(24)
     assert abs(correlation + (1 - np.eye(24)) / 23).max() < 5 / np.sqrt(2000), "twelve of 24: -1/23 between any two"
 
 
@@ -262,13 +262,13 @@ def test_equal_views_are_spelled_alike_and_survive_pickling():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("fulll", "'fulll' is unknown: did you mean 'full'?"),
-        ("lps:0.5", "'lps' is unknown: did you mean 'lsp:0.5'?"),
+        ("fulll", "unknown view 'fulll' in 'fulll': did you mean 'full'?"),
+        ("lps:0.5", "unknown view 'lps' in 'lps:0.5': did you mean 'lsp:0.5'?"),
         ("random_mask:0.5", "did you mean 'random-mask:0.5'?"),
         ("lsp=0.5", "did you mean 'lsp:0.5'?"),
-        ("sections:answer", "`sections` chooses sections"),
-        ("lsp:0.5+", "view 'lsp:0.5+': '' is unknown"),
-        ("", "'' is unknown: did you mean 'full'?"),
+        ("sections:answer", "use `sections` to choose sections"),
+        ("lsp:0.5+", "unknown view '' in 'lsp:0.5+'"),
+        ("", "unknown view '' in '': did you mean 'full'?"),
         ("lsp", "view 'lsp': lsp takes a share P, 0 < P <= 1; write lsp:0.5"),
         ("lsp:", "lsp takes a share P"),
         ("lsp:0", "lsp takes a share P"),
@@ -287,9 +287,9 @@ def test_equal_views_are_spelled_alike_and_survive_pickling():
         ("trsd:r~0.5", "trsd takes shares"),
         ("full:0.5", "view 'full:0.5': full takes no argument; write full"),
         ("lsp:0.5+token-matched:3", "token-matched takes no argument"),
-        ("lsp:0.5+trsd:1", "lsp and trsd both cut; choose one of them"),
+        ("lsp:0.5+trsd:1", "lsp and trsd both cut the trace; use one of them"),
         ("right:0.5+random-mask:0.5+lsp:0.5", "right and lsp both cut"),
-        ("random-mask:0.50+lsp:0.5", "lsp cuts and comes first; write lsp:0.5+random-mask:0.5"),
+        ("random-mask:0.50+lsp:0.5", "lsp cuts the trace and must come first: write lsp:0.5+random-mask:0.5"),
     ],
 )
 def test_a_view_that_does_not_parse_says_what_to_write(text, message):
@@ -299,9 +299,9 @@ def test_a_view_that_does_not_parse_says_what_to_write(text, message):
 
 
 def test_an_unknown_section_names_the_nearest():
-    with pytest.raises(StudentError, match="'anwser' is unknown: did you mean 'answer'"):
+    with pytest.raises(StudentError, match="unknown section 'anwser' in `sections`: did you mean 'answer'"):
         View(sections=("anwser",))
-    with pytest.raises(StudentError, match="no section is left"):
+    with pytest.raises(StudentError, match="`sections` is empty"):
         View(sections=())
 
 
@@ -320,7 +320,7 @@ def scored(*crops: str, then: tuple[str, ...] = ()):
 
 
 @pytest.mark.parametrize("where", ["left", "middle", "right"])
-def test_a_crop_is_taught_from_a_cache_that_was_scored_on_it(where):
+def test_a_crop_is_supervised_from_a_cache_that_was_scored_on_it(where):
     for spelling, other in itertools.product(("0.5", "0.50", ".5"), ("0.5", "0.500")):
         View(f"{where}:{spelling}").check(scored(f"{where}:{other}"), "cache")
     View(f"{where}:0.29").check(scored("right:0.9", f"{where}:0.29"), "cache")
@@ -335,16 +335,16 @@ def test_a_crop_that_is_missing_names_the_command_that_makes_it(where):
     command = f"logitcache score --from-cache my-cache --crop {where}:0.5 --teacher tiny --out my-cache-{where}"
     assert f"`{command}`" in str(error.value)
     assert ("view lsp:0.5, which is the same" in str(error.value)) == (where == "left")
-    with pytest.raises(StudentError, match=rf"made of whole traces.* --crop {where}:0\.3 "):
+    with pytest.raises(StudentError, match=rf"made from whole traces.* --crop {where}:0\.3 "):
         View(f"{where}:0.3").check(scored(""), "cache")
 
 
 def test_another_crop_is_refused_and_the_whole_cache_asked_for():
     with pytest.raises(
-        StudentError, match=r"of the crop left:0\.5; .*--from-cache WHOLE --crop right:0\.5 .*WHOLE being"
+        StudentError, match=r"made from the crop left:0\.5; .*--from-cache WHOLE --crop right:0\.5 .*WHOLE is"
     ):
         View("right:0.5").check(scored("left:0.5"), "cache")
-    with pytest.raises(StudentError, match=r"of the crop right:0\.25;"):
+    with pytest.raises(StudentError, match=r"made from the crop right:0\.25;"):
         View("right:0.5").check(scored("right:0.5", "right:0.25"), "cache")
 
 
@@ -403,13 +403,13 @@ def some_trace(draw):
 def test_a_view_never_teaches_a_row_whose_context_the_student_was_not_given(view, trace, epoch):
     supervised, text, answer = view(trace, epoch), str(view), trace.sections.answer_start
     words, tokens = spelled(supervised), trace.token_ids.tolist()
-    assert not words or ">" in words.split()[-1], "nothing after the last taught position is fed"
+    assert not words or ">" in words.split()[-1], "the input ends at the last supervised position"
     assert [t for t in tokens if t in supervised.input_ids] == supervised.input_ids.tolist(), "in order, none made up"
     for position in (supervised.target != UNSUPERVISED).nonzero()[0]:
         target, row = int(supervised.target[position]), int(supervised.row[position])
         assert list(SECTIONS)[section_of(trace, np.array([target]))[0]] in view.sections
         if position + 1 < len(supervised.input_ids):
-            assert supervised.input_ids[position + 1] == tokens[target], "what is fed next is what was to be predicted"
+            assert supervised.input_ids[position + 1] == tokens[target], "the next input is what was to be predicted"
         if row == UNSUPERVISED:
             assert text.startswith("reasoning-lsp")
             assert target >= answer
