@@ -15,34 +15,34 @@ from logitcache.student.data.sampler import Pool, hash_64
 from logitcache.student.data.views import UNSUPERVISED, SupervisedTrace, View, section_of, tenth_of
 from logitcache.trace import Trace
 
-# N taught rows, T input positions of a trace, B traces of a batch, E entries of all its rows.
+# N supervised positions and T input positions of a trace, E entries of all its rows.
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One trace as its view gives it, the untaught rows left out."""
+    """One trace under a view, with the rows of its supervised positions only."""
 
     trace_id: str
     input_ids: np.ndarray  # int64 [T]
-    positions: np.ndarray  # int64 [N], ascending input positions that are taught
-    rows: SparseRows  # N of them, empty where a token is taught without its row
-    labels: np.ndarray  # int64 [N], the realised tokens
-    kd: np.ndarray  # float32 [N]
-    ce: np.ndarray  # float32 [N]
-    sections: np.ndarray  # int64 [N], index into views.SECTIONS
-    tenths: np.ndarray  # int64 [N], which tenth of the completion, or -1 in the prompt
+    positions: np.ndarray  # int64 [N], supervised input positions, ascending
+    rows: SparseRows  # N of them, empty where a token is supervised without its row
+    labels: np.ndarray  # int64 [N], the sampled tokens
+    kd: np.ndarray  # float32 [N], weights of the divergence
+    ce: np.ndarray  # float32 [N], weights of the cross-entropy
+    sections: np.ndarray  # int64 [N], index into SECTIONS
+    tenths: np.ndarray  # int64 [N], tenth of the completion, -1 in the prompt
 
 
 class TraceDataset(Dataset[Example]):
-    """Some traces of a cache under a view; reads and decodes a trace when asked for it, safe in loader workers.
+    """Traces of a cache under a view, read and decoded on access. Safe in DataLoader workers.
 
-    Index `epoch * len(self) + i` is trace i as the view gives it in that epoch.
+    Index `epoch * len(self) + i` is trace i under the view in that epoch.
 
     Args:
-        indices: the traces of `cache`, all by default.
-        vocab: rows of the student's head. Kept ids beyond it, which a padded teacher head can give, join the tail.
-        top_k: entries of a row at most, besides pinned ones; the rest joins the tail. None: as the cache has them.
-    Raises: StudentError for a cache that cannot serve the view, and for a top_k above the cache's.
+        indices: which traces of `cache`; None: all.
+        vocab: rows of the student's head. Stored ids beyond it, from a padded teacher head, join the tail.
+        top_k: most ids per row, besides pinned ones; the rest joins the tail. None: all stored ones.
+    Raises: StudentError for a cache without what the view needs, and for a top_k above the cache's.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class TraceDataset(Dataset[Example]):
             self.view.check(cache.identity, str(cache.path))
         if top_k is not None and not 1 <= top_k <= cache.identity.top_k:
             raise StudentError(
-                f"`top_k` {top_k}: {cache.path} keeps {cache.identity.top_k} ids a row; give 1 to "
+                f"`top_k` {top_k}: {cache.path} stores {cache.identity.top_k} ids per row; give 1 to "
                 f"{cache.identity.top_k}"
             )
         self.indices = np.arange(len(cache)) if indices is None else np.asarray(indices)
@@ -67,7 +67,7 @@ class TraceDataset(Dataset[Example]):
 
     @property
     def parts(self) -> "list[TraceDataset]":
-        """As a Mixture has them."""
+        """The datasets this one is made of, as Mixture has them: itself."""
         return [self]
 
     def __len__(self) -> int:
@@ -79,17 +79,17 @@ class TraceDataset(Dataset[Example]):
 
     def example(self, i: int, epoch: int = 0) -> Example:
         trace = self.cache[int(self.indices[i])]
-        lesson = self.view(trace, epoch)
-        positions = (lesson.target != UNSUPERVISED).nonzero()[0]
-        target_N = lesson.target[positions]
+        seen = self.view(trace, epoch)
+        positions = (seen.target != UNSUPERVISED).nonzero()[0]
+        target_N = seen.target[positions]
         return Example(
             trace.trace_id,
-            lesson.input_ids,
+            seen.input_ids,
             positions,
-            self._rows(trace, lesson.row[positions]),
+            self._rows(trace, seen.row[positions]),
             trace.token_ids[target_N].astype(np.int64),
-            lesson.kd[positions],
-            lesson.ce[positions],
+            seen.kd[positions],
+            seen.ce[positions],
             section_of(trace, target_N),
             tenth_of(trace, target_N),
         )
@@ -102,17 +102,17 @@ class TraceDataset(Dataset[Example]):
 
 
 class Mixture(Dataset[Example]):
-    """Several datasets as one, in given shares of an epoch's tokens, or with each trace once.
+    """Several datasets as one: with every trace once, or in given shares of an epoch's tokens.
 
-    An epoch is as long as no trace need be repeated in it; a dataset of which it takes a part goes on with the rest in
-    the next.
-    Raises: StudentError for caches whose token ids mean different things, and for shares that are none.
+    With shares, an epoch is as long as it can be without repeating a trace. A dataset that it uses only in part
+    continues with the rest in the next epoch.
+    Raises: StudentError for caches with different tokenizers, and for shares that are not positive.
     """
 
     def __init__(self, parts: Sequence[TraceDataset], shares: Sequence[float] | None = None):
         check_tokenizers([part.cache for part in parts])
         if shares is not None and (len(shares) != len(parts) or min(shares) <= 0):
-            raise StudentError(f"shares {list(shares)} of {len(parts)} caches: give each a number above 0")
+            raise StudentError(f"shares {list(shares)} for {len(parts)} caches: give one number above 0 for each")
         self.parts = list(parts)
         bounds = np.cumsum([0, *(len(part) for part in parts)])
         self._starts = bounds[:-1]
@@ -136,24 +136,24 @@ ExampleSource = TraceDataset | Mixture
 
 
 def check_tokenizers(caches: Sequence[Cache]) -> None:
-    """Raises: StudentError for caches whose token ids mean different things."""
+    """Raises: StudentError for caches with different tokenizers."""
     first, *others = caches
     for other in others:
         if other.identity.tokenizer_hash != first.identity.tokenizer_hash:
             raise StudentError(
                 f"{first.path} was made with tokenizer {first.identity.tokenizer_hash[:12]}, {other.path} with "
-                f"{other.identity.tokenizer_hash[:12]}: their token ids mean different tokens; train on one of them"
+                f"{other.identity.tokenizer_hash[:12]}: their token ids are different; train on one of them"
             )
 
 
 def matching(cache: Cache, where: str) -> np.ndarray:
-    """bool [len(cache)], the traces that meet `where`. Raises: InputError, as `filters.Filter` does."""
+    """bool [len(cache)], the traces that match `where`. Raises: InputError, as `filters.Filter` does."""
     masks = Filter.parse(where).select(cache.shard(i).batch for i in range(len(cache.shards)))
     return np.concatenate([np.zeros(0, bool), *masks])
 
 
 def _take(rows: SparseRows, index_N: np.ndarray) -> SparseRows:
-    """The rows at `index_N`; one with nothing kept and all in its tail for UNSUPERVISED."""
+    """The rows at `index_N`; for UNSUPERVISED an empty row with all its mass in the tail."""
     if len(index_N) == 0:
         return rows[:0]
     first = int(index_N[0])

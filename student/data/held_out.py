@@ -9,18 +9,19 @@ from logitcache.student.data.sampler import hash_64
 
 
 def split(prompt_ids: Sequence[str], held_out: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training traces and of the held-out ones; no prompt is on both sides.
+    """Splits traces by prompt, so that no prompt is on both sides.
 
-    A prompt's side depends on its id alone, so a cache that grows moves none; about `held_out` of the prompts are held
-    out, at least one of them, and at least one is trained on.
-    Raises: StudentError for a fraction outside (0, 1), and where there is but one prompt.
+    A prompt's side depends on its id alone: it keeps its side when the cache grows. About `held_out` of the prompts are
+    held out, at least one, and at least one remains for training.
+    Returns: int64 indices of the training traces, and of the held-out ones.
+    Raises: StudentError for a fraction outside (0, 1), and for a single prompt.
     """
     if not 0.0 < held_out < 1.0:
-        raise StudentError(f"held-out fraction {held_out}: give a number between 0 and 1, such as 0.05")
+        raise StudentError(f"`held_out` {held_out}: give a number between 0 and 1, such as 0.05")
     place = {p: hash_64("held out\0" + p) for p in prompt_ids}
     if len(place) < 2:
         raise StudentError(
-            f"the cache holds {len(place)} prompt(s), a held-out split needs two: `logitcache generate` more of them"
+            f"the cache has {len(place)} prompt(s), a held-out split needs at least two; add more with `logitcache generate`"
         )
     order = sorted(place, key=lambda p: (place[p], p))
     count = sum(place[p] < held_out * 2**64 for p in order)

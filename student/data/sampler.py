@@ -1,9 +1,9 @@
-"""Which traces a student sees, and when: mixtures, a reproducible order, optimiser steps.
+"""Which traces a student sees, and when: mixtures, a reproducible order, optimizer steps.
 
-The order of an epoch is a pure function of (seed, epoch, trace ids), and an optimiser step takes its traces from that
-order by a budget of tokens alone. Ranks and accumulation only share a step's traces out, so they change the order of a
-sum and nothing else. Tokens are those of whole traces, whatever a view cuts off: two runs that differ in their view
-meet the same traces in the same steps.
+The order of an epoch is a pure function of seed, epoch and trace ids. An optimizer step takes the next traces of that order
+by a budget of tokens. Ranks and gradient accumulation only divide a step's traces, so they change the order of a sum and
+nothing else. Tokens are counted on whole traces, whatever a view cuts off: two runs with different views see the same
+traces in the same steps.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ def hash_64(text: str) -> int:
 
 
 def shuffled(keys: np.ndarray, seed: int, epoch: int) -> np.ndarray:
-    """int64 [n], a shuffle of n traces by their uint64 keys: splitmix64 of key, seed and epoch, sorted."""
+    """int64 [n], a shuffle of n traces: their uint64 keys, hashed with seed and epoch by splitmix64, sorted."""
     mixed = keys ^ _splitmix(np.array([(seed % 2**32) << 32 | epoch], np.uint64))
     return np.lexsort((keys, _splitmix(mixed)))
 
@@ -34,23 +34,19 @@ def _splitmix(z: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Pool:
-    """The traces an order is made of: all of them once an epoch, or parts of them in given shares.
+    """The traces to order: every trace once an epoch, or parts of them in given shares."""
 
-    lengths: int64 [n], tokens; keys: uint64 [n]; parts: slices that tile them, one a cache;
-    shares: of an epoch's tokens, one a part, or None for every trace once.
-    """
-
-    lengths: np.ndarray
-    keys: np.ndarray
-    parts: tuple[slice, ...] = ()
-    shares: tuple[float, ...] | None = None
+    lengths: np.ndarray  # int64 [n], tokens
+    keys: np.ndarray  # uint64 [n]
+    parts: tuple[slice, ...] = ()  # one per cache, together all of the traces
+    shares: tuple[float, ...] | None = None  # of an epoch's tokens, one per part; None: every trace once
 
     def __len__(self) -> int:
         return len(self.keys)
 
     @property
     def counts(self) -> list[int]:
-        """Traces that an epoch takes from each part: in the given shares, as many as leave none to be repeated."""
+        """Traces that an epoch takes from each part: as many as the shares allow without repeating one."""
         if self.shares is None:
             return [len(self)]
         tokens = np.array([self.lengths[part].sum() for part in self.parts], np.float64)
@@ -61,13 +57,13 @@ class Pool:
 
     @property
     def epoch_tokens(self) -> float:
-        """Tokens of an epoch; of a mixture on average."""
+        """Tokens of an epoch; for a mixture, on average."""
         if self.shares is None:
             return float(self.lengths.sum())
         return sum(count * float(self.lengths[p].mean()) for count, p in zip(self.counts, self.parts, strict=True))
 
     def order(self, seed: int, epoch: int) -> np.ndarray:
-        """int64, the traces of an epoch. A part that gives less than all of itself goes on with the rest next time."""
+        """int64, the traces of an epoch. A part that is used only partly continues with the rest in the next epoch."""
         if self.shares is None:
             return shuffled(self.keys, seed, epoch)
         drawn = []
@@ -81,7 +77,7 @@ class Pool:
 
 
 def cut(lengths: np.ndarray, parts: int) -> list[slice]:
-    """`parts` consecutive slices of about equal token counts, none of them empty; parts <= len(lengths)."""
+    """`parts` consecutive slices with about equal token counts, none empty; parts <= len(lengths)."""
     middle = np.cumsum(lengths) - lengths / 2
     first = np.arange(parts + 1)
     bounds = np.searchsorted(middle, first * (lengths.sum() / parts))
@@ -92,7 +88,7 @@ def cut(lengths: np.ndarray, parts: int) -> list[slice]:
 
 
 def share(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
-    """Index arrays of `parts` micro-batches, some perhaps empty: the longest trace left goes to the fewest tokens."""
+    """Index arrays of `parts` micro-batches: the longest trace left goes to the one with fewest tokens. Some may be empty."""
     filled: list[list[int]] = [[] for _ in range(parts)]
     tokens = np.zeros(parts, np.int64)
     for i in np.argsort(-lengths, kind="stable"):
@@ -103,13 +99,13 @@ def share(lengths: np.ndarray, parts: int) -> list[np.ndarray]:
 
 
 class StepSampler(Sampler[list[int]]):
-    """Micro-batches of one rank, `accumulation` of them a step: as many on every rank and in every epoch, some empty.
+    """Micro-batches of one rank, `accumulation` per step. Every rank and epoch has equally many; some may be empty.
 
-    It gives `epoch * len(pool) + i` for trace i, so that a dataset knows the epoch in whatever process it runs.
+    Trace i is given as `epoch * len(pool) + i`, so that a dataset knows the epoch in whatever process it runs.
 
     Args:
-        tokens_per_batch: tokens of a micro-batch on average, padding not counted: a step has at most tokens_per_batch *
-            accumulation * world on average, and more where a single trace is longer.
+        tokens_per_batch: tokens of a micro-batch, without padding: a step has at most tokens_per_batch * accumulation *
+            world on average, and more where a single trace is longer.
     """
 
     def __init__(
@@ -125,7 +121,7 @@ class StepSampler(Sampler[list[int]]):
         self.pool, self.seed = pool, seed
         self.accumulation, self.rank, self.world = accumulation, rank, world
         wanted = -(-pool.epoch_tokens // (tokens_per_batch * accumulation * world))
-        self.steps = max(1, min(sum(pool.counts), int(wanted)))  # an epoch, the same in all of them
+        self.steps = max(1, min(sum(pool.counts), int(wanted)))  # per epoch, the same in all epochs
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -135,7 +131,7 @@ class StepSampler(Sampler[list[int]]):
         return self.steps * self.accumulation
 
     def step_traces(self, epoch: int) -> list[np.ndarray]:
-        """The traces of each optimiser step, over all ranks."""
+        """The traces of each optimizer step, over all ranks."""
         order = self.pool.order(self.seed, epoch)
         return [order[s] for s in cut(self.pool.lengths[order], self.steps)]
 
@@ -148,9 +144,9 @@ class StepSampler(Sampler[list[int]]):
 
 
 def evaluation_batches(lengths: np.ndarray, tokens: int, rank: int = 0, world: int = 1) -> list[list[int]]:
-    """Every trace once over all ranks, in batches of at most `tokens` padded tokens, one that is longer alone.
+    """Every trace once over all ranks, in batches of at most `tokens` padded tokens; a longer trace is a batch alone.
 
-    Every rank has as many, some empty: what gathers a sharded student takes part in every one.
+    Every rank has equally many batches, some may be empty: ranks that share a student must all run each forward.
     """
     order, batches, start = np.argsort(-lengths, kind="stable"), [], 0
     while start < len(order):

@@ -151,6 +151,7 @@ def configure(options: TrainOptions) -> DistillConfig:
         raise StudentError("`lora_alpha` scales an adapter: give `lora_rank` too")
     accelerator = torch.accelerator.is_available()
     given = {there: value for here, there in _FIELDS.items() if (value := getattr(options, here)) not in (None, (), {})}
+    given |= {"report_to": list(options.report_to)} if options.report_to else {}
     given |= {
         "bf16": bf16,
         "use_cpu": not accelerator,

@@ -64,7 +64,7 @@ def test_fewer_ids_are_the_likeliest_and_the_rest_joins_the_tail(data):
         assert few[row : row + 1].ids.tolist() == all_of[row : row + 1].ids[:3].tolist()
         rest = np.exp(all_of[row : row + 1].logprobs[3:]).sum() + np.exp(all_of.log_tail[row])
         assert np.exp(few.log_tail[row]) == pytest.approx(rest, rel=1e-5)
-    with pytest.raises(StudentError, match="keeps 8 ids a row"):
+    with pytest.raises(StudentError, match="stores 8 ids per row"):
         TraceDataset(data.cache, top_k=9)
 
 
@@ -77,10 +77,10 @@ def test_several_caches_are_one_dataset(data, tmp_path):
     assert late.input_ids.tolist() == other.example(3, 2).input_ids.tolist()
     sampler = StepSampler(both.pool, 10_000)
     assert sum(len(batch.trace_ids) for batch in loader(both, sampler)) == 34
-    with pytest.raises(StudentError, match="give each a number above 0"):
+    with pytest.raises(StudentError, match="give one number above 0 for each"):
         Mixture([data, other], [0.5, 0.0])
     foreign = tiny.write_cache(tmp_path / "foreign", tokenizer_hash="0" * 32)
-    with pytest.raises(StudentError, match="token ids mean different tokens"):
+    with pytest.raises(StudentError, match="their token ids are different"):
         Mixture([data, TraceDataset(foreign)])
 
 

@@ -10,9 +10,9 @@ def prompts(count: int) -> list[str]:
 
 def test_no_prompt_is_on_both_sides_of_the_split():
     ids = prompts(5000) * 3
-    taught, held = split(ids, 0.1)
-    assert sorted([*taught, *held]) == list(range(15_000))
-    assert not {ids[i] for i in taught} & {ids[i] for i in held}
+    training, held = split(ids, 0.1)
+    assert sorted([*training, *held]) == list(range(15_000))
+    assert not {ids[i] for i in training} & {ids[i] for i in held}
     assert len(held) == pytest.approx(1500, rel=0.15)
 
 
@@ -30,7 +30,7 @@ def test_neither_side_is_ever_empty(count, fraction):
 
 
 def test_a_single_prompt_cannot_be_split():
-    with pytest.raises(StudentError, match="holds 1 prompt"):
+    with pytest.raises(StudentError, match="has 1 prompt"):
         split(["a", "a"], 0.05)
     with pytest.raises(StudentError, match="between 0 and 1"):
         split(prompts(5), 1.0)

@@ -65,7 +65,8 @@ import copy, json, os, sys
 from types import SimpleNamespace
 import torch, torch.distributed as dist
 from logitcache.cache.reader import Cache
-from logitcache.student.data.dataset import TraceDataset, loader
+from logitcache.student.data.collate import loader
+from logitcache.student.data.dataset import TraceDataset
 from logitcache.student.model.head import attach_head
 from logitcache.student.training.distributed import leave
 from tests import tiny

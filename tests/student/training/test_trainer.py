@@ -339,7 +339,7 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
     assert 0 < run.spent.counts.input_tokens < 0.6 * train(options("all", epochs=1)).spent.counts.input_tokens
     assert run.eval_before.rows == train(options("all", epochs=1)).eval_before.rows, "held out all the same"
     both = train(options("both", epochs=1, caches=[], mix={str(home / "cache"): 0.5, str(tmp_path / "judged"): 0.5}))
-    assert (both["caches"], both["share"], both["traces_2"]["count"]) == (2, 0.5, 24)
+    assert (both.settings["caches"], both.settings["share"], both.settings["traces_2"]["count"]) == (2, 0.5, 24)
 
 
 @pytest.mark.parametrize(
