@@ -1,4 +1,4 @@
-"""The student's head on the taught rows only: found by trying it, run inside the model's own forward."""
+"""The student's head, run on supervised positions only and inside the model's own forward; what it does is probed."""
 
 import contextlib
 import types
@@ -18,16 +18,16 @@ from logitcache.sparse_rows import SparseRows
 from logitcache.student.data.collate import Batch, collate
 from logitcache.student.data.dataset import Example
 
-# N taught rows, H hidden, V rows of the head.
+# N supervised positions, H hidden, V rows of the head.
 
-ANYWHERE = ("eager", "sdpa")  # attention that masks what packed traces must not see, and needs no GPU for it
+PORTABLE_ATTENTION = ("eager", "sdpa")  # runs on any device in any dtype
 
 
 @dataclass(frozen=True)
 class Head:
-    """From a hidden state to logits: softcap(logit_scale * (h W^T + b)). The module, since its weight may move."""
+    """From a hidden state to logits: softcap(logit_scale * (h W^T + b))."""
 
-    module: nn.Linear
+    module: nn.Linear  # and not its weight, which sharding replaces
     logit_scale: float = 1.0
     softcap: float | None = None
 
@@ -37,24 +37,22 @@ class Head:
 
 @torch.no_grad()
 def find_head(student: PreTrainedModel) -> Head:
-    """The head, with whatever its model does to logits, found by running both on four tokens.
+    """Finds the head and what its model does to logits, by running both on four tokens.
 
-    Raises: StudentError for a model whose logits are made otherwise, and for one that looks ahead.
+    Raises: StudentError for a model that computes its logits in an unknown way, and for one that is not causal.
     """
     name, module = type(student).__name__, typing.cast(nn.Linear | None, student.get_output_embeddings())
     if module is None or student.base_model is student:
-        raise StudentError(f"{name} has no base model with a head on it: give `student` a causal language model")
+        raise StudentError(f"{name} is not a base model with a head: give `student` a causal language model")
     if hasattr(module, "lora_A"):
-        raise StudentError(
-            f"{name}: its head carries a LoRA adapter, which the fused head would leave out: merge it first"
-        )
+        raise StudentError(f"{name}: its head has a LoRA adapter, which the fused head would ignore; merge it first")
     probe = torch.tensor([[1, 2, 3, 4], [1, 2, 3, 5]], device=student.device) % module.weight.shape[0]
-    with _tried(student):
+    with _probing(student):
         hidden = student.base_model(input_ids=probe, use_cache=False).last_hidden_state
         logits = student(input_ids=probe, use_cache=False).logits.float()
     close = 1e-3 if student.dtype == torch.float32 else 4e-2
     if not torch.allclose(hidden[0, :3], hidden[1, :3], rtol=close, atol=close * hidden.abs().max().item()):
-        raise StudentError(f"{name} is not causal: a later token changes what it says of earlier ones")
+        raise StudentError(f"{name} is not causal: a later token changes its output at earlier positions")
     plain = module(hidden).float()
     for head in _heads(student, module):
         mine = plain * head.logit_scale
@@ -62,27 +60,27 @@ def find_head(student: PreTrainedModel) -> Head:
         if torch.allclose(mine, logits, rtol=close, atol=close * logits.abs().max().item()):
             return head
     raise StudentError(
-        f"{name} makes its logits in a way that the fused head does not know; open an issue with its config.json"
+        f"{name} computes its logits in a way that the fused head does not know; open an issue with its config.json"
     )
 
 
 @contextlib.contextmanager
-def _tried(student: PreTrainedModel) -> Iterator[None]:
-    """In evaluation mode, and with attention that runs on any device in any dtype."""
+def _probing(student: PreTrainedModel) -> Iterator[None]:
+    """Puts the student in evaluation mode, with attention that runs on any device in any dtype."""
     training, attention = student.training, student.config._attn_implementation
     student.eval()
-    if attention not in (None, *ANYWHERE):
+    if attention not in (None, *PORTABLE_ATTENTION):
         student.set_attn_implementation("eager")
     try:
         yield
     finally:
         student.train(training)
-        if attention not in (None, *ANYWHERE):
+        if attention not in (None, *PORTABLE_ATTENTION):
             student.set_attn_implementation(attention)
 
 
 def _heads(student: PreTrainedModel, module: nn.Linear) -> Iterator[Head]:
-    """What published models do: Gemma caps, Granite divides, Cohere and others multiply."""
+    """What published models do to logits: Gemma caps them, Granite divides, Cohere and others multiply."""
     config = student.config.get_text_config()
     caps = [c for c in (getattr(config, "final_logit_softcapping", None),) if c] + [None]
     named = {name: getattr(config, name, None) for name in ("logits_scaling", "logit_scale", "lm_head_multiplier")}
@@ -92,27 +90,28 @@ def _heads(student: PreTrainedModel, module: nn.Linear) -> Iterator[Head]:
             yield Head(module, scale, cap)
 
 
-def plain(student: Any) -> PreTrainedModel:
-    """The causal model itself, out of the adapter that peft may have put around it."""
+def causal_model(student: Any) -> PreTrainedModel:
+    """The causal model itself, without peft's wrapper."""
     return (
         student.get_base_model() if hasattr(student, "peft_config") and hasattr(student, "get_base_model") else student
     )
 
 
 def supervised_hidden(student: PreTrainedModel, batch: Batch) -> Tensor:
-    """[N, H], the base model's last hidden states at the taught positions; the head is not run."""
-    # No mask: rows are padded on the right only, and packed ones are told apart by their positions, which transformers
-    # takes for that where there is no mask and no cache of keys and values.
+    """[N, H], the base model's last hidden states at the supervised positions; the head is not run."""
+    # No attention mask: padding is on the right only, and packed traces are separated by their position ids, which
+    # transformers honours only without a mask and without a KV cache.
     positions = {} if batch.position_ids is None else {"position_ids": batch.position_ids}
-    base = plain(student).base_model
+    base = causal_model(student).base_model
     outputs = [base(input_ids=ids_BT, use_cache=False, **positions) for ids_BT in batch.groups]
     return torch.cat([o.last_hidden_state.flatten(0, 1) for o in outputs])[batch.supervised]
 
 
 def distillation_loss(student: PreTrainedModel, head: Head, batch: Batch, **objective: Any) -> Tensor:
-    """Weighted divergence and cross-entropy, summed over taught rows, nats; connected even if none is taught.
+    """Weighted divergence and cross-entropy, summed over the supervised positions: float32 [], nats.
 
-    objective: divergence, tail, beta, alpha, temperature, as `linear_sparse_divergence` has them.
+    It has a gradient, zero, even if the batch has no such position. objective: divergence, tail, beta, alpha,
+    temperature, as `linear_sparse_divergence` has them.
     """
     return linear_sparse_divergence(
         supervised_hidden(student, batch),
@@ -120,7 +119,7 @@ def distillation_loss(student: PreTrainedModel, head: Head, batch: Batch, **obje
         batch.targets,
         weights_N=batch.kd,
         ce_weights_N=batch.ce,
-        check=False,  # the cache's writer refused repeated ids, the dataset dropped those beyond the head
+        check=False,  # the cache has no repeated ids, and the dataset dropped ids beyond the head
         **objective,
         **head.options(),
     )
@@ -128,19 +127,19 @@ def distillation_loss(student: PreTrainedModel, head: Head, batch: Batch, **obje
 
 @torch.no_grad()
 def distillation_metrics(student: PreTrainedModel, head: Head, batch: Batch) -> dict[str, Tensor]:
-    """Per taught row, as `linear_sparse_metrics` gives it."""
+    """Metrics of each supervised position, as `linear_sparse_metrics` gives them."""
     return linear_sparse_metrics(
         supervised_hidden(student, batch), head.module.weight, batch.targets, check=False, **head.options()
     )
 
 
 def attach_head(student: Any, **objective: Any) -> Head:
-    """Lets `student(distill=batch)` give the loss, and `student(distill=batch, metrics=True)` the metrics.
+    """Makes `student(distill=batch)` return the loss, and `student(distill=batch, metrics=True)` the metrics.
 
-    They run inside the model's forward, so that what wraps it (DDP, FSDP, autocast) wraps the head; all other calls
-    are as before.
+    Both run inside the model's forward, so that wrappers of it (DDP, FSDP, autocast) apply to the head. Other calls are
+    unchanged.
     """
-    head = find_head(plain(student))
+    head = find_head(causal_model(student))
 
     def forward(self: Any, *inputs: Any, distill: Batch | None = None, metrics: bool = False, **named: Any) -> Any:
         if distill is None:
@@ -157,19 +156,18 @@ def attach_head(student: Any, **objective: Any) -> Head:
 
 @torch.no_grad()
 def check_packing(student: Any) -> None:
-    """Raises: StudentError for a model that lets packed traces see each other, by its attention or by other layers.
+    """Raises: StudentError for a model where packed traces see each other, through attention or other layers.
 
-    A trace alone, padded beside another and packed behind it may differ by rounding, of which the padded one shows how
-    much there is.
+    A packed trace may differ from the same trace alone by rounding. How much rounding there is, a padded batch shows.
     """
-    model = plain(student)
+    model = causal_model(student)
     ids = np.arange(5, 60) % model.config.get_text_config().vocab_size
     probes = [_probe(ids[:24]), _probe(ids[24:41]), _probe(ids[41:])]
 
     def hidden(examples: list[Example], packed: bool = False) -> Tensor:
         return supervised_hidden(model, collate(examples, packed=packed).to(model.device)).float()
 
-    with _tried(model):
+    with _probing(model):
         alone, padded, packed = torch.cat([hidden([p]) for p in probes]), hidden(probes), hidden(probes, packed=True)
     noise = (padded - alone).abs().max().item()
     floor = alone.abs().max().item() * (1e-6 if model.dtype == torch.float32 else 1e-2)
@@ -181,6 +179,6 @@ def check_packing(student: Any) -> None:
 
 
 def _probe(input_ids: np.ndarray) -> Example:
-    """Input ids, all positions taught by nothing."""
+    """Input ids with every position supervised, and empty rows."""
     none_N, no_rows = np.zeros(len(input_ids), np.int64), SparseRows.concatenate([])
     return Example("", input_ids, np.arange(len(input_ids)), no_rows, *[none_N] * 5)

@@ -19,12 +19,12 @@ from logitcache.student.model.lora import adapter_base, import_peft
 def load_student(
     model: str | Path, identity: Identity, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The student and its tokenizer, held against the cache that will teach it. A folder with a LoRA adapter, such as a
-    run leaves, gives its base model with the adapter merged into it.
+    """Loads a student and its tokenizer, and checks that it fits the cache. For a folder with a LoRA adapter, as a run
+    with `lora_rank` writes, it is the base model with the adapter merged.
 
     Args:
-        attention: transformers' attn_implementation; None: its default.
-    Raises: StudentError for a model that is missing, not causal, not whole, of another tokenizer, or of too few ids.
+        identity: of the cache. attention: transformers' attn_implementation; None: the model's default.
+    Raises: StudentError for a model that is missing, incomplete or not causal, or has another tokenizer or too few rows.
     """
     base = adapter_base(model)
     student = _load(base or model, dtype, attention)
@@ -36,7 +36,7 @@ def load_student(
         try:
             student = import_peft(model).PeftModel.from_pretrained(student, model).merge_and_unload().requires_grad_()
         except (ValueError, RuntimeError, OSError, SafetensorError) as e:
-            raise StudentError(f"{model} holds an adapter that does not fit {base}: {first_line(e)}") from e
+            raise StudentError(f"{model} has an adapter that does not fit {base}: {first_line(e)}") from e
     check_vocabulary(student, tokenizer, identity)
     find_head(student)
     return student, tokenizer
@@ -55,22 +55,22 @@ def _load(model: str | Path, dtype: torch.dtype, attention: str | None) -> PreTr
     student, loading = loaded
     if missing := sorted(loading["missing_keys"]):
         raise StudentError(
-            f"{model} lacks {len(missing)} weights of {type(student).__name__}, {missing[0]} among them: it would "
-            "train from noise; give `student` a whole causal model"
+            f"{model}: {len(missing)} weights of {type(student).__name__} are missing, such as {missing[0]}, and would be "
+            "random; give `student` a complete causal model"
         )
     return student
 
 
 def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: Identity) -> None:
-    """Raises: StudentError where the cache's ids do not mean the same to the student, or it has no rows for them."""
+    """Raises: StudentError for a student with another tokenizer than the cache, or without rows for its ids."""
     name = student.config.name_or_path or type(student).__name__
     found = tokenizer_hash(tokenizer)
     if found != identity.tokenizer_hash:
         raise StudentError(
             f"{name} has tokenizer {found}, the cache of {identity.teacher} was made with {identity.tokenizer_hash}: "
-            "token ids would not mean the same; take a student of the teacher's family, or a teacher of the student's"
+            "their token ids differ; use a student and a teacher of one family"
         )
-    needed = max(tokenizer.get_vocab().values()) + 1  # a padded teacher may give ids above: those join the tail
+    needed = max(tokenizer.get_vocab().values()) + 1  # ids above it, of a padded teacher, join the tail
     rows = {"embedding": student.get_input_embeddings(), "head": student.get_output_embeddings()}
     for part, module in rows.items():
         if module is None:
@@ -78,13 +78,13 @@ def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBas
         if (have := module.weight.shape[0]) < needed:
             raise StudentError(
                 f"{name}: its {part} has {have} rows, the cache's ids go up to {needed - 1}; enlarge it with "
-                f"model.resize_token_embeddings({needed}) and save it, or take another student"
+                f"model.resize_token_embeddings({needed}) and save it, or use another student"
             )
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silences transformers' log lines and bars; errors pass."""
+    """Silences transformers' log lines and progress bars, except errors."""
     log = transformers.utils.logging
     level, bars = log.get_verbosity(), log.is_progress_bar_enabled()
     log.set_verbosity_error()

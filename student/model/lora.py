@@ -11,12 +11,12 @@ from logitcache.student.model.head import find_head
 
 
 def adapter_base(model: str | Path) -> str | None:
-    """The model that a folder's LoRA adapter belongs on; None for what is no adapter."""
+    """The base model of a folder with a LoRA adapter; None for a folder without one."""
     path = Path(model) / "adapter_config.json"
     try:
         return json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else None
     except (ValueError, TypeError, KeyError) as e:
-        raise StudentError(f"{path} is not what peft writes: {first_line(e)}") from e
+        raise StudentError(f"{path} is not an adapter_config.json of peft: {first_line(e)}") from e
 
 
 def import_peft(what: str | Path) -> Any:
@@ -30,11 +30,11 @@ def import_peft(what: str | Path) -> Any:
 def add_lora(
     student: PreTrainedModel, rank: int, alpha: float | None = None, targets: str | list[str] | None = None
 ) -> Any:
-    """The student as a peft model that trains an adapter of `rank` on `targets`, and nothing else.
+    """The student as a peft model that trains only an adapter.
 
     Args:
-        alpha: scale, by default twice the rank. targets: as peft has them; all linear layers but the head by default.
-    Raises: StudentError for what peft refuses, and for an adapter on the head.
+        alpha: scale; None: twice the rank. targets: peft's target_modules; None: all linear layers but the head.
+    Raises: StudentError for arguments that peft refuses, and for an adapter on the head.
     """
     peft = import_peft("`lora_rank`")
     try:

@@ -14,7 +14,7 @@ from logitcache.sections import SECTIONS
 from logitcache.student.data.collate import Batch, loader
 from logitcache.student.data.dataset import ExampleSource
 from logitcache.student.data.sampler import evaluation_batches
-from logitcache.student.model.head import Head, distillation_metrics, find_head, plain
+from logitcache.student.model.head import Head, causal_model, distillation_metrics, find_head
 from logitcache.student.model.measures import Evaluation, Measures, TailMass
 
 # N supervised positions, B bins of confidence, C columns that are summed: five of a teacher's row, B gaps, two of the text.
@@ -55,7 +55,7 @@ def evaluate(
         progress: is advanced after every batch.
     """
     if measure is None:
-        measure = functools.partial(distillation_metrics, student, head or find_head(plain(student)))
+        measure = functools.partial(distillation_metrics, student, head or find_head(causal_model(student)))
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     training, device = student.training, student.device
     student.eval()
@@ -63,7 +63,7 @@ def evaluate(
     totals = torch.zeros(len(SECTIONS) * PLACES, 5 + BINS + 2, dtype=torch.float64, device=device)
     if progress is not None:
         progress.total = sum(map(len, batches))
-    # A loader draws a seed from the generator it has: of the process's own, training draws.
+    # DataLoader draws a seed: from a generator of its own, or the draws of training would change.
     feed = loader(data, batches, num_workers=workers, generator=torch.Generator())
     for traces, batch in zip(batches, feed, strict=True):
         batch = batch.to(device)
@@ -82,7 +82,7 @@ def evaluate(
 
 
 def _columns(batch: Batch, row: dict[str, Tensor]) -> Tensor:
-    """float64 [N, C], what each row adds to the sums; one without a teacher's row (an empty support) adds its text."""
+    """float64 [N, C], what each position adds to the sums; one without a row adds its cross-entropy only."""
     confidence_N, teacher_N = row["log_top"].double().exp(), row["teacher_log_top"].double().exp()
     bin_N = ((confidence_N * BINS).ceil().long() - 1).clamp(0, BINS - 1)
     gap_NB = confidence_N.new_zeros(len(bin_N), BINS).scatter_(1, bin_N[:, None], (confidence_N - teacher_N)[:, None])

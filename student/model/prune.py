@@ -10,10 +10,10 @@ from logitcache.errors import StudentError
 
 
 def prune_layers(model: str | Path, out: str | Path, every: int = 3) -> PreTrainedModel:
-    """Writes a copy of `model` with every `every`-th decoder layer to the directory `out`, tokenizer included.
+    """Writes a copy of `model` with every `every`-th decoder layer to the directory `out`, with its tokenizer.
 
-    Layers 0, every, 2 * every ... are kept, in the order they had; all else is copied, in the dtype it had.
-    Raises: StudentError for a model without a stack of layers as long as its config says.
+    Layers 0, every, 2 * every ... are kept; all else is copied, in its dtype.
+    Raises: StudentError for a model without exactly one stack of as many layers as its config says.
     """
     teacher = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
     fields = teacher.config.to_dict()

@@ -28,7 +28,7 @@ from logitcache.sections import SECTIONS
 from logitcache.student.data.collate import Batch, collate, loader
 from logitcache.student.data.dataset import ExampleSource, Mixture, TraceDataset
 from logitcache.student.data.sampler import StepSampler
-from logitcache.student.model.head import ANYWHERE, attach_head, check_packing, plain
+from logitcache.student.model.head import PORTABLE_ATTENTION, attach_head, causal_model, check_packing
 from logitcache.student.model.measures import Evaluation
 from logitcache.student.model.metrics import evaluate
 from logitcache.student.training.checkpoints import SPENT_FILE, STATE_FILE, drop_after, latest_checkpoint
@@ -56,13 +56,13 @@ class DistillTrainer(Trainer):
         if args.n_gpu > 1:  # no DataParallel: one process drives one device, torchrun starts more of them
             args._n_gpu = 1
         self.head = attach_head(model, **args.objective())
-        causal = plain(model)
+        causal = causal_model(model)
         _check_sampled(train_dataset, args.tail)
         self._fit_to_head(train_dataset)
         self.packed = bool(args.packing)
         if args.packing:
             check_packing(causal)
-        elif args.packing is None and (causal.config._attn_implementation or "eager") not in ANYWHERE:
+        elif args.packing is None and (causal.config._attn_implementation or "eager") not in PORTABLE_ATTENTION:
             with contextlib.suppress(StudentError):  # padded rows are right for any model
                 check_packing(causal)
                 self.packed = True

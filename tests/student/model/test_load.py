@@ -46,5 +46,5 @@ def test_a_model_without_its_head_is_refused(tmp_path):
     config = tiny.model(tie_word_embeddings=False).config
     LlamaModel(config).save_pretrained(tmp_path)
     tiny.tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(StudentError, match=r"lacks 1 weights of LlamaForCausalLM, lm_head\.weight"):
+    with pytest.raises(StudentError, match=r"1 weights of LlamaForCausalLM are missing, such as lm_head\.weight"):
         load_student(tmp_path, tiny.identity())
