@@ -1,9 +1,9 @@
-"""The student's head and a sparse divergence in one: logits exist a chunk of rows at a time, never as a whole.
+"""The student's head and a sparse divergence in one operator: logits exist for one chunk of rows at a time.
 
-A chunk's logits come from one matrix product, become their own gradient in place (a Triton row kernel on CUDA, the
-reference elsewhere), and two more products take that into dH and dW. 6NVH FLOP, nothing computed twice; 4NVH for a
-frozen head. The gradients are made in the forward and scaled in the backward: one backward, no second derivative.
-On a CPU a batch of N <= H rows needs no buffer: its logits lie in the memory of dW until dW takes their place.
+A chunk's logits are one matrix product. They become their own gradient in place (a Triton row kernel on CUDA, the
+reference elsewhere), and two more products make dH and dW of it: 6NVH FLOPs, 4NVH for a frozen head, nothing computed
+twice. Gradients are computed in the forward and scaled in the backward: one backward, no second derivative. On a CPU a
+batch of N <= H rows needs no buffer: its logits use the memory of dW until dW overwrites them.
 """
 
 import functools
@@ -22,7 +22,7 @@ from logitcache.kernels.targets import SparseTargets, resolve_ce_weights
 
 logger = logging.getLogger(__name__)
 
-# N taught rows, H hidden, V vocabulary, C rows of a chunk, S ids of a slice of the vocabulary.
+# N rows, H hidden, V vocabulary, C rows of a chunk, S ids of a slice of the vocabulary.
 
 CUDA_ROWS, CUDA_BYTES = 2048, 512 << 20  # beyond 2048 rows the products gain nothing
 CPU_ROWS, CPU_BYTES = 512, 256 << 20
@@ -53,18 +53,18 @@ def linear_sparse_divergence(
 ) -> Tensor:
     """Sum over rows of weights_N * divergence + ce weight * cross-entropy of softcap(logit_scale * (h W^T + b)).
 
-    A sum, not a mean: the caller divides. Options as in `reference.sparse_divergence`, which defines them.
+    It is a sum, not a mean: the caller divides. `reference.sparse_divergence` defines the options.
 
     Args:
-        hidden_NH: floating [N, H], the hidden states that predict the taught rows. N may be 0: a connected zero.
+        hidden_NH: floating [N, H], the hidden states that predict the rows. N may be 0: the loss is then a zero with a gradient.
         weight_VH: [V, H], the head's weight, same dtype (under autocast both are cast). If frozen, dW is skipped.
         bias_V: [V] or None. weights_N, ce_weights_N: float [N] or None.
         vocab_size: rows of the head from here on are padding: no probability, no gradient. None: all are real.
         chunk_rows: rows of logits at a time; None: at most 2048 and 512 MiB on CUDA, 512 and 256 MiB on a CPU.
         accumulate: dtype in which dW adds up; None: the weight's, or float32 for more than 16 chunks.
-        check: refuse ids >= V and ids twice in a row; waits for the device. Without it their result is undefined.
+        check: refuse ids >= V and repeated ids in a row, which waits for the device. Unchecked, their result is undefined.
     Returns: float32 [] (float64 for float64 inputs), nats.
-    Raises: ValueError for options or targets that do not fit, TypeError for a head that is no plain tensor,
+    Raises: ValueError for options or targets that do not fit, TypeError for a head that is not a plain tensor,
         NotImplementedError for a sharded or adapted head and for a second derivative.
     """
     objective = Objective.of(divergence, tail, beta, alpha, temperature, softcap, logit_scale)
@@ -72,7 +72,7 @@ def linear_sparse_divergence(
     ce_weights_N = resolve_ce_weights(targets, objective, ce_weight, ce_weights_N)
     for name, row_weights in (("weights_N", weights_N), ("ce_weights_N", ce_weights_N)):
         if row_weights is not None and row_weights.shape != (len(targets),):
-            raise ValueError(f"{name} is {list(row_weights.shape)}, targets ask for {[len(targets)]}")
+            raise ValueError(f"{name} is {list(row_weights.shape)}, targets need {[len(targets)]}")
     grad = torch.is_grad_enabled()
     loss, *_ = _linear_sparse_divergence(
         hidden_NH,
@@ -127,7 +127,7 @@ def linear_sparse_metrics(
     vocab = _real_rows(weight_VH, vocab_size)
     if check:
         targets.check(vocab)
-    # The best id stands in the label's place: its cross-entropy is -log_top, and the label's lies `behind` it.
+    # The best id takes the label's place: its cross-entropy is -log_top, and the label's is `behind` it.
     label_N = torch.full_like(targets.offsets[1:], -1) if targets.labels is None else targets.labels
     best_N = torch.empty_like(targets.offsets[1:])
     bias_V = None if bias_V is None else bias_V[:vocab]
@@ -160,12 +160,12 @@ def linear_sparse_metrics(
 def _plain(
     hidden_NH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets: SparseTargets
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The three tensors in one dtype, or a refusal with the way out."""
+    """The three tensors in one dtype. Raises: as `linear_sparse_divergence` says."""
     if not isinstance(weight_VH, Tensor):
         if hasattr(weight_VH, "lora_A"):
             raise NotImplementedError(
-                "the head carries a LoRA adapter, which a fused head would leave out: merge it, take the head out of "
-                "target_modules, or train it whole (modules_to_save)"
+                "the head has a LoRA adapter, which a fused head would ignore: merge it, remove the head from target_modules, "
+                "or train the whole head (modules_to_save)"
             )
         raise TypeError(
             f"weight_VH must be the head's weight tensor [V, H], found {type(weight_VH).__name__}: pass its .weight"
@@ -178,13 +178,13 @@ def _plain(
     vocab, width = weight_VH.shape
     if hidden_NH.shape != (len(targets), width):
         wanted = [len(targets), width]
-        raise ValueError(f"hidden_NH is {list(hidden_NH.shape)}, targets and weight_VH ask for {wanted}")
+        raise ValueError(f"hidden_NH is {list(hidden_NH.shape)}, targets and weight_VH need {wanted}")
     if targets.ids.device != hidden_NH.device:
         raise ValueError(
             f"targets are on {targets.ids.device}, hidden_NH on {hidden_NH.device}: use targets.to(device)"
         )
     if bias_V is not None and bias_V.shape != (vocab,):
-        raise ValueError(f"bias_V is {list(bias_V.shape)}, weight_VH asks for {[vocab]}")
+        raise ValueError(f"bias_V is {list(bias_V.shape)}, weight_VH needs {[vocab]}")
     device = hidden_NH.device.type
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
@@ -205,7 +205,7 @@ def _real_rows(weight_VH: Tensor, vocab_size: int | None) -> int:
 
 @functools.cache
 def _triton_rows(device: str, dtype: torch.dtype) -> ModuleType | None:
-    """The Triton kernels, where they apply: chosen here and nowhere else, and said once in the log."""
+    """The Triton kernels, where they apply; None: plain torch. Only this function chooses."""
     if device != "cuda" or dtype == torch.float64:
         return None
     try:
@@ -217,7 +217,7 @@ def _triton_rows(device: str, dtype: torch.dtype) -> ModuleType | None:
 
 
 class _Chunks:
-    """Row spans over one reused logits buffer, and the way from logits to their gradient on this device."""
+    """Spans of rows that share one logits buffer, and the conversion of logits to their gradient on this device."""
 
     def __init__(
         self,
@@ -262,7 +262,7 @@ class _Chunks:
         ce_weights_N: Tensor | None = None,
         grad: bool = True,
     ) -> RowValues:
-        """The last `logits` become their gradient, or are destroyed."""
+        """Turns the last `logits` into their gradient; with grad=False it overwrites them."""
         logits_CV, targets = self.buffer_CV[: stop - start], self.targets.rows(start, stop)
         weights_C, ce_weights_C = (None if w is None else w[start:stop] for w in (weights_N, ce_weights_N))
         if self.triton:
@@ -279,7 +279,7 @@ class _Chunks:
 
 
 def default_rows(n: int, vocab: int, width: int, dtype: torch.dtype, device: torch.device) -> int:
-    """Rows of a chunk: under the device's limits, and chunks of nearly equal size. `width` is 0 without dW.
+    """Rows of a chunk: within the device's limits, chunks of nearly equal size. `width` is 0 without dW.
 
     Autograd on whole logits peaks at 3 N V beside the inputs, or 3 N V - V H beyond dW: on a CPU a chunk is a sixth.
     """
@@ -405,8 +405,8 @@ def _keep(ctx, inputs, output):
 def _scale(ctx, grad_loss, *_):
     if getattr(ctx, "spent", False):
         raise RuntimeError(
-            "a second backward through linear_sparse_divergence, whose gradients are scaled in place: call it again, "
-            "or add the losses up before one backward"
+            "second backward through linear_sparse_divergence, whose gradients are scaled in place: call it again, or add "
+            "the losses before one backward"
         )
     if torch.is_grad_enabled():
         raise NotImplementedError(

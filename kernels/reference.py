@@ -1,6 +1,6 @@
 """Every sparse divergence in plain torch: the definition, the CPU path and the test oracle.
 
-A teacher's row is a support S (k ids with log-probabilities at T = 1) and the log of the mass outside it. With P and Q
+A teacher's row is its support S (k ids with log-probabilities at T = 1) and the log of the mass outside it. With P and Q
 over the k + 1 buckets (support entries, tail), h_b = Q_b dL/dQ_b and c = sum_b h_b, the gradient by the logits is
 
     dL/dz_j = h_b - Q_b c           for an id j that is itself a bucket (the support),
@@ -20,7 +20,7 @@ from logitcache.kernels.divergences import ALPHA, BETA
 from logitcache.kernels.objective import Objective
 from logitcache.kernels.targets import IGNORED, SparseTargets, resolve_ce_weights
 
-# N taught rows, V vocabulary, K ids a padded row, E entries of all rows together. Masses are in nats.
+# N rows, V vocabulary, K ids of a padded row, E entries of all rows together. Log masses are in nats.
 
 
 def sparse_divergence(
@@ -41,20 +41,22 @@ def sparse_divergence(
 ) -> Tensor:
     """Divergence of each row from its sparse teacher: the definition, differentiable by autograd any number of times.
 
-    tail: `bucket` adds one bucket for all the mass outside the support; `support` renormalises both sides on the
-    support; `sampled` lets the realised token carry the mass outside (unbiased gradient of the dense forward KL; its
-    value exceeds the KL by the entropy of the teacher's tail), valid only where that token was sampled at T = 1 without
-    filters. The loss carries T^2, so gradients keep their size at any temperature. A bucket to which the teacher gives
-    no mass counts as e^-30 in the logarithm of reverse_kl. Where the support is all V ids, or all other logits are
-    -inf, there is no tail. A logit of -inf is a masked id, also under a softcap, which would give it e^-softcap: it has
-    no probability and no gradient. A row without a support has no divergence; its `sampled` tail is a cross-entropy.
+    Tails. `bucket`: one more bucket for all the mass outside the support. `support`: both sides are renormalised over the
+    support. `sampled`: the sampled token carries the mass outside; the gradient is an unbiased estimate of the dense
+    forward KL's (the value exceeds the KL by the entropy of the teacher's tail), if the token was sampled at T = 1 without
+    filters.
+
+    Edge cases. The loss includes T^2, so gradients keep their size at any temperature. A bucket without teacher mass
+    counts as e^-30 in the logarithm of reverse_kl. There is no tail where the support is all V ids, or all other logits
+    are -inf. A logit of -inf is a masked id, also under a softcap (which would give it e^-softcap): it has no probability
+    and no gradient. A row without a support has no divergence; its `sampled` tail is a cross-entropy.
 
     Args:
         logits_NV: floating [N, V], before `logit_scale` and `softcap`. Computed in float32, or float64 if it is.
-        beta, alpha: P's share of the mixture in jsd; the skew of the skewed ones. Both in (0, 1).
-        weights_N: float [N], factor of each row's divergence, 1 by default.
-        ce_weight, ce_weights_N: factor of the cross-entropy with `targets.labels`, for all rows or float [N].
-        check: refuse targets that do not fit V; waits for the device.
+        beta, alpha: the parameter of the divergence, as `divergences.DIVERGENCES` has it. In (0, 1).
+        weights_N: float [N], weight of each row's divergence; None: 1.
+        ce_weight, ce_weights_N: weight of the cross-entropy with `targets.labels`, for all rows or float [N].
+        check: check the targets against V, which waits for the device.
     Returns: float32 (float64) [N], nats.
     Raises: ValueError for options that do not go together, and for targets that do not fit.
     """
@@ -95,7 +97,7 @@ def sparse_divergence(
 
 
 def _labels(targets: SparseTargets, ids_NK: Tensor, valid_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels [N] (negative = none), and where a label lies outside the support, bool [N]."""
+    """Labels [N], negative where there is none; whether a label is outside the support, bool [N]."""
     if targets.labels is None:
         none_N = torch.full_like(targets.offsets[1:], IGNORED)
         return none_N, torch.zeros_like(none_N, dtype=torch.bool)
@@ -105,7 +107,7 @@ def _labels(targets: SparseTargets, ids_NK: Tensor, valid_NK: Tensor) -> tuple[T
 
 
 class RowValues(NamedTuple):
-    """Per row, unweighted, nats: the divergence, the cross-entropy (0 without a label), the student's log tail mass."""
+    """Per row, unweighted, in nats: divergence, cross-entropy (0 without a label), the student's log tail mass."""
 
     divergence_N: Tensor
     ce_N: Tensor
@@ -122,9 +124,9 @@ def sparse_divergence_(
     *,
     grad: bool = True,
 ) -> RowValues:
-    """The same by hand and in place: float32 (float64) logits [N, V] become the gradient of the weighted sum.
+    """The same with a hand-written gradient, in place: float32 (float64) logits [N, V] become the gradient of the sum.
 
-    No second buffer, but one with a softcap. With grad=False the logits are destroyed. Targets are taken as checked.
+    Needs a second buffer only with a softcap. With grad=False the logits are overwritten. Targets must be checked.
     """
     capped = objective.softcap is not None or objective.logit_scale < 0
     masked_NV = logits_NV == -math.inf if capped else None

@@ -1,7 +1,4 @@
-"""The sparse rows that logits are compared with, and the checks of everything a caller passes in.
-
-N supervised rows, K ids of a padded row, E entries of all rows together.
-"""
+"""The teacher's sparse rows, and the checks of what a caller passes in."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,25 +8,22 @@ from torch import Tensor
 
 from logitcache.kernels.objective import Objective
 
+# N rows, V vocabulary, K ids of a padded row, E entries of all rows together.
+
 IGNORED = -100
 
 
 @dataclass(frozen=True)
 class SparseTargets:
-    """What the teacher said in N rows, ragged: row r owns the entries offsets[r]:offsets[r+1].
+    """The teacher's N rows, ragged: row r has the entries offsets[r]:offsets[r+1]."""
 
-    offsets:  int64 [N+1], ascending, within [0, E]; need not start at 0, so a slice of rows shares ids and logprobs.
-    ids:      int32 or int64 [E]; an id < 0 is padding and masked. No id twice in a row, none >= V.
-    logprobs: float32 [E], teacher log-probabilities at T = 1, nats.
-    log_tail: float32 [N], log mass outside the support; -inf where the support is complete.
-    labels:   int64 [N], the realised token, for the cross-entropy and the `sampled` tail; -100 = none.
-    """
-
-    offsets: Tensor
-    ids: Tensor
-    logprobs: Tensor
-    log_tail: Tensor
-    labels: Tensor | None = None
+    offsets: (
+        Tensor  # int64 [N+1], ascending, within [0, E]; need not start at 0: a slice of rows shares ids and logprobs
+    )
+    ids: Tensor  # int32 or int64 [E]; an id < 0 is padding and masked; no id twice in a row, none >= V
+    logprobs: Tensor  # float32 [E], teacher log-probabilities at T = 1, nats
+    log_tail: Tensor  # float32 [N], log of the mass outside the row's ids; -inf where the ids are all there are
+    labels: Tensor | None = None  # int64 [N], the sampled token, for cross-entropy and the `sampled` tail; -100 = none
 
     def __len__(self) -> int:
         return self.log_tail.shape[0]
@@ -52,7 +46,7 @@ class SparseTargets:
         return int(self.offsets.diff().max()) if len(self) else 0
 
     def padded(self) -> tuple[Tensor, Tensor, Tensor]:
-        """ids int64 [N, K] (0 where masked), log-probabilities [N, K] and the bool mask [N, K] of real entries."""
+        """ids int64 [N, K], 0 where masked; log-probabilities [N, K]; mask of real entries, bool [N, K]."""
         slot_K = torch.arange(max(self.longest(), 1), device=self.ids.device)
         valid_NK = slot_K < self.offsets.diff()[:, None]
         if self.ids.numel() == 0:
@@ -64,7 +58,7 @@ class SparseTargets:
         return ids_NK.masked_fill_(~valid_NK, 0), self.logprobs[index_NK], valid_NK
 
     def check(self, vocab: int) -> "SparseTargets":
-        """Refuse targets that do not fit a vocabulary of `vocab` ids. Waits for the device.
+        """Checks that targets fit a vocabulary of `vocab` ids. Waits for the device.
 
         Raises: ValueError for shapes that disagree, an id or label >= vocab, an id twice in one row.
         """
@@ -87,26 +81,26 @@ class SparseTargets:
         for name, found in (("ids", int(ids_NK.max())), ("labels", label)):
             if found >= vocab:
                 raise ValueError(
-                    f"{name} hold {found}, the student's head has {vocab} rows: "
-                    "teacher and student must share a tokenizer"
+                    f"{name} contain {found}, the student's head has {vocab} rows: "
+                    "teacher and student must have the same tokenizer"
                 )
         slot_K = torch.arange(ids_NK.shape[1], device=ids_NK.device)
         sorted_NK = torch.where(valid_NK, ids_NK, vocab + slot_K).sort(dim=1).values
         twice_N = (sorted_NK[:, 1:] == sorted_NK[:, :-1]).any(dim=1)
         if twice_N.any():
             row = int(twice_N.nonzero()[0])
-            raise ValueError(f"row {row} holds an id twice: merge its entries (logaddexp of their logprobs) first")
+            raise ValueError(f"row {row} has an id twice: merge the entries first (logaddexp of their logprobs)")
         return self
 
 
 def resolve_ce_weights(
     targets: SparseTargets, objective: Objective, ce_weight: float, ce_weights_N: Tensor | None
 ) -> Tensor | None:
-    """One factor a row for the cross-entropy, or None where it is off."""
+    """The cross-entropy's weight of each row, float [N]; None where it is off."""
     if ce_weights_N is not None and ce_weight:
-        raise ValueError("give ce_weight, one number for all rows, or ce_weights_N, one a row: not both")
+        raise ValueError("give ce_weight, one number for all rows, or ce_weights_N, one per row: not both")
     wanted = bool(ce_weight) or ce_weights_N is not None
     if targets.labels is None and (wanted or objective.tail == "sampled"):
         what = "a cross-entropy weight" if wanted else "tail='sampled'"
-        raise ValueError(f"{what} needs targets.labels, the realised tokens (-100 where there is none)")
+        raise ValueError(f"{what} needs targets.labels, the sampled tokens (-100 where there is none)")
     return torch.full_like(targets.log_tail, ce_weight) if ce_weight else ce_weights_N

@@ -1,9 +1,9 @@
 """One Triton row kernel for every sparse divergence: a chunk of logits becomes its own gradient, in place.
 
-One program owns one row. It gathers the support's logits, sets them to -inf in the row, takes the tail's log-sum-exp
-online, works out k + 1 buckets in registers, writes the dense factor over the row and the k entries over that. The row
-is read twice and written once; the second pass runs backwards, so that it starts on what the caches still hold.
-Formulas and names are those of `reference.py`, which defines them. No atomics: two runs agree to the last bit.
+One program handles one row. It gathers the support's logits and sets them to -inf in the row, computes the tail's
+log-sum-exp online and the k + 1 buckets in registers, then overwrites the row with the dense factor and its k entries. The
+row is read twice and written once; the second pass runs backwards, to start on what is still in cache. `divergences.py`
+and `reference.py` define formulas and names. No atomics: two runs agree to the last bit.
 """
 
 # pyright: reportCallIssue=false, reportOperatorIssue=false
@@ -41,7 +41,10 @@ def _log_add(a, b):
 
 @triton.jit
 def _terms(log_p, log_q, mix, DIVERGENCE: tl.constexpr):
-    """Loss and h = Q dL/dQ of each bucket. A student without mass (log_q = -inf) has h = 0 but for forward KL."""
+    """Loss and h = Q dL/dQ of each bucket: a branch per entry of `divergences.DIVERGENCES`, with the same formulas.
+
+    A bucket without student mass (log_q = -inf) has h = 0, except for forward KL.
+    """
     log_p = tl.maximum(log_p, -1e4)
     p = tl.exp(log_p)
     q = tl.exp(log_q)

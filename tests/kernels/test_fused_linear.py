@@ -237,7 +237,7 @@ def test_a_second_backward_is_refused():
     hidden_NH, weight_VH, _, targets = problem()
     loss = linear_sparse_divergence(hidden_NH, weight_VH, targets)
     loss.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="add the losses up before one backward"):
+    with pytest.raises(RuntimeError, match="add the losses before one backward"):
         loss.backward()
 
 
@@ -353,7 +353,7 @@ def test_a_head_it_cannot_take_is_refused_with_the_way_out():
         linear_sparse_divergence(hidden_NH, weight_VH.detach().to(torch.int8), targets)
     with pytest.raises(TypeError, match=r"cast them to one dtype, or use torch\.autocast"):
         linear_sparse_divergence(hidden_NH.float(), weight_VH, targets)
-    with pytest.raises(ValueError, match=r"hidden_NH is \[5, 16\], targets and weight_VH ask for \[11, 16\]"):
+    with pytest.raises(ValueError, match=r"hidden_NH is \[5, 16\], targets and weight_VH need \[11, 16\]"):
         linear_sparse_divergence(hidden_NH[:5], weight_VH, targets)
     with pytest.raises(ValueError, match=r"bias_V is \[7\]"):
         linear_sparse_divergence(hidden_NH, weight_VH, targets, bias_V=bias_V[:7])

@@ -59,9 +59,9 @@ def broken(**changes) -> SparseTargets:
 @pytest.mark.parametrize(
     ("targets", "message"),
     [
-        (broken(ids=torch.tensor([4, 4, 1])), "row 0 holds an id twice"),
-        (broken(ids=torch.tensor([4, 9, 1])), "ids hold 9, the student's head has 9 rows"),
-        (broken(labels=torch.tensor([9, 1])), "labels hold 9, the student's head has 9 rows"),
+        (broken(ids=torch.tensor([4, 4, 1])), "row 0 has an id twice"),
+        (broken(ids=torch.tensor([4, 9, 1])), "ids contain 9, the student's head has 9 rows"),
+        (broken(labels=torch.tensor([9, 1])), "labels contain 9, the student's head has 9 rows"),
         (broken(offsets=torch.tensor([0, 2])), r"offsets \[3\]"),
         (broken(logprobs=torch.zeros(2)), r"logprobs \[3\]"),
         (broken(offsets=torch.tensor([0, 2, 4])), r"ascend within \[0, 3\]"),
