@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, TrainerState
 
-from logitcache.student.training.distributed import leave
+from logitcache.student.training.distributed import end_process_group
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run import train
 from logitcache.student.training.run_record import RunRecord
@@ -144,7 +144,7 @@ def main() -> None:
     run = train(TrainOptions(out=Path(options.pop("out")), **options))
     assert "vllm" not in sys.modules, "the student's side imported vllm"
     print(json.dumps(run.to_json(), default=str))
-    leave()
+    end_process_group()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import numpy as np
 from logitcache.errors import StudentError
 from logitcache.kernels.divergences import DIVERGENCES
 from logitcache.runtime.files import publish
-from logitcache.student.training.checkpoints import RUN_FILE, SPENT_FILE, find_run, newest_checkpoint, standing
+from logitcache.student.training.checkpoints import RUN_FILE, SPENT_FILE, find_run, newest_checkpoint, run_status
 
 CURVES_FILE = "curves.png"
 SMOOTHED = 50  # a running mean over a 50th of a loss curve's points is drawn over them
@@ -72,7 +72,7 @@ def _read(path: Path) -> dict[str, Any]:
         hint = f"; did you mean {home}?" if home else f"; it has no {RUN_FILE}" if path.is_dir() else " on this disk"
         raise StudentError(f"{path} is no run{hint}; give directories that `logitcache train --out` made")
     state, done = {"log_history": run.get("history") or [], "global_step": run.get("steps")}, dict(run)
-    run["status"] = standing(path, run)
+    run["status"] = run_status(path, run)
     if run["status"] != "finished":
         checkpoint, newest = newest_checkpoint(path)
         if checkpoint is not None:

@@ -20,7 +20,7 @@ from logitcache.student.data.views import View
 from logitcache.student.model.head import find_head
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.model.metrics import evaluate
-from logitcache.student.training.checkpoints import find_run, newest_checkpoint, standing
+from logitcache.student.training.checkpoints import find_run, newest_checkpoint, run_status
 from logitcache.student.training.config import wants_bf16
 from logitcache.student.training.options import TrainOptions
 
@@ -129,7 +129,7 @@ def _weights(student: str) -> tuple[str, dict[str, Any], int | None]:
         return student, run, None
     checkpoint, state = newest_checkpoint(home)
     if checkpoint is None:
-        now = standing(home, run)
+        now = run_status(home, run)
         way_out = "wait for one" if now == "running" else "run its command again"
         raise StudentError(
             f"{student} is a run that is {now} and has no checkpoint; {way_out}, or give `student` {run.get('student')}, "

@@ -1,4 +1,4 @@
-"""A run as a person watches it."""
+"""Progress of a training run on the terminal."""
 
 import sys
 from typing import Any
@@ -9,19 +9,19 @@ from logitcache.runtime.console import Progress
 from logitcache.student.training.trainer import DistillTrainer
 
 
-class Report(TrainerCallback):
-    """Steps, speed and losses for a person; the training loop's own dictionaries stay in its history."""
+class ShowProgress(TrainerCallback):
+    """Shows steps, speed and losses. Trainer's log dictionaries go to its history only."""
 
     def __init__(self, trainer: DistillTrainer):
-        self.trainer, self.fed = trainer, 0
+        self.trainer, self.input_tokens = trainer, 0
         self.progress: Any = None
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
-        self.fed = self.trainer.counts.input_tokens
+        self.input_tokens = self.trainer.counts.input_tokens
         self.progress = Progress(sys.stderr, state.max_steps - state.global_step, "steps").__enter__()
         data, held, done = self.trainer.train_dataset, self.trainer.eval_dataset, state.global_step
         self.progress.say(
-            f"{len(data)} traces to learn from, {len(held)} held out; {state.max_steps} steps of about "
+            f"{len(data)} training traces, {len(held)} held out; {state.max_steps} steps of about "
             f"{args.tokens_per_step:,} tokens" + (f", {done} of them done" if done else "")
         )
 
@@ -30,15 +30,15 @@ class Report(TrainerCallback):
             self.progress.what = f"steps, loss {found['logs']['loss']:.3f}"
 
     def on_step_end(self, args, state, control, **_: Any) -> None:
-        fed = self.trainer.counts.input_tokens
-        self.progress.add(1, fed - self.fed)
-        self.fed = fed
+        tokens = self.trainer.counts.input_tokens
+        self.progress.add(1, tokens - self.input_tokens)
+        self.input_tokens = tokens
 
     def on_evaluate(self, args, state, control, **found: Any) -> None:
         metrics = found["metrics"]
         if self.progress is not None and metrics.get("eval_kl") is not None:
             self.progress.say(
-                f"epoch {state.epoch:.2g}, step {state.global_step}: held-out KL {metrics['eval_kl']:.4f} nats a row, "
+                f"epoch {state.epoch:.2g}, step {state.global_step}: held-out KL {metrics['eval_kl']:.4f} nats per row, "
                 f"top-1 {metrics['eval_top1']:.1%}"
             )
 

@@ -1,4 +1,4 @@
-"""A run on disk: its files, which of its checkpoints is whole, and what to do with those that are not."""
+"""A run on disk: its files, its newest complete checkpoint, and the removal of incomplete ones."""
 
 import contextlib
 import json
@@ -15,9 +15,9 @@ RUN_FILE, STATE_FILE, SPENT_FILE = "run.json", "trainer_state.json", "spent.json
 
 
 def newest_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The newest checkpoint that was written whole, and its trainer state; (None, {}) where there is none.
+    """The newest complete checkpoint and its trainer state; (None, {}) where there is none.
 
-    Its state is written after all else; one that training removes meanwhile, for a newer one, is passed over.
+    The state is the last file of a checkpoint. A checkpoint that training removes meanwhile is skipped.
     """
     for path in sorted(_checkpoints(run), key=_step, reverse=True):
         with contextlib.suppress(OSError, ValueError):
@@ -26,14 +26,15 @@ def newest_checkpoint(run: Path) -> tuple[Path | None, dict[str, Any]]:
 
 
 def latest_checkpoint(run: Path) -> str | None:
+    """The path of the newest complete checkpoint."""
     path, _ = newest_checkpoint(run)
     return None if path is None else str(path)
 
 
-def drop_after(run: Path, whole: str | None) -> None:
-    """Removes checkpoints that were cut short, so that the rotation never takes one for the newest."""
+def remove_incomplete(run: Path, newest: str | None) -> None:
+    """Removes checkpoints after `newest`, which are incomplete: rotation would take one of them for the newest."""
     for path in _checkpoints(run):
-        if whole is None or _step(path) > _step(Path(whole)):
+        if newest is None or _step(path) > _step(Path(newest)):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -46,9 +47,10 @@ def _step(checkpoint: Path) -> int:
 
 
 def find_run(path: Path) -> tuple[Path | None, dict[str, Any]]:
-    """The run that a directory is, or is a checkpoint of, and its run.json; (None, {}) for anything else.
+    """The run directory of `path`, which is one or one of its checkpoints, and its run.json as it is on disk.
 
-    Raises: StudentError for a run.json that is none.
+    `RunRecord.from_json` reads the latter. Returns (None, {}) for anything else.
+    Raises: StudentError for a run.json that `logitcache train` did not write.
     """
     homes = [path, path.parent] if re.fullmatch(r"checkpoint-\d+", path.name) else [path]
     for home in homes:
@@ -57,11 +59,11 @@ def find_run(path: Path) -> tuple[Path | None, dict[str, Any]]:
                 run = json.loads(file.read_text())
                 run["status"]
             except (ValueError, TypeError, KeyError, OSError) as e:
-                raise StudentError(f"{file} is not what `logitcache train` writes; is {home} a run?") from e
+                raise StudentError(f"{file} was not written by `logitcache train`; is {home} a run?") from e
             return home, run
     return None, {}
 
 
-def standing(home: Path, run: dict[str, Any]) -> str:
-    """finished, running or stopped: a kill leaves no word behind."""
+def run_status(home: Path, run: dict[str, Any]) -> str:
+    """finished, running or stopped. A run that was killed still says running, but nobody holds its lock."""
     return "finished" if run["status"] == "finished" else "running" if holder(home / LOCK) else "stopped"

@@ -1,9 +1,9 @@
 """FLOPs of training, by formula.
 
-Counted are matrix products, two FLOPs a multiply-add, as torch.utils.flop_counter does. A product with a weight runs
-once forward, once backward for its input, and once more where the weight learns: the 3 x 2NVH of a head. Attention
-counts the whole square of a sequence, masked or not, and twice that backward; that a fused attention computes its scores
-again is its own affair, as in "model FLOPs" elsewhere, while gradient checkpointing's second forward is counted.
+Matrix products are counted, with two FLOPs per multiply-add, as torch.utils.flop_counter does. A product with a weight
+runs once in the forward, once in the backward for its input, and once more if the weight is trained: 3 x 2NVH for a head.
+Attention counts the whole square of a sequence, masked or not, and twice that in the backward. As usual for "model FLOPs"
+the recomputation inside fused attention is not counted; the second forward of gradient checkpointing is.
 """
 
 import re
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-Shapes = Iterable[tuple[int, int]]  # (B, T) of each group that is fed
+Shapes = Iterable[tuple[int, int]]  # (B, T) of each block that attends within itself
 
 EXPERTS_A_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
 
@@ -41,17 +41,17 @@ def forward_flops(model: PreTrainedModel, shapes: Shapes, rows: int) -> int:
 
 
 def training_flops(model: PreTrainedModel, shapes: Shapes, rows: int) -> int:
-    """FLOPs of a forward and its backward, as `count_flops` counts them; the optimiser's, a few a weight, are left out."""
+    """FLOPs of a forward and its backward. The optimizer's, a few per weight, are not counted."""
     return count_flops(model, training=True).total(shapes, rows)
 
 
 def count_flops(model: PreTrainedModel, training: bool = False) -> FlopCounts:
-    """Taken once, before the model is wrapped or sharded (shards of DeepSpeed and FSDP2 are read by their whole shape).
+    """Counts once, before the model is wrapped or sharded (sharded weights count with their full shape).
 
-    Every weight of two dimensions outside embeddings meets every token, and of a stack of experts as many as the config
-    says a token takes. What is frozen costs no dW; layers below the first that learns are only fed forward (in that one
-    dX is counted throughout; where adapters alone learn, its first products have none). A layer under gradient
-    checkpointing is run forward twice, though torch leaves out its last product.
+    Every two-dimensional weight outside embeddings is multiplied with every token, and of a stack of experts as many as the
+    config says are active. A frozen weight costs no dW. Layers below the first trained one have no backward (that one
+    counts dX for all its products, though with adapters alone its first ones have none). A layer under gradient
+    checkpointing runs its forward twice, though torch skips its last product.
     """
     config: Any = model.config.get_text_config()
     depth: int = getattr(config, "num_hidden_layers", 0)
@@ -86,7 +86,7 @@ def count_flops(model: PreTrainedModel, training: bool = False) -> FlopCounts:
 
 
 def _products(module: nn.Module, name: str, weight: torch.Tensor, active: int | None) -> int:
-    """Multiply-adds that a token costs in this weight."""
+    """Multiply-adds per token of this weight."""
     shape = torch.Size(getattr(weight, "ds_shape", weight.shape))  # what ZeRO-3 has sharded is empty here
     if len(shape) < 2 or "bias" in name:
         return 0

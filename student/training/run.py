@@ -1,4 +1,4 @@
-"""One training run: its options, its directory, and what it leaves behind."""
+"""One training run, from its options to the finished directory."""
 
 import contextlib
 from dataclasses import replace
@@ -18,11 +18,11 @@ from logitcache.runtime.locks import exclusive
 from logitcache.student.data.views import View
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.model.lora import adapter_base, add_lora
-from logitcache.student.training.callbacks import Report
+from logitcache.student.training.callbacks import ShowProgress
 from logitcache.student.training.config import DistillConfig, configure
-from logitcache.student.training.distributed import together
+from logitcache.student.training.distributed import fail_together
 from logitcache.student.training.options import TrainOptions
-from logitcache.student.training.run_data import datasets, open_caches, sides
+from logitcache.student.training.run_data import choose_traces, datasets, open_caches
 from logitcache.student.training.run_record import RunRecord
 from logitcache.student.training.run_settings import claim, run_settings, versions, write
 from logitcache.student.training.trainer import DistillTrainer
@@ -47,13 +47,13 @@ def _train(options: TrainOptions) -> RunRecord:
     wanted = run_settings(options, config, caches, view)
     if (before := claim(options.out, wanted)) and before.status == "finished":
         return replace(before, again=True)
-    chosen = sides(options, caches)
+    chosen = choose_traces(options, caches)
     student, tokenizer = _load(options, config, next(iter(caches.values())).identity)
     data, held_data = datasets(options, config, caches, chosen, view)
 
     main = config.process_index == 0
     with contextlib.ExitStack() as stack:
-        with together(config.device):
+        with fail_together(config.device):
             if main:
                 options.out.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(exclusive(options.out / LOCK, str(options.out)))
@@ -61,7 +61,7 @@ def _train(options: TrainOptions) -> RunRecord:
             return replace(before, again=True)
         trainer = _trainer(student, config, data, eval_dataset=held_data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
-        trainer.add_callback(Report(trainer)) if main else None
+        trainer.add_callback(ShowProgress(trainer)) if main else None
         if (eval_before := before and before.eval_before) is None:
             trainer.evaluate()
             eval_before = trainer.last_evaluation[1]
@@ -80,7 +80,7 @@ def _train(options: TrainOptions) -> RunRecord:
         found, history = trainer.last_evaluation[1], trainer.state.log_history
         run = replace(run, status="finished", eval_after=found, history=history)
         trainer.save_model()
-        with together(config.device):
+        with fail_together(config.device):
             if main:
                 write(options.out, run)
     return run
@@ -94,15 +94,15 @@ def _trainer(student: Any, config: DistillConfig, data: Any, **options: Any) -> 
 
 
 def _load(options: TrainOptions, config: DistillConfig, identity: Identity) -> tuple[Any, PreTrainedTokenizerBase]:
-    """The student, ready to learn; of one with an adapter only that learns, and the rest need not be float32."""
+    """The student to train. With `lora_rank` only an adapter is trained, and the rest need not be float32."""
     if options.lora_rank is None:
         return load_student(options.student, identity, attention=options.attention)
     if adapter_base(options.student):
         raise StudentError(
-            f"{options.student} is an adapter already, and a second one would be saved without it: give `student` its "
-            "base model, or a folder with the adapter merged into it (peft: merge_and_unload, save_pretrained)"
+            f"{options.student} is a LoRA adapter already, and a second one would be saved without it; give `student` its "
+            "base model, or a folder with the adapter merged (peft: merge_and_unload, save_pretrained)"
         )
-    transformers.set_seed(config.seed)  # an adapter begins with random weights
+    transformers.set_seed(config.seed)  # of the adapter's random initial weights
     student = Path(options.student).resolve() if Path(options.student).exists() else options.student
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model, tokenizer = load_student(student, identity, dtype, options.attention)
@@ -110,17 +110,18 @@ def _load(options: TrainOptions, config: DistillConfig, identity: Identity) -> t
 
 
 def _fit(trainer: DistillTrainer) -> None:
-    """Trains on; what the machine lacks becomes one line."""
+    """Trains. Errors of the machine become errors of one line."""
     try:
         trainer.train(resume_from_checkpoint=True)
     except torch.OutOfMemoryError as e:
         raise TrainingError(
-            f"out of memory with {trainer.args.tokens_per_batch} tokens a batch; lower `tokens_per_batch`, or "
-            "set `gradient_checkpointing`, and run the same command again"
+            f"out of memory with {trainer.args.tokens_per_batch} tokens per batch; lower `tokens_per_batch`, or set "
+            "`gradient_checkpointing`, then run the same command to resume"
         ) from e
     except ImportError as e:
         raise StudentError(f"training arguments: {first_line(e)}") from e
     except (OSError, SafetensorError) as e:
         raise WriteError(
-            f"{trainer.args.output_dir}: {e}; the checkpoint before is whole: mend that and run the same command again"
+            f"{trainer.args.output_dir}: {e}; the previous checkpoint is intact: fix the cause, then run the same command to "
+            "resume"
         ) from e

@@ -21,13 +21,13 @@ from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run_record import RunRecord
 
-# Settings that do not change the weights a run ends with: it may be taken up with others.
+# Settings that do not change a run's weights: it may be resumed with others.
 _FREE = {"tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "compile", "report_to"}
 _FREE |= {"run_name", "disable_tqdm", "use_cpu", "torch_empty_cache_steps", "project", "trackio_space_id"}
 _FREE_PREFIXES = ("dataloader_", "logging_", "log_", "save_", "eval_", "ddp_")
-# Settings with a name of their own below, however they were given.
+# Settings with a name of their own below, also where they come from `set`.
 _NAMED = {"num_train_epochs", "max_steps", "learning_rate", "seed", "ce_weight", "section_weights"}
-# What a person sets where the record has another name.
+# Options of settings that have another name.
 _OPTIONS = {
     "tokens_per_step": "`tokens_per_batch` x gradient_accumulation_steps x processes",
     "bf16": "`dtype`",
@@ -37,7 +37,7 @@ _OPTIONS = {
 
 
 def run_settings(options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], view: View) -> dict[str, Any]:
-    """All that decides the weights a run ends with, in the order in which a difference is named."""
+    """Everything that decides a run's weights. The first difference in this order is reported."""
     found: dict[str, Any] = {"caches": len(caches)}
     shares = [share for share in options.shares.values() if share is not None]
     for number, (path, cache) in enumerate(caches.items(), 1):
@@ -71,9 +71,9 @@ def run_settings(options: TrainOptions, config: DistillConfig, caches: dict[Path
 
 
 def claim(out: Path, wanted: dict[str, Any]) -> RunRecord | None:
-    """What run.json of `out` holds, {} for a new run, and for one that came to nothing: it is made anew.
+    """The run to resume in `out`; None for a new run, or for one that ended before its first checkpoint.
 
-    Raises: StudentError for a directory of other things, and for a run made otherwise, naming the difference.
+    Raises: StudentError for a directory with other contents, and for a run with other settings, naming the difference.
     """
     foreign = taken(out, left_behind)
     _, found = find_run(out)
@@ -87,7 +87,7 @@ def claim(out: Path, wanted: dict[str, Any]) -> RunRecord | None:
         name, there, here = difference
         option = _OPTIONS.get(name.partition(".")[0].rstrip("_0123456789"))
         raise StudentError(
-            f"{out} was made with {name} = {there!r}, this run has {here!r}; set it as it was"
+            f"{out} was made with {name} = {there!r}, this run has {here!r}; use the same setting"
             f"{f' ({option})' if option else ''}, or give `out` a new directory"
         )
     return RunRecord.from_json(found)

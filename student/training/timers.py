@@ -12,11 +12,11 @@ PARTS = ("data", "forward", "backward", "optimizer", "other")
 
 
 class PeakMemory:
-    """Peak since it was made, in bytes.
+    """Peak memory since its creation, in bytes.
 
-    On CUDA what the allocator handed out at most, weights included. On a Linux CPU the growth of the resident set: the
-    peak (VmHWM) over what was resident at the start (VmRSS); where the kernel does not let a process forget its earlier
-    peak (/proc/self/clear_refs), that may be in it. None elsewhere.
+    On CUDA the most that the allocator has handed out, weights included. On a Linux CPU the growth of the resident set: its
+    peak (VmHWM) minus its size at the start (VmRSS). Where a process may not reset its peak (/proc/self/clear_refs), an
+    earlier peak may be included. None elsewhere.
     """
 
     def __init__(self, device: torch.device):
@@ -25,7 +25,7 @@ class PeakMemory:
         self.before = _resident("VmRSS")
 
     def reset(self) -> None:
-        """Forgets the peak, not what was resident at the start."""
+        """Resets the peak, not the size at the start."""
         if self.cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
         with contextlib.suppress(OSError):
@@ -47,11 +47,10 @@ def _resident(name: str) -> int | None:
 
 
 class Costs:
-    """Seconds of each of PARTS and peak memory of one process, adding up over resumes.
+    """Seconds in each of PARTS, and peak memory, of one process. Both continue over resumes.
 
-    A clock that is always in one part: inside `time` another `time` takes its share away. On CUDA it reads the device's
-    own clock through events and waits for none of them before `seconds` is read: "data" is then what the device stood
-    idle for.
+    The clock is in one part at a time: a `time` inside another is not counted twice. On CUDA it reads the device's clock
+    through events and waits for them only when `seconds` is read; "data" is then the time the device was idle.
     """
 
     def __init__(self, device: torch.device):
@@ -60,13 +59,13 @@ class Costs:
         self._peak = 0
         self._part: str | None = None
         self._since: Any = None
-        self._laps: list[tuple[str, Any, Any]] = []  # of events that may not have happened yet
+        self._laps: list[tuple[str, Any, Any]] = []  # their events may not have happened yet
 
     def stop(self) -> None:
         self.switch(None)
 
     def switch(self, part: str | None) -> str | None:
-        """What ran until now is charged to the part before, which is returned; None halts the clock."""
+        """Charges the time until now to the current part, which is returned, and starts `part`; None stops the clock."""
         assert part is None or part in PARTS, part
         now, before = self._now(), self._part
         if before is not None:
@@ -84,7 +83,7 @@ class Costs:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Of each part so far. On CUDA it waits for the device: read it where you log."""
+        """Seconds in each part so far. On CUDA it waits for the device: read it when logging."""
         for part, start, stop in self._laps:
             self._spent[part] += self._between(start, stop)
         self._laps.clear()
@@ -97,7 +96,7 @@ class Costs:
 
     @contextlib.contextmanager
     def other_memory(self) -> Iterator[None]:
-        """What is taken inside is not training's."""
+        """Memory used inside is not counted."""
         self._peak = self.peak_memory or 0
         try:
             yield

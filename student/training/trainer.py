@@ -1,7 +1,6 @@
 """A transformers Trainer whose loss is the divergence from a cache's rows, exact on any number of ranks.
 
-The loss of an optimiser step is the sum over its taught rows, on all ranks and in all accumulated batches, by their
-number.
+The loss of an optimizer step is the mean over its supervised positions, on all ranks and in all accumulated batches.
 """
 
 import contextlib
@@ -31,7 +30,7 @@ from logitcache.student.data.sampler import StepSampler
 from logitcache.student.model.head import PORTABLE_ATTENTION, attach_head, causal_model, check_packing
 from logitcache.student.model.measures import Evaluation
 from logitcache.student.model.metrics import evaluate
-from logitcache.student.training.checkpoints import SPENT_FILE, STATE_FILE, drop_after, latest_checkpoint
+from logitcache.student.training.checkpoints import SPENT_FILE, STATE_FILE, latest_checkpoint, remove_incomplete
 from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.flops import count_flops
 from logitcache.student.training.run_record import Counts, Spent
@@ -39,10 +38,10 @@ from logitcache.student.training.timers import Costs
 
 
 class DistillTrainer(Trainer):
-    """A Trainer whose examples are lessons and whose loss is the divergence from a cache's rows.
+    """A Trainer that distils from caches. Its loss is the divergence from the cached rows.
 
-    Any Trainer argument goes; `train_dataset` and `eval_dataset` are TraceDatasets or Mixtures of them, the model one
-    of transformers, or peft's adapter on one. Evaluation gives eval_kl, eval_top1, eval_ece and eval_rows.
+    It takes Trainer's arguments. `train_dataset` and `eval_dataset` are TraceDatasets or Mixtures of them; the model is a
+    causal model of transformers, or peft's wrapper of one. Evaluation logs eval_kl, eval_top1, eval_ece and eval_rows.
     """
 
     args: DistillConfig
@@ -53,7 +52,7 @@ class DistillTrainer(Trainer):
     def __init__(self, model: PreTrainedModel, args: DistillConfig, train_dataset: ExampleSource, **options: Any):
         if options.get("eval_dataset") is None:
             args.eval_strategy = IntervalStrategy.NO
-        if args.n_gpu > 1:  # no DataParallel: one process drives one device, torchrun starts more of them
+        if args.n_gpu > 1:  # no DataParallel: one process per device, started by torchrun
             args._n_gpu = 1
         self.head = attach_head(model, **args.objective())
         causal = causal_model(model)
@@ -63,17 +62,17 @@ class DistillTrainer(Trainer):
         if args.packing:
             check_packing(causal)
         elif args.packing is None and (causal.config._attn_implementation or "eager") not in PORTABLE_ATTENTION:
-            with contextlib.suppress(StudentError):  # padded rows are right for any model
+            with contextlib.suppress(StudentError):  # padded rows are exact for any model
                 check_packing(causal)
                 self.packed = True
-        if args.gradient_checkpointing:  # Trainer would do so too, but only after its cost was counted
+        if args.gradient_checkpointing:  # Trainer does this too, but only after FLOPs are counted here
             causal.gradient_checkpointing_enable(args.gradient_checkpointing_kwargs)
         super().__init__(
             model=model, args=args, train_dataset=train_dataset, data_collator=cast(Any, collate), **options
         )
         plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
         if args.bf16 and plugin is not None and plugin.fsdp_version == 2:
-            # accelerate's own would cast the teacher's rows and the loss to bfloat16, and add gradients up in it.
+            # accelerate's default would cast the teacher's rows and the loss to bfloat16, and sum gradients in it.
             plugin.mixed_precision_policy = MixedPrecisionPolicy(
                 param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False
             )
@@ -90,15 +89,15 @@ class DistillTrainer(Trainer):
             None,
             None,
         )  # the last step evaluated, and the result
-        self._suspects: list[tuple[Tensor, list[str]]] = []  # losses of the step's batches, and their traces
-        self.add_callback(_Flow(self))
+        self._step_losses: list[tuple[Tensor, list[str]]] = []  # loss and trace ids of each of the step's batches
+        self.add_callback(_Schedule(self))
         for callback in self.callback_handler.callbacks:
-            # It would learn of the output folder when training begins, and an evaluation may come before.
+            # It sets its folder when training begins, but an evaluation may log earlier.
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(Path(args.output_dir or ".") / "tensorboard")
 
     def _fit_to_head(self, data: ExampleSource) -> None:
-        """Kept ids for which the head has no row join the tail."""
+        """Stored ids without a row in the head join the tail."""
         for part in data.parts:
             part.vocab = part.vocab or self.head.module.weight.shape[0]
 
@@ -113,7 +112,7 @@ class DistillTrainer(Trainer):
         )
 
     def get_train_dataloader(self) -> DataLoader:
-        # Not prepared by accelerate, which would deal batches out to ranks: the sampler knows ranks and accumulation.
+        # Not prepared by accelerate, which would distribute batches over ranks: the sampler does that.
         self.sampler = self.make_sampler()
         return loader(
             self.train_dataset,
@@ -128,7 +127,7 @@ class DistillTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Iterator, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor]:
-        """The step's micro-batches, and the taught rows of the whole step over all ranks."""
+        """The step's micro-batches, and the number of supervised positions of the step over all ranks."""
         self.costs.switch("data")
         samples: list[Batch] = list(itertools.islice(epoch_iterator, num_batches))
         self.costs.switch("other")
@@ -140,7 +139,7 @@ class DistillTrainer(Trainer):
         return samples, counts[1].clamp(min=1)
 
     def _prepare_inputs(self, inputs: Any) -> Any:
-        """To the device, in the dtypes they have: Trainer's own would cast the teacher's rows under DeepSpeed."""
+        """To the device, with unchanged dtypes: Trainer's own casts the teacher's rows under DeepSpeed."""
         return inputs.to(self.args.device)
 
     def floating_point_ops(self, inputs: Any) -> int:
@@ -151,22 +150,22 @@ class DistillTrainer(Trainer):
         """Likewise."""
 
     def training_step(self, *inputs: Any, **named: Any) -> Tensor:
-        with self.costs.time("backward"):  # the forward takes its share out of it
+        with self.costs.time("backward"):  # except the forward, which is timed inside
             return super().training_step(*inputs, **named)
 
     def compute_loss(
         self, model: nn.Module, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Sum over this batch's rows by the step's rows, times the ranks, over which gradients are averaged."""
+        """The batch's sum, divided by the step's supervised positions; times the ranks, since DDP averages gradients."""
         with self.costs.time("forward"):
             loss = model(distill=self._weighted(inputs))
-        self._suspects.append((loss.detach(), inputs.trace_ids))
+        self._step_losses.append((loss.detach(), inputs.trace_ids))
         rows = len(inputs.supervised) if num_items_in_batch is None else num_items_in_batch
         loss = loss * (self.args.world_size / max(rows, 1))
         return (loss, None) if return_outputs else loss
 
     def _weighted(self, batch: Batch) -> Batch:
-        """The batch with the configuration's weights on what its view weighs."""
+        """The batch, its weights multiplied by those of the configuration."""
         kd, ce = batch.kd, batch.ce
         if self.args.ce_weight:
             ce = self.args.ce_weight * (kd > 0) + (0 if ce is None else ce)
@@ -177,29 +176,29 @@ class DistillTrainer(Trainer):
         return replace(batch, kd=kd, ce=ce)
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        """Before the weights change.
+        """Trainer calls this before the weights change.
 
-        Raises: TrainingError naming the traces of a step whose loss or gradient is no number.
+        Raises: TrainingError with the trace ids of a step whose loss or gradient is not finite.
         """
         norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        good = torch.isfinite(torch.stack([loss.float() for loss, _ in self._suspects]))
+        good = torch.isfinite(torch.stack([loss.float() for loss, _ in self._step_losses]))
         overflown = torch.tensor(norm is not None and not math.isfinite(norm), device=good.device)
         found = torch.stack([~good.all(), overflown]).int()
         self._reduce(found)
-        mine = [traces for (_, traces), fine in zip(self._suspects, good.tolist(), strict=True) if not fine]
-        everyone = [traces for _, traces in self._suspects]
-        self._suspects.clear()
+        mine = [traces for (_, traces), fine in zip(self._step_losses, good.tolist(), strict=True) if not fine]
+        everyone = [traces for _, traces in self._step_losses]
+        self._step_losses.clear()
         if found.any():
             names = ", ".join(name for names in (mine if found[0] else everyone) for name in names)
             where = f"in a batch of traces {names}" if names else "in a batch of another process"
             raise TrainingError(
-                f"the {'loss' if found[0] else 'gradient'} is no finite number at step {self.state.global_step + 1}, "
-                f"{where}; lower the learning rate, or use `dtype` fp32"
+                f"non-finite {'loss' if found[0] else 'gradient'} at step {self.state.global_step + 1}, {where}; lower "
+                "`learning_rate`, or use `dtype` fp32"
             )
         return norm
 
     def log(self, logs: dict[str, float], *inputs: Any, **named: Any) -> None:
-        """Losses go with what they have cost so far, the x axis of a comparison."""
+        """Adds the counts so far to a loss, as x axes for comparing runs."""
         if "loss" in logs:
             logs = logs | self.counts.to_json() | {"seconds": sum(self.costs.seconds.values())}
         super().log(logs, *inputs, **named)
@@ -216,7 +215,7 @@ class DistillTrainer(Trainer):
         if not isinstance(data, TraceDataset | Mixture):
             raise ValueError(f"eval_dataset is a {type(data).__name__}: give a TraceDataset or a Mixture")
         self._fit_to_head(data)
-        # What FSDP or DeepSpeed will share out is on no device before training begins.
+        # A model that FSDP or DeepSpeed will shard is not on the device before training begins.
         parked = self.model.device if self.model.device.type != self.args.device.type else None
         if parked is not None:
             self.model.to(self.args.device)
@@ -241,11 +240,11 @@ class DistillTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
-        """As Trainer.train; True goes on from the newest whole checkpoint in the output folder, if any."""
+        """As Trainer.train. True: resume from the newest complete checkpoint in the output folder, if there is one."""
         if resume_from_checkpoint is True:
             resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir or "."))
             if self.args.should_save:
-                drop_after(Path(self.args.output_dir or "."), resume_from_checkpoint)
+                remove_incomplete(Path(self.args.output_dir or "."), resume_from_checkpoint)
         if not resume_from_checkpoint:
             return super().train(None, trial, ignore_keys_for_eval)
         path = Path(resume_from_checkpoint)
@@ -259,7 +258,7 @@ class DistillTrainer(Trainer):
             if self.args.max_steps > 0
             else math.ceil(self.args.num_train_epochs * self.make_sampler().steps)
         ):
-            self._load_from_checkpoint(str(path))  # Trainer would take one step more
+            self._load_from_checkpoint(str(path))  # Trainer would make one more step
             self.state = state
             return None
         return super().train(str(path), trial, ignore_keys_for_eval)
@@ -275,42 +274,42 @@ class DistillTrainer(Trainer):
 
 
 def _check_sampled(data: ExampleSource, tail: str) -> None:
-    """Raises: StudentError where the tail `sampled` is asked for tokens that the teacher did not draw at temperature 1."""
+    """Raises: StudentError for tail `sampled` with tokens that the teacher did not sample at temperature 1."""
     for part in data.parts if tail == "sampled" else []:
         identity, sections = part.cache.identity, getattr(part.view, "sections", ())
         what = identity.not_drawn
         if what is None and identity.prompt_logits and "prompt" in sections:
-            what = "no prompt was sampled: leave the prompt out of `sections`"
+            what = "prompts were not sampled: remove prompt from `sections`"
         if what:
             raise StudentError(
-                f"tail sampled: {part.cache.path}: {what}; it needs tokens drawn at temperature 1 without a filter: "
-                "take `tail` bucket"
+                f"`tail` sampled: {part.cache.path}: {what}; it needs tokens sampled at temperature 1 without filters: use "
+                "`tail` bucket"
             )
 
 
 def _register_head(model: PreTrainedModel, head: nn.Module) -> None:
-    """ZeRO-3 gathers a weight for its own module's forward; the head's is used by the model's."""
+    """ZeRO-3 gathers a weight for its own module's forward, but the head's is used in the model's."""
     from deepspeed.runtime.zero import register_external_parameter  # pyright: ignore[reportMissingImports]
 
     for weight in head.parameters(recurse=False):
         register_external_parameter(model, weight)
 
 
-class _Flow(TrainerCallback):
-    """Epochs of the sampler, checkpoints by the clock, and the way out on a signal, agreed upon by all ranks."""
+class _Schedule(TrainerCallback):
+    """The sampler's epochs, checkpoints by time, and the stop on a signal, all ranks in agreement."""
 
     def __init__(self, trainer: DistillTrainer):
         self.trainer, self.saved, self.stopping = trainer, time.monotonic(), False
 
     def on_train_begin(self, args, state, control, **_: Any) -> None:
-        # A run that was stopped at the end of an epoch was not evaluated there.
+        # A run that was stopped at the end of an epoch has no evaluation there.
         ended = state.global_step and state.global_step % self.trainer.make_sampler().steps == 0
         measured = {entry["step"] for entry in state.log_history if "eval_kl" in entry}
         if ended and args.eval_strategy == IntervalStrategy.EPOCH and state.global_step not in measured:
             self.trainer.evaluate()
 
     def on_epoch_begin(self, args, state, control, **_: Any) -> None:
-        # Trainer's own set_epoch misses a batch sampler that accelerate did not wrap, and a resumed epoch.
+        # Trainer does not call set_epoch of a batch sampler that accelerate has not wrapped, nor in a resumed epoch.
         self.trainer.sampler.set_epoch(int(state.epoch or 0))
 
     def on_pre_optimizer_step(self, args, state, control, **_: Any) -> None:

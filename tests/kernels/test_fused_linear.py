@@ -298,7 +298,7 @@ def test_metrics_know_the_softcap_and_the_sign_of_the_scale(logit_scale):
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_rows_without_a_support_are_taught_by_their_token_alone(device):
+def test_rows_without_a_support_learn_from_their_token_alone(device):
     hidden_NH, weight_VH, _, targets = problem(dtype=torch.float32, device=device)
     nothing = torch.zeros_like(targets.log_tail)
     targets = SparseTargets(torch.zeros_like(targets.offsets), targets.ids, targets.logprobs, nothing, targets.labels)
@@ -357,7 +357,7 @@ def test_a_head_it_cannot_take_is_refused_with_the_way_out():
         linear_sparse_divergence(hidden_NH[:5], weight_VH, targets)
     with pytest.raises(ValueError, match=r"bias_V is \[7\]"):
         linear_sparse_divergence(hidden_NH, weight_VH, targets, bias_V=bias_V[:7])
-    with pytest.raises(ValueError, match=r"ce_weights_N is \[1\], targets ask for \[11\]"):
+    with pytest.raises(ValueError, match=r"ce_weights_N is \[1\], targets need \[11\]"):
         linear_sparse_divergence(hidden_NH, weight_VH, targets, ce_weights_N=torch.ones(1))
     with pytest.raises(ValueError, match="chunk_rows=0"):
         linear_sparse_divergence(hidden_NH, weight_VH, targets, chunk_rows=0)

@@ -227,7 +227,7 @@ def test_cross_entropy_rides_along_and_ignores_rows_without_a_label():
     torch.testing.assert_close(found_N, want_N)
 
 
-def test_the_student_is_taught_to_give_the_tail_its_mass():
+def test_the_student_learns_to_give_the_tail_its_mass():
     """Without a bucket a student may put all its mass outside the support; with it, both ways push the mass back."""
     logp_NV, _ = rows(1, 33)
     targets = teacher(logp_NV, [4])

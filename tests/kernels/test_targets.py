@@ -78,7 +78,7 @@ def test_padding_twice_in_a_row_is_no_duplicate():
 
 
 @pytest.mark.parametrize("wrong", [{"ce_weight": 1.0}, {"tail": "sampled"}])
-def test_what_needs_the_realised_token_says_so(wrong):
+def test_what_needs_the_sampled_token_says_so(wrong):
     with pytest.raises(ValueError, match=r"needs targets\.labels"):
         sparse_divergence(torch.zeros(2, 9), broken(labels=None), **wrong)
 

@@ -173,8 +173,8 @@ def test_losses_at_zero_and_a_run_without_any_are_drawn_too(make, tmp_path):
         ("nowhere", "nowhere is no run on this disk; give directories that `logitcache train --out` made"),
         ("empty", r"empty is no run; it has no run\.json"),
         ("run/checkpoint-8", r"checkpoint-8 is no run; did you mean .*/run\?"),
-        ("other", r"other/run\.json is not what `logitcache train` writes"),
-        ("list", r"list/run\.json is not what `logitcache train` writes"),
+        ("other", r"other/run\.json was not written by `logitcache train`"),
+        ("list", r"list/run\.json was not written by `logitcache train`"),
     ],
 )
 def test_a_directory_that_is_no_run_is_refused_by_name(make, tmp_path, name, message):

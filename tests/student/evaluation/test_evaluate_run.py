@@ -140,12 +140,12 @@ EVALUATE = """
 import json, sys
 from pathlib import Path
 from logitcache.student.evaluation.evaluate_run import EvalOptions, evaluate_run
-from logitcache.student.training.distributed import leave
+from logitcache.student.training.distributed import end_process_group
 cache, student = sys.argv[1:]
 found = evaluate_run(EvalOptions(Path(cache), student, everything=True, tokens_per_batch=100))
 del found["seconds"]
 print(json.dumps(found))
-leave()
+end_process_group()
 """
 
 

@@ -343,7 +343,7 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
         ),
         pytest.param({"shared": {"epoch": 1}}, "did you mean 'epochs'", id="an unknown training option"),
         pytest.param({"shared": {"seed": 1}}, "'seed' is no training option that arms can share", id="a seed"),
-        pytest.param({"shared": {"tokens_per_batch": 0}}, "tokens_per_batch .* at least 1", id="an empty batch"),
+        pytest.param({"shared": {"tokens_per_batch": 0}}, "`tokens_per_batch` 0: give at least 1", id="an empty batch"),
         pytest.param({"shared": {"set": {"weight_dekay": 1}}}, "did you mean 'weight_decay'", id="an unknown argument"),
         pytest.param({"name": "losses", "shared": {"tail": "support"}}, "leave it out", id="what the arms vary"),
         pytest.param({"shared": {"where": "tokens<1"}}, "no trace is left to learn from", id="a filter of nothing"),

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from logitcache.student.training.checkpoints import drop_after, latest_checkpoint
+from logitcache.student.training.checkpoints import latest_checkpoint, remove_incomplete
 from logitcache.student.training.run import train
 from logitcache.student.training.trainer import DistillTrainer
 from tests import tiny
@@ -91,5 +91,5 @@ def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
     (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
     (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epo')
     assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    drop_after(tmp_path, latest_checkpoint(tmp_path))
+    remove_incomplete(tmp_path, latest_checkpoint(tmp_path))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]

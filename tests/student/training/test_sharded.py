@@ -68,7 +68,7 @@ from logitcache.cache.reader import Cache
 from logitcache.student.data.collate import loader
 from logitcache.student.data.dataset import TraceDataset
 from logitcache.student.model.head import attach_head
-from logitcache.student.training.distributed import leave
+from logitcache.student.training.distributed import end_process_group
 from tests import tiny
 
 def compare(cache, shard):
@@ -101,7 +101,7 @@ def compare(cache, shard):
         found["tied" if tied else "untied"] = worst
     if rank == 0:
         print(json.dumps(found))
-    leave()
+    end_process_group()
 
 torch.set_num_threads(1)
 """
@@ -167,7 +167,7 @@ def check(found: dict[str, dict[str, float]]) -> None:
 UNFINISHED = """
 from pathlib import Path
 import torch, torch.distributed as dist
-from logitcache.student.training.distributed import leave
+from logitcache.student.training.distributed import end_process_group
 
 def work():
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(4, 4))
@@ -177,7 +177,7 @@ def work():
 
 dist.init_process_group("gloo")
 work()
-leave()
+end_process_group()
 print([name for path in Path("/proc/self/task").glob("*/comm") if "gloo" in (name := path.read_text())])
 """
 

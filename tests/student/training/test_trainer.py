@@ -20,7 +20,7 @@ from logitcache.student.model.metrics import evaluate
 from logitcache.student.training.config import DistillConfig, configure
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run import train
-from logitcache.student.training.run_data import sides
+from logitcache.student.training.run_data import choose_traces
 from logitcache.student.training.trainer import DistillTrainer
 from tests import tiny
 from tests.runs import history, launch, weights
@@ -150,7 +150,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_the_traces(options, home):
     run = DistillTrainer(student, config, TraceDataset(cache))
     with torch.no_grad():
         student.model.norm.weight.fill_(float("nan"))
-    with pytest.raises(TrainingError, match=f"loss is no finite number at step 1, in a batch of traces {0:08x}"):
+    with pytest.raises(TrainingError, match=f"non-finite loss at step 1, in a batch of traces {0:08x}"):
         run.train()
 
 
@@ -323,7 +323,7 @@ def test_a_step_that_is_no_number_names_its_traces_and_leaves_the_weights(home, 
     else:
         student.model.norm.weight.register_hook(lambda grad: grad * float("nan"))
     before = {name: p.clone() for name, p in student.named_parameters()}
-    with pytest.raises(TrainingError, match=rf"the {what} is no finite number at step 1, in a batch of traces {0:08x}"):
+    with pytest.raises(TrainingError, match=rf"non-finite {what} at step 1, in a batch of traces {0:08x}"):
         run.train()
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
 
@@ -348,21 +348,21 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
         ({"temperature": 2.0}, "use temperature 1, or tail support"),
         ({"divergence": "reverse_kll"}, "did you mean 'reverse_kl'"),
         ({"divergence": "tv", "tail": "sampled"}, "use tail bucket for"),
-        ({"tail": "sampled"}, "leave the prompt out of `sections`"),
-        ({"section_weights": {"answers": 2.0}}, "section weight answers=2.0: give prompt, reasoning, answer"),
+        ({"tail": "sampled"}, "remove prompt from `sections`"),
+        ({"section_weights": {"answers": 2.0}}, "`section_weights` answers=2.0: give prompt, reasoning, answer"),
         ({"ce_weight": -1.0}, "give 0 or more"),
-        ({"learning_rate": float("nan")}, "learning_rate is nan: give 0 or more"),
-        ({"epochs": float("nan")}, "num_train_epochs is nan: give more than 0"),
-        ({"seed": -1}, "seed is -1: give 0 to"),
+        ({"learning_rate": float("nan")}, "`learning_rate` nan: give 0 or more"),
+        ({"epochs": float("nan")}, "`epochs` nan: give a number above 0"),
+        ({"seed": -1}, "`seed` -1: give 0 to"),
         ({"max_steps": 0}, "`max_steps` 0: give at least 1"),
         ({"lora_alpha": 8.0}, "give `lora_rank` too"),
-        ({"beta": 0.5}, "forward_kl has no beta: leave it out"),
+        ({"beta": 0.5}, "forward_kl has no `beta`; remove it"),
         ({"section_weights": {"prompt": 0.0}, "sections": ("prompt",)}, "has rows of a section with a weight"),
-        ({"set": {"save_only_model": "true"}}, "a run goes on with its optimiser"),
+        ({"set": {"save_only_model": "true"}}, "resuming needs the optimizer"),
         ({"set": {"use_liger_kernel": "true"}}, "fused already"),
         ({"set": {"optim": "adamw_8bit"}}, "training arguments:|bitsandbytes"),
         ({"set": {"save_strategy": "best"}}, "training arguments:"),
-        ({"top_k": 9}, "keeps 8 ids a row; give 1 to 8"),
+        ({"top_k": 9}, "stores 8 ids per row; give 1 to 8"),
         ({"view": "right:0.5"}, "logitcache score --from-cache"),
         ({"set": {"torch_compile": "true"}}, "use `compile`"),
         ({"report_to": ("tensorbord",)}, "tensorbord"),
@@ -389,7 +389,7 @@ def test_tails_that_were_not_sampled_plainly_are_refused(home, tmp_path):
     for place, (message, sampling) in enumerate(wrong.items()):
         tiny.write_cache(tmp_path / str(place), made, sampling=sampling, prompt_logits=False)
         given["caches"] = [tmp_path / str(place)]
-        with pytest.raises(StudentError, match=f"tail sampled.*{message}.*`tail` bucket"):
+        with pytest.raises(StudentError, match=f"`tail` sampled.*{message}.*`tail` bucket"):
             train(TrainOptions(**given))
     tiny.write_cache(tmp_path / "good", made, prompt_logits=False)
     run = train(TrainOptions(**given | {"caches": [tmp_path / "good"], "max_steps": 1}))
@@ -416,16 +416,16 @@ def test_no_prompt_held_out_of_one_cache_is_learnt_from_another(options, home, t
     tiny.write_cache(tmp_path / "renamed", renamed)
     opts = options(caches=[home / "cache", tmp_path / "renamed"])
     caches = {path: Cache.open(path) for path in opts.shares}
-    chosen = sides(opts, caches)
+    chosen = choose_traces(opts, caches)
 
-    def prompts(side: int) -> set[bytes]:
-        traces = (caches[path][int(i)] for path, found in chosen.items() for i in found[side])
+    def prompts(side: str) -> set[bytes]:
+        traces = (caches[path][int(i)] for path, found in chosen.items() for i in getattr(found, side))
         return {t.token_ids[: t.sections.reasoning_start].tobytes() for t in traces}
 
-    assert prompts(0)
-    assert not prompts(0) & prompts(1)
-    for path, (_, held) in chosen.items():
-        assert held.tolist() == split(caches[path].prompt_ids, 0.2)[1].tolist(), "as eval chooses them"
+    assert prompts("training")
+    assert not prompts("training") & prompts("held_out")
+    for path, found in chosen.items():
+        assert found.held_out.tolist() == split(caches[path].prompt_ids, 0.2)[1].tolist(), "as eval chooses them"
 
 
 @pytest.mark.slow
@@ -471,7 +471,7 @@ def test_files_that_are_not_ours_are_named(options, tmp_path):
     (opts.out / "checkpoint-old").mkdir()
     assert train(opts).again
     (opts.out / "run.json").write_text("[]")
-    with pytest.raises(StudentError, match=r"run\.json is not what `logitcache train` writes"):
+    with pytest.raises(StudentError, match=r"run\.json was not written by `logitcache train`"):
         train(opts)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
@@ -481,7 +481,7 @@ def test_files_that_are_not_ours_are_named(options, tmp_path):
 
 def test_two_tokenizers_are_refused(options, home, tmp_path):
     tiny.write_cache(tmp_path / "other", tokenizer_hash="0" * 32)
-    with pytest.raises(StudentError, match="their token ids mean different tokens; train on one of them"):
+    with pytest.raises(StudentError, match="their token ids are different; train on one of them"):
         train(options(caches=[home / "cache", tmp_path / "other"]))
 
 
