@@ -475,7 +475,7 @@ def test_files_that_are_not_ours_are_named(options, tmp_path):
         train(opts)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(StudentError, match=r"adapter_config\.json is not what peft writes"):
+    with pytest.raises(StudentError, match=r"adapter_config\.json is not an adapter_config.json of peft"):
         train(options("other", student=str(tmp_path / "adapter")))
 
 
