@@ -36,7 +36,9 @@ def run_page(page: Path, home: Path, monkeypatch) -> None:
     monkeypatch.chdir(home)
     known: dict = {}
     for block in blocks(page, "python"):
-        code = block.replace("Qwen/Qwen3-0.6B", str(home / "model")).replace('report_to="wandb"', "use_cpu=True, max_steps=4")
+        code = block.replace("Qwen/Qwen3-0.6B", str(home / "model")).replace(
+            'report_to="wandb"', "use_cpu=True, max_steps=4"
+        )
         exec(compile(code.replace("Qwen/Qwen3-32B", "fake"), str(page), "exec"), known)
 
 
@@ -50,7 +52,9 @@ def test_the_python_of_a_page_runs_on_a_cache_as_large_as_the_demos(page, home, 
 def commands(page: Path) -> list[str]:
     """Every `logitcache COMMAND ...` of a page, in its blocks and in its text, comments cut."""
     text = page.read_text().replace("\\\n", " ")
-    lines = re.findall(r"^    (?:\$ )?(logitcache [a-z].*)$", text, re.M) + re.findall(r"`(logitcache [a-z]+ -[^`]*)`", text)
+    lines = re.findall(r"^    (?:\$ )?(logitcache [a-z].*)$", text, re.M) + re.findall(
+        r"`(logitcache [a-z]+ -[^`]*)`", text
+    )
     return [line.partition("  #")[0].strip() for line in lines]
 
 

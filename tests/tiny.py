@@ -15,6 +15,7 @@ from logitcache.cache import manifest, shard
 from logitcache.cache.reader import Cache
 from logitcache.identity import Identity
 from logitcache.identity import tokenizer_hash as hash_of_tokenizer
+from logitcache.kernels.targets import SparseTargets
 from logitcache.sections import Sections
 from logitcache.sparse_rows import from_topk
 from logitcache.student.data.views import UNSUPERVISED, SupervisedTrace, View
@@ -141,6 +142,13 @@ def write_cache(path: Path, made: list[Trace] | None = None, *, shards: int = 2,
         part = made[number * len(made) // shards : (number + 1) * len(made) // shards]
         shard.write(path / shard.DIRECTORY, number, [shard.EncodedTrace.of(t, mine) for t in part], mine, {})
     return Cache.open(path)
+
+
+def sparse_targets(logp_NV: torch.Tensor, k: int) -> SparseTargets:
+    """The k likeliest ids of each row, and the rest as its tail."""
+    logp_NK, ids_NK = logp_NV.topk(k, dim=1)
+    offsets, rest_N = torch.arange(len(logp_NV) + 1) * k, 1 - logp_NK.exp().sum(dim=1)
+    return SparseTargets(offsets, ids_NK.flatten(), logp_NK.flatten(), rest_N.log())
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,13 @@ from logitcache.cache.info import CacheInfo
 from logitcache.cache.verify import VerifyReport, verify_cache
 from logitcache.commands.builder import command
 from logitcache.commands.results import show, show_json
-from logitcache.commands.text_caches import describe_info, describe_merge, describe_slice, describe_split, describe_verify
+from logitcache.commands.text_caches import (
+    describe_info,
+    describe_merge,
+    describe_slice,
+    describe_split,
+    describe_verify,
+)
 from logitcache.runtime.options import Option
 from logitcache.transform.merge import MergeReport
 from logitcache.transform.merge import merge as merge_caches

@@ -1,7 +1,5 @@
 """train."""
 
-from typing import cast
-
 from logitcache.commands.builder import command
 from logitcache.commands.results import show, signal_code
 from logitcache.student.data.token_masks import view_table
@@ -24,10 +22,10 @@ def train(options: TrainOptions) -> int:
     Example: logitcache train math-cache --student Qwen/Qwen3-0.6B --out half --view lsp:0.5 --where correct
     """
     from logitcache.commands.text_runs import describe_run
-    from logitcache.student.training.distributed import leave
+    from logitcache.student.training.distributed import end_process_group
     from logitcache.student.training.run import train as run
 
     finished = run(options)
-    leave()
-    show(describe_run(finished, options.out))
+    end_process_group()
+    show(describe_run(finished.to_json(), options.out))
     return signal_code(finished.signal)

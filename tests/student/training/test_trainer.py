@@ -166,6 +166,7 @@ def test_the_lines_of_the_readme_train_a_student(home, tmp_path, monkeypatch):
     lines = next(block for block in re.findall(r"```python\n(.*?)```", text, re.S) if "DistillTrainer" in block)
     monkeypatch.chdir(tmp_path)
     changes = {
+        "qwen-cache": str(home / "cache"),
         "Qwen/Qwen3-0.6B": str(home / "model"),
         'report_to="wandb"': "use_cpu=True, learning_rate=1e-2, tokens_per_batch=130",
     }
