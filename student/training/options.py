@@ -89,7 +89,7 @@ class TrainOptions:
     ] = field(default_factory=dict)  # fmt: skip
     epochs: Annotated[float, Option("Passes over the training traces.")] = 3.0
     max_steps: Annotated[
-        int | None, Option("Stop after this many optimizer steps, whatever `epochs` is.", default="off")
+        int | None, Option("Stop after this many optimizer steps; overrides the number of epochs.", default="off")
     ] = None
     learning_rate: Annotated[float, Option("Peak learning rate.", alias="--lr")] = 1e-4
     lora_rank: Annotated[

@@ -100,7 +100,14 @@ def test_a_mixture_keeps_its_shares_of_tokens_and_repeats_nothing_within_an_epoc
     assert len(set(pool.order(0, 0))) == len(pool.order(0, 0))
     assert max(count / size for count, size in zip(pool.counts, (100, 30), strict=True)) == 1.0, "one is used up"
     assert pool.order(0, 1).tolist() != pool.order(0, 0).tolist()
-    assert pool.order(5, 2).tolist() == pool.order(5, 2).tolist()
+
+
+def test_a_mixture_of_four_and_two_equal_traces_by_halves_takes_two_and_two():
+    pool = Pool(np.full(6, 10), np.arange(6, dtype=np.uint64), (slice(0, 4), slice(4, 6)), (0.5, 0.5))
+    first, second = pool.order(0, 0).tolist(), pool.order(0, 1).tolist()
+    assert (pool.counts, pool.epoch_tokens) == ([2, 2], 40)
+    assert sorted([i for i in first + second if i < 4]) == [0, 1, 2, 3], "the second epoch continues with the rest"
+    assert sorted([i for i in first if i >= 4]) == sorted([i for i in second if i >= 4]) == [4, 5]
 
 
 def test_a_part_of_which_an_epoch_takes_little_is_used_up_in_time():
