@@ -153,7 +153,7 @@ def sparse_targets(logp_NV: torch.Tensor, k: int) -> SparseTargets:
 
 @dataclass(frozen=True)
 class Shifted:
-    """A view off by one, as two published systems train: each position is taught the row of the token before."""
+    """A view off by one, as two published systems train: each position gets the row of the token before."""
 
     view: View
 

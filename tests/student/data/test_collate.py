@@ -23,7 +23,7 @@ def test_groups_of_alike_length_cover_all_and_save_padding():
     assert groups(np.zeros(0, np.int64)) == []
 
 
-def test_a_batch_names_for_each_taught_position_the_row_of_the_next_token(data):
+def test_a_batch_names_for_each_supervised_position_the_row_of_the_next_token(data):
     batch = collate([data[i] for i in (3, 0, 7)])
     flat = torch.cat([g.flatten() for g in batch.groups])
     traces = {t.trace_id: t for t in map(data.cache.__getitem__, (3, 0, 7))}

@@ -70,7 +70,7 @@ COMPLETION = "10 11 12>3:0 13>4:1 14>5:2 15>6:3 16>7:4 17>8:5 18>9:6 19>10:7"  #
 
 
 @pytest.mark.parametrize("view", ["full", "left:0.5", "middle:0.5", "right:0.5", "reasoning-lsp:1", "random-mask:1"])
-def test_the_full_view_teaches_every_row_one_position_before_its_token(view):
+def test_the_full_view_supervises_with_every_row_one_position_before_its_token(view):
     assert spelled(View(view)(made())) == ALL
     assert spelled(View(view)(made(row_start=3))) == COMPLETION
     assert spelled(View(view)(made(NO_REASONING))) == ALL
@@ -83,7 +83,7 @@ def test_rows_that_were_sliced_away_are_not_supervised():
     assert spelled(View("trsd:0.5")(made(rows=7))) == ""
 
 
-def test_lsp_feeds_and_teaches_the_first_part_of_all_tokens():
+def test_lsp_takes_the_first_part_of_all_tokens():
     assert spelled(View("lsp:0.5")(made())) == "10>1:0 11>2:1 12>3:2 13>4:3"
     assert spelled(View("lsp:0.5")(made(row_start=3))) == "10 11 12>3:0 13>4:1"
     assert spelled(View("lsp:0.19")(made())) == "10>1:0", "two tokens"
@@ -91,7 +91,7 @@ def test_lsp_feeds_and_teaches_the_first_part_of_all_tokens():
     assert spelled(View("lsp:1")(made(NO_REASONING))) == ALL
 
 
-def test_reasoning_lsp_teaches_the_reasoning_up_to_the_cut_and_the_answer_by_its_tokens():
+def test_reasoning_lsp_supervises_the_reasoning_up_to_the_cut_and_the_answer_by_its_tokens():
     cut = "10>1:0 11>2:1 12>3:2 13>4:3 14>5:4 15 18>9* 19>10*"
     assert spelled(View("reasoning-lsp:0.5")(made())) == cut
     assert spelled(View("reasoning-lsp:0.01")(made())) == "10>1:0 11>2:1 12>3:2 13>4:3 14 18>9* 19>10*"
@@ -108,7 +108,7 @@ def test_reasoning_that_cannot_be_cut_leaves_the_answer_its_rows():
     assert spelled(View("reasoning-lsp:0.5")(made((1, 2, 3, 4), length=5))) == "10>1:0 11>2:1 12>3:2 13>4:3"
 
 
-def test_trsd_teaches_the_rows_of_the_answer_after_a_part_of_the_reasoning():
+def test_trsd_supervises_with_the_rows_of_the_answer_after_a_part_of_the_reasoning():
     assert spelled(View("trsd:0.5")(made())) == "10 11 12 13 14 15 18>9:8 19>10:9"
     assert spelled(View("trsd:0.5")(made(row_start=3))) == "10 11 12 13 14 15 18>9:6 19>10:7"
     assert spelled(View("trsd:1")(made())) == "10 11 12 13 14 15 16 17 18>9:8 19>10:9"
@@ -118,37 +118,37 @@ def test_trsd_teaches_the_rows_of_the_answer_after_a_part_of_the_reasoning():
     assert spelled(View("trsd:0.5")(made((1, 2, 3, 4), length=5))) == "10 11 12 13>4:3"
 
 
-def test_anchored_trsd_teaches_the_rows_before_the_cut_too_but_never_to_end_there():
+def test_anchored_trsd_supervises_with_the_rows_before_the_cut_too_but_never_to_end_there():
     assert spelled(View("trsd-anchored:0.5")(made())) == "10>1:0 11>2:1 12>3:2 13>4:3 14>5:4 15 18>9:8 19>10:9"
     assert spelled(View("trsd-anchored:0.5")(made(row_start=3))) == "10 11 12>3:0 13>4:1 14>5:2 15 18>9:6 19>10:7"
     assert spelled(View("trsd-anchored:1")(made())) == ALL
     assert spelled(View("trsd-anchored:0.5")(made(NO_REASONING))) == ALL
     assert spelled(View("trsd-anchored:0.5")(made(NEVER_CLOSED))) == "10>1:0 11>2:1 12>3:2 13>4:3 14>5:4 15>6:5"
     for epoch in range(3):  # it draws what trsd draws
-        fed = [View(f"{name}:0.1-0.9")(wide(100), epoch).input_ids.tolist() for name in ("trsd", "trsd-anchored")]
-        assert fed[0] == fed[1]
+        inputs = [View(f"{name}:0.1-0.9")(wide(100), epoch).input_ids.tolist() for name in ("trsd", "trsd-anchored")]
+        assert inputs[0] == inputs[1]
 
 
 @pytest.mark.parametrize("bounds", [NO_ANSWER, NEVER_CLOSED])
-def test_trsd_teaches_nothing_where_there_is_no_answer(bounds):
+def test_trsd_supervises_nothing_where_there_is_no_answer(bounds):
     assert spelled(View("trsd:0.1-0.9")(made(bounds))) == ""
 
 
-def test_both_ends_feeds_all_and_teaches_the_first_and_last_rows():
+def test_both_ends_takes_all_tokens_and_supervises_with_the_first_and_last_rows():
     assert spelled(View("both-ends:0.5")(made())) == "10>1:0 11>2:1 12>3:2 13 14 15 16 17 18>9:8 19>10:9"
     assert spelled(View("both-ends:0.5")(made(row_start=3))) == "10 11 12>3:0 13>4:1 14 15 16 17 18>9:6 19>10:7"
     assert spelled(View("both-ends:0.01")(made())) == "10>1:0"
     assert spelled(View("both-ends:1")(made())) == ALL
 
 
-def test_random_mask_teaches_a_share_of_the_rows_chosen_by_the_trace_id():
+def test_random_mask_takes_a_share_of_the_rows_chosen_by_the_trace_id():
     assert spelled(View("random-mask:0.3")(made())) == "10 11>2:1 12 13 14 15 16>7:6 17 18 19>10:9"
     assert spelled(View("random-mask:0.3")(made(number=1))) == "10 11 12>3:2 13>4:3 14 15 16>7:6"
     smaller, larger = (View(f"random-mask:{r}")(made(number=7)).row for r in (0.3, 0.7))
     assert set(smaller) < set(larger)
 
 
-def test_token_matched_teaches_every_section_as_many_rows_as_the_smallest():
+def test_token_matched_takes_as_many_rows_of_every_section_as_the_smallest():
     assert spelled(View("token-matched")(made())) == "10>1:0 11>2:1 12>3:2 13 14 15 16>7:6 17 18>9:8 19>10:9"
     reasoning, answer = (View("token-matched", (s,))(made(row_start=3)) for s in ("reasoning", "answer"))
     assert spelled(answer) == "10 11 12 13 14 15 16 17 18>9:6 19>10:7"
@@ -166,12 +166,12 @@ def test_the_answer_is_supervised_from_its_first_token_with_all_before_it_as_con
     assert spelled(View(sections=("answer",))(made())) == "10 11 12 13 14 15 16 17 18>9:8 19>10:9"
 
 
-def test_a_section_without_rows_gives_an_empty_lesson():
+def test_a_section_without_rows_gives_no_input():
     assert spelled(View(sections=("prompt",))(made(row_start=3))) == ""
     assert spelled(View(sections=("answer",))(made(NEVER_CLOSED))) == ""
 
 
-def test_a_trace_of_one_token_gives_an_empty_lesson():
+def test_a_trace_of_one_token_gives_no_input():
     for step in STEPS.values():
         assert spelled(View(step.example)(made((1, 1, 1, 1), length=1))) == ""
 
@@ -407,7 +407,7 @@ def some_trace(draw):
 
 @settings(max_examples=200, deadline=None)
 @given(some_view(), some_trace(), st.integers(0, 3))
-def test_a_view_never_teaches_a_row_whose_context_the_student_was_not_given(view, trace, epoch):
+def test_a_view_never_uses_a_row_whose_context_the_student_does_not_see(view, trace, epoch):
     supervised, text, answer = view(trace, epoch), str(view), trace.sections.answer_start
     words, tokens = spelled(supervised), trace.token_ids.tolist()
     assert not words or ">" in words.split()[-1], "the input ends at the last supervised position"
@@ -428,7 +428,7 @@ def test_a_view_never_teaches_a_row_whose_context_the_student_was_not_given(view
             assert supervised.input_ids[: position + 1].tolist() == tokens[: trace.row_start + row]
 
 
-def test_a_shifted_view_teaches_each_position_the_row_before():
+def test_a_shifted_view_gives_each_position_the_row_before():
     assert spelled(tiny.Shifted(View())(made((1, 2, 3, 4), length=5))) == "10 11>2:0 12>3:1 13>4:2"
 
 

@@ -115,7 +115,7 @@ def test_a_model_that_looks_ahead_is_refused(tmp_path):
     ],
     ids=["llama", "gemma", "granite", "cohere"],
 )
-def test_the_loss_on_taught_rows_is_that_of_the_models_own_logits(data, student, scale, softcap):
+def test_the_loss_on_supervised_positions_is_that_of_the_models_own_logits(data, student, scale, softcap):
     torch.manual_seed(0)
     student = student().eval()
     head = find_head(student)

@@ -45,7 +45,7 @@ def flat(found: dict | list, name: str = "") -> dict:
     return numbers
 
 
-def test_evaluation_is_the_mean_over_all_taught_rows_and_over_those_of_a_part(cache):
+def test_evaluation_is_the_mean_over_all_supervised_rows_and_over_those_of_a_part(cache):
     student, data = tiny.model(seed=3), TraceDataset(cache)
     found = evaluate(student, data, tokens_per_batch=100)
     batch = collate([data[i] for i in range(len(data))])
@@ -68,7 +68,7 @@ def test_evaluation_is_the_mean_over_all_taught_rows_and_over_those_of_a_part(ca
 
 
 def test_calibration_is_what_plain_float64_makes_of_whole_distributions(cache, sharp):
-    # A student that has learnt half: sure of itself, and not always right.
+    # A student that has learned half: sure of itself, and not always right.
     student = tiny.model(seed=7, tie_word_embeddings=False)
     noise = torch.randn(student.lm_head.weight.shape, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -144,7 +144,7 @@ def test_a_part_without_rows_has_no_mean(cache):
     assert found.kl == found.sections["answer"].kl
 
 
-def test_a_token_taught_without_a_row_counts_for_the_cross_entropy_alone(cache):
+def test_a_token_supervised_without_a_row_counts_for_the_cross_entropy_alone(cache):
     student = tiny.model(seed=3)
     found = evaluate(student, TraceDataset(cache, view=View("reasoning-lsp:0.5")))
     assert found.sections["answer"] == replace(NOTHING, ce=found.sections["answer"].ce)

@@ -287,7 +287,7 @@ def rows_of(home, section: str) -> int:
     return sum(len(data[i].positions) for i in range(6))
 
 
-def test_a_token_taught_without_a_row_counts_its_cross_entropy_alone(home):
+def test_a_token_supervised_without_a_row_counts_its_cross_entropy_alone(home):
     cut, whole = View("reasoning-lsp:0.5", ("answer",)), one_step(home, View("reasoning-lsp:0.5", ("answer",)))
     data = TraceDataset(Cache.open(home / "cache"), np.arange(6), cut)
     student, total, count = tiny.model(), 0.0, 0
@@ -411,7 +411,7 @@ def test_a_cache_counts_once_however_often_it_is_named(options, home, tmp_path):
     assert both.spent.counts.input_tokens <= alone.spent.counts.input_tokens
 
 
-def test_no_prompt_held_out_of_one_cache_is_learnt_from_another(options, home, tmp_path):
+def test_no_prompt_held_out_of_one_cache_is_trained_on_in_another(options, home, tmp_path):
     made = list(Cache.open(home / "cache"))
     renamed = [replace(t, trace_id=f"{i:032x}", prompt_id=f"other {t.prompt_id}") for i, t in enumerate(made, 500)]
     tiny.write_cache(tmp_path / "renamed", renamed)
