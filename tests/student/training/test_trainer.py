@@ -334,7 +334,7 @@ def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
     cache = Cache.open(home / "cache")
     tiny.write_cache(tmp_path / "judged", [replace(t, correct=i % 3 == 0) for i, t in enumerate(cache)])
     opts = options("mixed", where="correct", top_k=4, epochs=1)
-    with pytest.raises(StudentError, match="cache: no trace is left to learn from where correct"):
+    with pytest.raises(StudentError, match="cache: no training trace is left where correct"):
         train(opts)
     run = train(replace(opts, caches=[tmp_path / "judged"]))
     assert 0 < run.spent.counts.input_tokens < 0.6 * train(options("all", epochs=1)).spent.counts.input_tokens
@@ -509,7 +509,7 @@ def test_an_adapter_learns_alone_and_is_loaded_merged(options, home):
 def test_an_adapter_on_an_adapter_is_refused(options):
     first = options("first", lora_rank=2, max_steps=1)
     train(first)
-    with pytest.raises(StudentError, match="is an adapter already"):
+    with pytest.raises(StudentError, match="is a LoRA adapter already"):
         train(options("second", student=str(first.out), lora_rank=2))
     assert train(options("whole", student=str(first.out), max_steps=1)).status == "finished"
 
