@@ -385,7 +385,7 @@ def train(
 
     logitcache train math-cache --student Qwen/Qwen3-0.6B --out half --view lsp:0.5 --sections reasoning --where correct
     """
-    from logitcache.commands.text import describe_run
+    from logitcache.commands.text_runs import describe_run
     from logitcache.student.training.distributed import leave
     from logitcache.student.training.options import TrainOptions
     from logitcache.student.training.run import train as run
@@ -477,8 +477,9 @@ def eval_(
     of_both = {"cache", "student", "prompts", "dtype", "as_json"}
     if cache is not None:
         _refuse_given(context, set(context.params) - of_cache - of_both, "it is of answers to --prompts, not of CACHE")
-        from logitcache.commands.text import describe_evaluation
-        from logitcache.student.evaluation.evaluate_run import EvalOptions, evaluate_run
+        from logitcache.commands.text_runs import describe_evaluation
+        from logitcache.student.evaluation.evaluate_run import evaluate_run
+        from logitcache.student.evaluation.options import EvalOptions
         from logitcache.student.training.distributed import leave
 
         found = evaluate_run(
@@ -488,8 +489,9 @@ def eval_(
         _echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
         return
     _refuse_given(context, of_cache, "it is of CACHE, not of answers to --prompts")
-    from logitcache.accuracy.budgets import BudgetOptions, measure
-    from logitcache.commands.text import describe_budgets
+    from logitcache.accuracy.budgets import measure
+    from logitcache.accuracy.options import BudgetOptions
+    from logitcache.commands.text_runs import describe_budgets
 
     if prompts is None or out is None:
         raise InputError("--prompts needs --out, a directory where the answers are kept and gone on with")
@@ -514,7 +516,7 @@ def compare(
 
     Example: logitcache compare full lsp-50 answer-only --out figures
     """
-    from logitcache.commands.text import describe_comparison
+    from logitcache.commands.text_runs import describe_comparison
     from logitcache.student.evaluation.compare import compare as run
 
     found = run(runs, out)
@@ -573,8 +575,9 @@ def experiment(
         of_answers = {"verifier", "budgets", "by", "samples", "temperature", "max_tokens", "answer_tokens"}
         of_answers |= {"reasoning_markers"} | ({"engine_arg"} if teacher is None else set())
         _refuse_given(context, of_answers, "it is of the answers; give --prompts as well")
-    from logitcache.student.experiments.estimate import describe_plan, estimate
-    from logitcache.student.experiments.experiment import ExperimentOptions, describe, plan, run
+    from logitcache.commands.text_experiments import describe_experiment, describe_plan
+    from logitcache.student.experiments.estimate import estimate
+    from logitcache.student.experiments.experiment import ExperimentOptions, plan, run
 
     shared = {
         "where": where, "held_out": held_out, "dtype": dtype, "tokens_per_batch": tokens_per_batch, "epochs": epochs,
@@ -593,7 +596,7 @@ def experiment(
         typer.echo(describe_plan(options, estimate(options, plan(options))))
         return
     found = run(options)
-    typer.echo(describe(found))
+    typer.echo(describe_experiment(found))
     if found["signal"]:
         raise typer.Exit(_signal_code(found["signal"]))
 

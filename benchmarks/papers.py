@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.demo import logitcache
 from benchmarks.reasoner.make import SIZES, make
 from benchmarks.reasoner.problems import FAMILIES
-from logitcache.accuracy.budgets import DEFAULT
+from logitcache.accuracy.options import DEFAULT
 from logitcache.student.experiments.plots import COSTS, Rows, relative, values
 from logitcache.student.experiments.report import CSV_FILE, REPORT_FILE, TENTHS, from_csv, markdown, spread
 

@@ -5,7 +5,6 @@ import functools
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from logitcache.sections import SECTIONS
 from logitcache.student.data.dataset import Batch, Lessons, TraceDataset, loader, matching, to
 from logitcache.student.data.sampler import evaluation_batches, split
 from logitcache.student.data.views import View
+from logitcache.student.evaluation.options import EvalOptions
 from logitcache.student.model.head import Head, find_head, lesson_metrics, plain
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.training.checkpoints import find_run, newest_checkpoint, standing
@@ -117,21 +117,6 @@ def _means(sums: Tensor) -> dict[str, Any]:
         "ece": mean(sum(map(abs, gaps))),
         "tail": {"teacher": mean(teacher), "student": mean(student)},
     }
-
-
-@dataclass(frozen=True)
-class EvalOptions:
-    """One call of ``logitcache eval``. The full view by default, as in training: one measure for all students."""
-
-    cache: Path
-    student: str  # a run, one of its checkpoints, a model folder, a LoRA adapter's folder, a hub id
-    held_out: float | None = None  # None: as the run that the student is of had it, or 0.05
-    everything: bool = False
-    where: str | None = None
-    view: str = "full"
-    sections: tuple[str, ...] = tuple(SECTIONS)
-    tokens_per_batch: int = 4096
-    dtype: str | None = None  # as TrainOptions has it
 
 
 def evaluate_run(options: EvalOptions) -> dict[str, Any]:

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 
 from logitcache.capture.score import Crop
-from logitcache.commands.text import columns, shown
-from logitcache.student.experiments.catalog import Arm, experiment
-from logitcache.student.experiments.plan import ExperimentOptions, prepare
+from logitcache.student.experiments.catalog import Arm
+from logitcache.student.experiments.options import ExperimentOptions
+from logitcache.student.experiments.plan import prepare
 from logitcache.student.experiments.runner import finished
 from logitcache.student.training.flops import Work, work
 
@@ -66,28 +66,6 @@ def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]
             }
         )
     return _timed(table)
-
-
-def describe_plan(options: ExperimentOptions, table: list[dict[str, Any]]) -> str:
-    """The text of ``logitcache experiment --dry-run``."""
-    lines = [f"{options.name}: {experiment(options.name).title}; {len(table)} arms, {options.seeds} seeds each"]
-    cells = [["arm", "done", "tokens fed", "taught", "FLOPs", "seconds"]]
-    for row in table:
-        counts = f"{row['done']}/{row['runs']}", f"{row['tokens_fed']:,}", f"{row['tokens_taught']:,}"
-        cells.append([row["arm"], *counts, shown(row["flops"], ".2e"), shown(row["seconds"], ",.1f")])
-    lines += columns(cells)
-    left = [row["runs"] - row["done"] for row in table]
-    tokens = sum(n * row["tokens_fed"] for n, row in zip(left, table, strict=True))
-    closing = f"of one run each; {sum(left)} of {sum(row['runs'] for row in table)} are left: {tokens:,} tokens"
-    if all(row["flops"] is not None for row in table):
-        closing += f", {sum(n * row['flops'] for n, row in zip(left, table, strict=True)):.2e} FLOPs"
-    if all(row["seconds"] is not None for row in table):
-        closing += f", {sum(n * row['seconds'] for n, row in zip(left, table, strict=True)):,.0f} s of training"
-    if scored := sum(row["scored"] for row in table):
-        closing += f"; the teacher reads {scored:,} tokens of crops"
-    if options.prompts:
-        closing += f"; answers to {options.prompts} by {sum(row['runs'] for row in table) + 1} models come on top"
-    return "\n".join([*lines, closing])
 
 
 def _work(options: ExperimentOptions) -> Work | None:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from logitcache.accuracy.budgets import Budget
+from logitcache.accuracy.options import Budget
 from logitcache.errors import IdentityError, NotACacheError
 from logitcache.identity import first_difference, weights_fingerprint
 from logitcache.runtime.console import Stop
@@ -26,11 +26,12 @@ from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json,
 from logitcache.runtime.locks import exclusive
 from logitcache.student.experiments import report
 from logitcache.student.experiments.catalog import BEFORE, Arm
-from logitcache.student.experiments.plan import SEED, ExperimentOptions, Plan, plan, prepare
+from logitcache.student.experiments.options import SEED, ExperimentOptions
+from logitcache.student.experiments.plan import Plan, plan, prepare
 from logitcache.student.experiments.runner import Work, finished, measured
 from logitcache.student.experiments.subcommands import Call, in_process_of_its_own
 
-__all__ = ["ExperimentOptions", "describe", "plan", "run"]
+__all__ = ["ExperimentOptions", "plan", "run"]
 SETTINGS = "experiment.json"
 
 
@@ -62,16 +63,6 @@ def run(
     status = {"status": "stopped" if work.stopped else "finished", "signal": work.stopped}
     found = {"experiment": options.name, "out": str(options.out), "made": work.made, "rows": rows, "files": files}
     return found | status
-
-
-def describe(found: dict[str, Any]) -> str:
-    """The closing lines of ``logitcache experiment``, from what `run` returns."""
-    lines = report.summary(found["rows"])
-    if found["status"] == "stopped":
-        lines.append(f"stopped by {found['signal']}: run the same command again to go on")
-    elif not found["made"]:
-        lines.append("nothing to do, this experiment is finished")
-    return "\n".join([*lines, f"written: {', '.join(found['files'])}"])
 
 
 def _rows(options: ExperimentOptions, made: Plan) -> Iterator[dict[str, Any]]:

@@ -1,13 +1,13 @@
 """What an experiment is asked, and all that can be known, and refused, before anything of it is made."""
 
 import importlib.util
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from logitcache import prompts as sources
-from logitcache.accuracy.budgets import DEFAULT, BudgetOptions
+from logitcache.accuracy.options import BudgetOptions
 from logitcache.cache.filters import LENGTHS, Filter
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError, StudentError
@@ -15,42 +15,9 @@ from logitcache.identity import weights_fingerprint
 from logitcache.prompts import PromptSet
 from logitcache.sections import Markers
 from logitcache.student.experiments.catalog import Arm, Experiment, Facts, experiment
+from logitcache.student.experiments.options import ExperimentOptions
 
 OF_ARM = ("cache", "student", "out", "view", "sections", "seed")  # fields of TrainOptions that no arm shares
-SEED = -1  # of the arm that is not trained
-
-
-@dataclass(frozen=True)
-class ExperimentOptions:
-    """One call of ``logitcache experiment``."""
-
-    name: str
-    cache: Path
-    student: str
-    out: Path
-    seeds: int = 3  # runs of each arm
-    points: tuple[float, ...] | None = None  # shares of lsp and first-derivation; None: those of arms.py
-    prompts: str | None = None  # questions with answers; None: no accuracy
-    verifier: str = "exact"
-    budgets: tuple[str, ...] = DEFAULT
-    by: str = "family"  # accuracy is told by this column of the prompts too, where they have it
-    teacher: str | None = None  # for halves: it reads the crops
-    shared: dict[str, Any] = field(default_factory=dict)  # fields of TrainOptions, the same for every arm
-    # Further fields of BudgetOptions, such as samples and engine_args; reasoning_markers "OPENING,CLOSING" for its markers.
-    answers: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def held_out(self) -> float:
-        return self.shared.get("held_out", 0.05)
-
-    def place(self, arm: Arm | str, seed: int) -> Path:
-        """Of a run; of the student as it was given for SEED."""
-        folder = arm.folder if isinstance(arm, Arm) else arm
-        return self.out / "arms" / folder / ("student" if seed == SEED else f"seed-{seed}")
-
-    def crop(self, arm: Arm) -> Path:
-        assert arm.crop
-        return self.out / "crops" / arm.crop.replace(":", "-")
 
 
 @dataclass(frozen=True)

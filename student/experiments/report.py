@@ -115,22 +115,6 @@ def columns(rows: Rows) -> list[str]:
     return list(dict.fromkeys(name for each in rows for name in each))
 
 
-def summary(rows: Rows) -> list[str]:
-    """Lines for a terminal: held-out KL, top-1, natural accuracy where it was measured, and seconds."""
-    names = {
-        "kl": ("KL", "z.4f"),
-        "top1": ("top-1", ".1%"),
-        "accuracy none": ("accuracy", ".1%"),
-        "seconds": ("s", ",.1f"),
-    }
-    chosen = {name: form for name, form in names.items() if any(each.get(name) is not None for each in rows)}
-    table = [["arm", *(label for label, _ in chosen.values())]]
-    for arm in plots.arms_of(rows):
-        table.append([arm, *(spread(plots.values(rows, arm, name), form) for name, (_, form) in chosen.items())])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-
-
 def spread(values: list[float], form: str) -> str:
     """Mean ± standard deviation (n - 1) over seeds, where they differ."""
     if not values:

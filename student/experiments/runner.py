@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from logitcache.accuracy.budgets import ANSWERS, RESULTS, Budget, pass_at_1, prompts_digest
+from logitcache.accuracy.budgets import ANSWERS, RESULTS, pass_at_1, prompts_digest
+from logitcache.accuracy.options import Budget
 from logitcache.accuracy.run import AnswerFile, Key
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, LogitcacheError, NotACacheError, PromptsError
@@ -23,7 +24,8 @@ from logitcache.runtime.files import LOGS, publish_json, read_json
 from logitcache.student.data.views import View
 from logitcache.student.experiments import subcommands
 from logitcache.student.experiments.catalog import BEFORE, Arm
-from logitcache.student.experiments.plan import SEED, ExperimentOptions, Plan
+from logitcache.student.experiments.options import SEED, ExperimentOptions
+from logitcache.student.experiments.plan import Plan
 from logitcache.student.experiments.subcommands import Call
 from logitcache.student.training.checkpoints import RUN_FILE
 

@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from logitcache.accuracy import run as module
-from logitcache.accuracy.budgets import ANSWERS, RESULTS, Budget, BudgetOptions, measure, pass_at_1
+from logitcache.accuracy.budgets import ANSWERS, RESULTS, measure, pass_at_1
+from logitcache.accuracy.options import Budget, BudgetOptions
 from logitcache.accuracy.run import Answer, AnswerFile, Delimiters
-from logitcache.commands.text import describe_budgets
+from logitcache.commands.text_runs import describe_budgets
 from logitcache.errors import (
     CacheBusyError,
     EngineError,
@@ -475,7 +476,8 @@ ASK = """
 import json, sys
 from pathlib import Path
 from logitcache.accuracy import run
-from logitcache.accuracy.budgets import BudgetOptions, measure
+from logitcache.accuracy.budgets import measure
+from logitcache.accuracy.options import BudgetOptions
 from logitcache.sections import Markers
 
 sent = []

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.commands.text import describe_comparison
+from logitcache.commands.text_runs import describe_comparison
 from logitcache.errors import StudentError, WriteError
 from logitcache.runtime.locks import exclusive
 from logitcache.student.evaluation.compare import compare

@@ -7,14 +7,15 @@ import pytest
 import torch
 
 from logitcache.cache.reader import Cache
-from logitcache.commands.text import describe_evaluation
+from logitcache.commands.text_runs import describe_evaluation
 from logitcache.errors import InputError, StudentError
 from logitcache.kernels.reference import sparse_divergence
 from logitcache.sections import SECTIONS
 from logitcache.student.data.dataset import TraceDataset, collate, targets
 from logitcache.student.data.sampler import split
 from logitcache.student.data.views import View
-from logitcache.student.evaluation.evaluate_run import BINS, EvalOptions, evaluate, evaluate_run
+from logitcache.student.evaluation.evaluate_run import BINS, evaluate, evaluate_run
+from logitcache.student.evaluation.options import EvalOptions
 from logitcache.student.model.head import attach_head
 from tests import tiny
 from tests.runs import last_lines
@@ -254,7 +255,8 @@ def test_a_lora_adapter_is_evaluated_on_its_base(cache, home):
 EVALUATE = """
 import json, sys
 from pathlib import Path
-from logitcache.student.evaluation.evaluate_run import EvalOptions, evaluate_run
+from logitcache.student.evaluation.evaluate_run import evaluate_run
+from logitcache.student.evaluation.options import EvalOptions
 from logitcache.student.training.distributed import leave
 cache, student = sys.argv[1:]
 found = evaluate_run(EvalOptions(Path(cache), student, everything=True, tokens_per_batch=100))

@@ -22,6 +22,7 @@ from logitcache.accuracy.run import Answer, AnswerFile
 from logitcache.cache.reader import Cache
 from logitcache.capture.score import Crop, _cropped
 from logitcache.cli import app
+from logitcache.commands.text_experiments import describe_experiment, describe_plan
 from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, PromptsError, TrainingError
 from logitcache.identity import weights_fingerprint
 from logitcache.prompts import load
@@ -29,8 +30,8 @@ from logitcache.runtime.console import Stop
 from logitcache.runtime.files import publish_json
 from logitcache.student.experiments import catalog, report, subcommands
 from logitcache.student.experiments.catalog import EXPERIMENTS, Arm, Facts
-from logitcache.student.experiments.estimate import describe_plan, estimate
-from logitcache.student.experiments.experiment import ExperimentOptions, describe, plan, run
+from logitcache.student.experiments.estimate import estimate
+from logitcache.student.experiments.experiment import ExperimentOptions, plan, run
 from logitcache.student.experiments.plots import relative
 from logitcache.student.experiments.runner import finished
 from logitcache.student.training.options import TrainOptions
@@ -164,7 +165,7 @@ def test_an_experiment_in_miniature_trains_its_arms_and_writes_them_up(options, 
     assert all(f"]({image.name})" in text for image in asked.out.glob("*.png"))
     assert (asked.out / "quality.png").exists()
     assert "Not finished" not in text
-    assert describe(found).count("\n") >= len(catalog) + 1
+    assert describe_experiment(found).count("\n") >= len(catalog) + 1
 
 
 @pytest.mark.slow
@@ -176,7 +177,7 @@ def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home
     found = run(asked, spy, silent)
     assert spy.ran == ["train"]
     assert found["made"] == 0
-    assert "nothing to do" in describe(found)
+    assert "nothing to do" in describe_experiment(found)
     more = replace(asked, seeds=2, prompts=str(home / "prompts.jsonl"), budgets=("50%", "none"))
     run(more, spy, silent)
     assert sorted(spy.ran) == ["eval --prompts"] * 3 + ["train"] * 2, "the untrained student answers too"
@@ -275,7 +276,7 @@ def test_a_stopped_experiment_says_what_lacks_and_goes_on(options, spy):
 
     found = run(asked, stopping, silent)
     assert (found["status"], found["signal"]) == ("stopped", "SIGTERM")
-    assert "stopped by SIGTERM" in describe(found)
+    assert "stopped by SIGTERM" in describe_experiment(found)
     assert [row["arm"] for row in found["rows"]] == ["before", "lsp:0.5"]
     text = (asked.out / "report.md").read_text()
     assert "**Not finished.** It was stopped by SIGTERM." in text
