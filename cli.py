@@ -479,23 +479,25 @@ def eval_(
         _refuse_given(context, set(context.params) - of_cache - of_both, "it is of answers to --prompts, not of CACHE")
         from logitcache.commands.text_runs import describe_evaluation
         from logitcache.student.evaluation.evaluate_run import evaluate_run
-        from logitcache.student.evaluation.options import EvalOptions
+        from logitcache.student.evaluation.options import EvaluationOptions
         from logitcache.student.training.distributed import leave
 
         found = evaluate_run(
-            EvalOptions(cache, student, held_out, everything, where, view, _names(sections), tokens_per_batch, dtype)
+            EvaluationOptions(
+                cache, student, held_out, everything, where, view, _names(sections), tokens_per_batch, dtype
+            )
         )
         leave()
         _echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
         return
     _refuse_given(context, of_cache, "it is of CACHE, not of answers to --prompts")
     from logitcache.accuracy.budgets import measure
-    from logitcache.accuracy.options import BudgetOptions
+    from logitcache.accuracy.options import AccuracyOptions
     from logitcache.commands.text_runs import describe_budgets
 
     if prompts is None or out is None:
         raise InputError("--prompts needs --out, a directory where the answers are kept and gone on with")
-    options = BudgetOptions(
+    options = AccuracyOptions(
         prompts, student, out, _names(budgets), samples, temperature, max_tokens, answer_tokens, verifier, limit, seed,
         _markers(reasoning_markers), answer_regex, dtype or "auto", tensor_parallel_size, _pairs("--sampling", sampling),
         _pairs("--engine-arg", engine_arg), _pairs("--template-arg", template_arg),
@@ -523,19 +525,19 @@ def compare(
     typer.echo(json.dumps(found, indent=1) if as_json else describe_comparison(found))
 
 
-@app.command(short_help="Train the arms of an experiment from one cache, and report.")
+@app.command(short_help="Train the variants of an experiment from one cache, and report.")
 def experiment(
     context: typer.Context,
     name: Annotated[
         str,
         typer.Argument(metavar="NAME", help="sections, lsp, halves, token-matched, losses, trsd or first-derivation."),
     ],
-    cache: Annotated[Path, typer.Option(help="What all arms learn from.")],
+    cache: Annotated[Path, typer.Option(help="What all variants learn from.")],
     student: Annotated[str, typer.Option(help="What every run begins with: a model folder or hub id.")],
     out: Annotated[
-        Path, typer.Option(help="A new directory, or one to go on with; arms that are done are not run again.")
+        Path, typer.Option(help="A new directory, or one to go on with; variants that are done are not run again.")
     ],
-    seeds: Annotated[int, typer.Option(help="Runs of each arm.")] = 3,
+    seeds: Annotated[int, typer.Option(help="Runs of each variant.")] = 3,
     points: Annotated[
         str | None, typer.Option(help="Shares of lsp and first-derivation, such as 0.25,0.5,1. [default: theirs]")
     ] = None,
@@ -564,7 +566,7 @@ def experiment(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="As in train. Repeatable.")
     ] = None,
 ) -> None:
-    """Each arm is trained from CACHE with every seed, evaluated, and set beside the others: results.csv, report.md, plots.
+    """Each variant is trained from CACHE with every seed, evaluated, and set beside the others: results.csv, report.md, plots.
 
     The teacher is loaded for nothing but the crops of halves. Run the same command again to go on after a stop, or with
     more seeds, points, prompts or budgets.

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from logitcache import prompts
-from logitcache.accuracy.options import Budget, BudgetOptions
+from logitcache.accuracy.options import AccuracyOptions, Budget
 from logitcache.accuracy.run import NO_ROOM, Answer, AnswerFile, Delimiters, Key, Questions, Run, digest_of
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError
 from logitcache.identity import first_difference
@@ -27,7 +27,7 @@ SETTINGS, ANSWERS, RESULTS = "settings.json", "answers.jsonl", "budgets.json"
 CI_METHOD = "95% Wilson interval of the prompts' mean accuracies, of as many trials as their spread is worth"
 
 
-def measure(options: BudgetOptions) -> dict[str, Any]:
+def measure(options: AccuracyOptions) -> dict[str, Any]:
     """Accuracy of a model on prompts, under each budget of reasoning.
 
     Every sample is completed naturally once. A budget cuts that reasoning, puts the closing delimiter behind it and has the
@@ -137,7 +137,7 @@ def _measured(budget: Budget, questions: Questions, answers: Mapping[Key, Answer
     }
 
 
-def _inspect(options: BudgetOptions) -> ModelFacts:
+def _inspect(options: AccuracyOptions) -> ModelFacts:
     folder = Path(options.model)
     if (folder / "adapter_config.json").is_file():
         raise InputError(
@@ -149,7 +149,7 @@ def _inspect(options: BudgetOptions) -> ModelFacts:
     return model.inspect_model(options.spec)
 
 
-def _refuse_unjudgeable(options: BudgetOptions, source: PromptSet) -> None:
+def _refuse_unjudgeable(options: AccuracyOptions, source: PromptSet) -> None:
     for prompt in source:
         if options.verifier == "gym":
             entry = prompt.metadata.get("gym")
@@ -163,7 +163,7 @@ def _refuse_unjudgeable(options: BudgetOptions, source: PromptSet) -> None:
             )
 
 
-def _settings(options: BudgetOptions, facts: ModelFacts, markers: Markers) -> dict[str, Any]:
+def _settings(options: AccuracyOptions, facts: ModelFacts, markers: Markers) -> dict[str, Any]:
     """All but the prompts that an answer depends on."""
     return {
         "model": facts.name,

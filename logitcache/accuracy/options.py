@@ -45,7 +45,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class BudgetOptions:
+class AccuracyOptions:
     """One call of ``logitcache eval --budgets``."""
 
     prompts: str  # a source as `logitcache.prompts.load` reads it, with gold answers

@@ -11,11 +11,11 @@ from logitcache.student.experiments.report import Rows, spread
 
 def describe_plan(options: ExperimentOptions, table: list[dict[str, Any]]) -> str:
     """The text of ``logitcache experiment --dry-run``."""
-    lines = [f"{options.name}: {experiment(options.name).title}; {len(table)} arms, {options.seeds} seeds each"]
-    cells = [["arm", "done", "tokens fed", "taught", "FLOPs", "seconds"]]
+    lines = [f"{options.name}: {experiment(options.name).title}; {len(table)} variants, {options.seeds} seeds each"]
+    cells = [["variant", "done", "tokens fed", "taught", "FLOPs", "seconds"]]
     for row in table:
         counts = f"{row['done']}/{row['runs']}", f"{row['tokens_fed']:,}", f"{row['tokens_taught']:,}"
-        cells.append([row["arm"], *counts, shown(row["flops"], ".2e"), shown(row["seconds"], ",.1f")])
+        cells.append([row["variant"], *counts, shown(row["flops"], ".2e"), shown(row["seconds"], ",.1f")])
     lines += columns(cells)
     left = [row["runs"] - row["done"] for row in table]
     tokens = sum(n * row["tokens_fed"] for n, row in zip(left, table, strict=True))
@@ -50,8 +50,10 @@ def summary(rows: Rows) -> list[str]:
         "seconds": ("s", ",.1f"),
     }
     chosen = {name: form for name, form in names.items() if any(each.get(name) is not None for each in rows)}
-    table = [["arm", *(label for label, _ in chosen.values())]]
-    for arm in plots.arms_of(rows):
-        table.append([arm, *(spread(plots.values(rows, arm, name), form) for name, (_, form) in chosen.items())])
+    table = [["variant", *(label for label, _ in chosen.values())]]
+    for variant in plots.variants_of(rows):
+        table.append(
+            [variant, *(spread(plots.values(rows, variant, name), form) for name, (_, form) in chosen.items())]
+        )
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]

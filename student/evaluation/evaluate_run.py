@@ -21,7 +21,7 @@ from logitcache.sections import SECTIONS
 from logitcache.student.data.dataset import Batch, Lessons, TraceDataset, loader, matching, to
 from logitcache.student.data.sampler import evaluation_batches, split
 from logitcache.student.data.views import View
-from logitcache.student.evaluation.options import EvalOptions
+from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.model.head import Head, find_head, lesson_metrics, plain
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.training.checkpoints import find_run, newest_checkpoint, standing
@@ -119,7 +119,7 @@ def _means(sums: Tensor) -> dict[str, Any]:
     }
 
 
-def evaluate_run(options: EvalOptions) -> dict[str, Any]:
+def evaluate_run(options: EvaluationOptions) -> dict[str, Any]:
     """Evaluates `options.student` on a cache's held-out traces, the same that training with that share holds out.
 
     Works under torchrun; every rank returns the same.
@@ -176,7 +176,7 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
     }
 
 
-def _choose(options: EvalOptions, cache: Cache, run: dict[str, Any]) -> tuple[np.ndarray, float | None]:
+def _choose(options: EvaluationOptions, cache: Cache, run: dict[str, Any]) -> tuple[np.ndarray, float | None]:
     """Indices of the traces to evaluate on, and the share that was held out, None for all."""
     if options.everything and options.held_out is not None:
         raise StudentError("give either `everything` or `held_out`, which is a part")

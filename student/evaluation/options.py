@@ -7,7 +7,7 @@ from logitcache.sections import SECTIONS
 
 
 @dataclass(frozen=True)
-class EvalOptions:
+class EvaluationOptions:
     """One call of ``logitcache eval``. The full view by default, as in training: one measure for all students."""
 
     cache: Path

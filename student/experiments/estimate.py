@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.capture.score import Crop
-from logitcache.student.experiments.catalog import Arm
+from logitcache.student.experiments.catalog import Variant
 from logitcache.student.experiments.options import ExperimentOptions
 from logitcache.student.experiments.plan import prepare
 from logitcache.student.experiments.runner import finished
@@ -14,10 +14,10 @@ from logitcache.student.training.flops import Work, work
 SAMPLE = 200  # traces that an estimate is made from
 
 
-def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]]:
-    """What one run of each arm comes to, by its view of at most SAMPLE training traces. Writes nothing, loads no weights.
+def estimate(options: ExperimentOptions, variants: list[Variant]) -> list[dict[str, Any]]:
+    """What one run of each variant comes to, by its view of at most SAMPLE training traces. Writes nothing, loads no weights.
 
-    Returns: a dict an arm: "arm", "about", "runs" (of all seeds), "done" (of them), "tokens_fed", "tokens_taught" (of
+    Returns: a dict a variant: "variant", "about", "runs" (of all seeds), "done" (of them), "tokens_fed", "tokens_taught" (of
         lessons, without padding), "flops" (as `cost.work` counts them; None where an adapter learns), "seconds" (mean of
         its finished runs in OUT, else its FLOPs at the speed of all that are finished; None where none is), "scored"
         (tokens that the teacher has yet to read for its crop).
@@ -33,12 +33,12 @@ def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]
     chosen = split(cache.prompt_ids, options.held_out)[0]
     chosen = chosen[matching(cache, made.where)[chosen]] if made.where else chosen
     sample = chosen[np.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).astype(int)]
-    needed, views = _work(options), [View(arm.view, arm.sections) for arm in arms]
-    sums = np.zeros((len(arms), 3))  # fed, taught, FLOPs
+    needed, views = _work(options), [View(variant.view, variant.sections) for variant in variants]
+    sums = np.zeros((len(variants), 3))  # fed, taught, FLOPs
     for trace in (cache[int(i)] for i in sample):
-        for arm, view, total in zip(arms, views, sums, strict=True):
-            if arm.crop:
-                span = Crop.parse(arm.crop).span(len(trace.token_ids))
+        for variant, view, total in zip(variants, views, sums, strict=True):
+            if variant.crop:
+                span = Crop.parse(variant.crop).span(len(trace.token_ids))
                 first = max(1, 0 if prompt_rows else trace.sections.prompt_end - span.start)
                 fed, taught = span.stop - span.start - 1, max(0, span.stop - span.start - first)
             else:
@@ -50,19 +50,19 @@ def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]
     else:
         times = config.num_train_epochs * len(chosen) / len(sample)
     table = []
-    for arm, (fed, taught, flops) in zip(arms, sums * times, strict=True):
-        runs = [found for seed in range(options.seeds) if (found := finished(options.place(arm, seed), arm))]
+    for variant, (fed, taught, flops) in zip(variants, sums * times, strict=True):
+        runs = [found for seed in range(options.seeds) if (found := finished(options.place(variant, seed), variant))]
         table.append(
             {
-                "arm": arm.name,
-                "about": arm.about,
+                "variant": variant.name,
+                "about": variant.about,
                 "runs": options.seeds,
                 "done": len(runs),
                 "tokens_fed": round(fed),
                 "tokens_taught": round(taught),
                 "flops": float(flops) if needed else None,
                 "seconds": float(np.mean([found["seconds"] for found in runs])) if runs else None,
-                "scored": _to_score(options, arm, cache.lengths),
+                "scored": _to_score(options, variant, cache.lengths),
             }
         )
     return _timed(table)
@@ -89,15 +89,15 @@ def _work(options: ExperimentOptions) -> Work | None:
     return work(model, training=True)
 
 
-def _to_score(options: ExperimentOptions, arm: Arm, lengths: np.ndarray) -> int:
-    if not arm.crop or options.crop(arm).exists():
+def _to_score(options: ExperimentOptions, variant: Variant, lengths: np.ndarray) -> int:
+    if not variant.crop or options.crop(variant).exists():
         return 0
-    spans = (Crop.parse(arm.crop).span(int(length)) for length in lengths)
+    spans = (Crop.parse(variant.crop).span(int(length)) for length in lengths)
     return sum(span.stop - span.start for span in spans)
 
 
 def _timed(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With the seconds of arms that have no run yet, by FLOPs."""
+    """With the seconds of variants that have no run yet, by FLOPs."""
     known = [row for row in table if row["seconds"] is not None and row["flops"]]
     if known:
         pace = sum(row["seconds"] for row in known) / sum(row["flops"] for row in known)

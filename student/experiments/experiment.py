@@ -1,9 +1,9 @@
-"""One experiment: its arms trained from one cache, held against the teacher and against answers, and written up.
+"""One experiment: its variants trained from one cache, held against the teacher and against answers, and written up.
 
     OUT/experiment.json         what it was told, which a later call must repeat
     OUT/crops/right-0.5/        caches of `logitcache score --crop`, for halves
-    OUT/arms/ARM/seed-N/        a run of `logitcache train`
-    OUT/arms/ARM/seed-N-*       its answers and its evaluation, of `logitcache eval`
+    OUT/variants/VARIANT/seed-N/        a run of `logitcache train`
+    OUT/variants/VARIANT/seed-N-*       its answers and its evaluation, of `logitcache eval`
     OUT/logs/                   what those commands said
     OUT/results.csv report.md *.png
 
@@ -25,10 +25,10 @@ from logitcache.runtime.console import Stop
 from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
 from logitcache.runtime.locks import exclusive
 from logitcache.student.experiments import report
-from logitcache.student.experiments.catalog import BEFORE, Arm
+from logitcache.student.experiments.catalog import BEFORE, Variant
 from logitcache.student.experiments.options import SEED, ExperimentOptions
-from logitcache.student.experiments.plan import Plan, plan, prepare
-from logitcache.student.experiments.runner import Work, finished, measured
+from logitcache.student.experiments.plan import ExperimentPlan, plan, prepare
+from logitcache.student.experiments.runner import ExperimentRunner, finished, measured
 from logitcache.student.experiments.subcommands import Call, in_process_of_its_own
 
 __all__ = ["ExperimentOptions", "plan", "run"]
@@ -51,12 +51,14 @@ def run(
     with exclusive(options.out / LOCK, str(options.out)), Stop() as stop:
         about = _claim(options, made)
         stop.patient = True
-        work = Work(options, made, call or in_process_of_its_own, stop, say or _say)
+        work = ExperimentRunner(options, made, call or in_process_of_its_own, stop, say or _say)
         work.all()
         rows = list(_rows(options, made))
         about |= {"stopped": work.stopped, "failed": list(map(str, work.failed))}
         about |= {"where": made.where, "evaluation": made.evaluation}
-        files = report.write(options.out, made.experiment, made.arms, rows, about, _versions(options, made.arms))
+        files = report.write(
+            options.out, made.experiment, made.variants, rows, about, _versions(options, made.variants)
+        )
     if work.failed and not work.stopped:
         more = f", and {len(work.failed) - 1} more that failed" if len(work.failed) > 1 else ""
         raise type(work.failed[0])(f"{work.failed[0]}{more}; what is done is written up in {files[0]}")
@@ -65,24 +67,26 @@ def run(
     return found | status
 
 
-def _rows(options: ExperimentOptions, made: Plan) -> Iterator[dict[str, Any]]:
-    """A row for the student as it was given, then one an arm and seed, of those that are finished.
+def _rows(options: ExperimentOptions, made: ExperimentPlan) -> Iterator[dict[str, Any]]:
+    """A row for the student as it was given, then one a variant and seed, of those that are finished.
 
     What was measured when something else was asked, such as fewer prompts, is left out.
     """
-    places = [(arm, seed) for arm in made.arms for seed in range(options.seeds)]
-    runs = [(arm, seed, found) for arm, seed in places if (found := finished(options.place(arm, seed), arm))]
-    own = next((found["eval_before"] for arm, _, found in runs if not arm.crop), None)
+    places = [(variant, seed) for variant in made.variants for seed in range(options.seeds)]
+    runs = [
+        (variant, seed, found) for variant, seed in places if (found := finished(options.place(variant, seed), variant))
+    ]
+    own = next((found["eval_before"] for variant, _, found in runs if not variant.crop), None)
     before = measured(options, made, options.place(BEFORE, SEED), options.student, own)
     if any(before):
-        yield report.row(options.name, Arm(BEFORE, ""), None, {}, *before)
-    for arm, seed, found in runs:
-        place = options.place(arm, seed)
+        yield report.row(options.name, Variant(BEFORE, ""), None, {}, *before)
+    for variant, seed, found in runs:
+        place = options.place(variant, seed)
         after = measured(options, made, place, str(place), found["eval_after"])
-        yield report.row(options.name, arm, seed, found, *after)
+        yield report.row(options.name, variant, seed, found, *after)
 
 
-def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
+def _claim(options: ExperimentOptions, made: ExperimentPlan) -> dict[str, Any]:
     """What experiment.json holds: what decides every run, and the machines that took part.
 
     Raises: IdentityError for an OUT of another experiment, naming the difference; NotACacheError for other things.
@@ -144,9 +148,9 @@ def _machine() -> str:
     return f"{torch.cuda.get_device_name()}; {model}" if torch.cuda.is_available() else model
 
 
-def _versions(options: ExperimentOptions, arms: list[Arm]) -> list[str]:
+def _versions(options: ExperimentOptions, variants: list[Variant]) -> list[str]:
     """Of the programs that trained the runs, as their run.json say."""
-    runs = (finished(options.place(arm, seed), arm) for arm in arms for seed in range(options.seeds))
+    runs = (finished(options.place(variant, seed), variant) for variant in variants for seed in range(options.seeds))
     texts = (", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs if run)
     return list(dict.fromkeys(texts))
 

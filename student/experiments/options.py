@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.accuracy.options import DEFAULT
-from logitcache.student.experiments.catalog import Arm
+from logitcache.student.experiments.catalog import Variant
 
-SEED = -1  # of the arm that is not trained
+SEED = -1  # of the variant that is not trained
 
 
 @dataclass(frozen=True)
@@ -18,26 +18,26 @@ class ExperimentOptions:
     cache: Path
     student: str
     out: Path
-    seeds: int = 3  # runs of each arm
-    points: tuple[float, ...] | None = None  # shares of lsp and first-derivation; None: those of arms.py
+    seeds: int = 3  # runs of each variant
+    points: tuple[float, ...] | None = None  # shares of lsp and first-derivation; None: those of variants.py
     prompts: str | None = None  # questions with answers; None: no accuracy
     verifier: str = "exact"
     budgets: tuple[str, ...] = DEFAULT
     by: str = "family"  # accuracy is told by this column of the prompts too, where they have it
     teacher: str | None = None  # for halves: it reads the crops
-    shared: dict[str, Any] = field(default_factory=dict)  # fields of TrainOptions, the same for every arm
-    # Further fields of BudgetOptions, such as samples and engine_args; reasoning_markers "OPENING,CLOSING" for its markers.
+    shared: dict[str, Any] = field(default_factory=dict)  # fields of TrainOptions, the same for every variant
+    # Further fields of AccuracyOptions, such as samples and engine_args; reasoning_markers "OPENING,CLOSING" for its markers.
     answers: dict[str, Any] = field(default_factory=dict)
 
     @property
     def held_out(self) -> float:
         return self.shared.get("held_out", 0.05)
 
-    def place(self, arm: Arm | str, seed: int) -> Path:
+    def place(self, variant: Variant | str, seed: int) -> Path:
         """Of a run; of the student as it was given for SEED."""
-        folder = arm.folder if isinstance(arm, Arm) else arm
-        return self.out / "arms" / folder / ("student" if seed == SEED else f"seed-{seed}")
+        folder = variant.folder if isinstance(variant, Variant) else variant
+        return self.out / "variants" / folder / ("student" if seed == SEED else f"seed-{seed}")
 
-    def crop(self, arm: Arm) -> Path:
-        assert arm.crop
-        return self.out / "crops" / arm.crop.replace(":", "-")
+    def crop(self, variant: Variant) -> Path:
+        assert variant.crop
+        return self.out / "crops" / variant.crop.replace(":", "-")

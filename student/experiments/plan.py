@@ -7,53 +7,53 @@ from pathlib import Path
 from typing import Any
 
 from logitcache import prompts as sources
-from logitcache.accuracy.options import BudgetOptions
+from logitcache.accuracy.options import AccuracyOptions
 from logitcache.cache.filters import LENGTHS, Filter
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError, StudentError
 from logitcache.identity import weights_fingerprint
 from logitcache.prompts import PromptSet
 from logitcache.sections import Markers
-from logitcache.student.experiments.catalog import Arm, Experiment, Facts, experiment
+from logitcache.student.experiments.catalog import Experiment, Facts, Variant, experiment
 from logitcache.student.experiments.options import ExperimentOptions
 
-OF_ARM = ("cache", "student", "out", "view", "sections", "seed")  # fields of TrainOptions that no arm shares
+OF_VARIANT = ("cache", "student", "out", "view", "sections", "seed")  # fields of TrainOptions that no variant shares
 
 
 @dataclass(frozen=True)
-class Plan:
+class ExperimentPlan:
     """What an experiment comes to.
 
-    where: the traces that are learnt from. evaluation: options of the held-out evaluation that all arms share, None
+    where: the traces that are learnt from. evaluation: options of the held-out evaluation that all variants share, None
     where the one of each run is that already. tokens_per_batch: of whole traces.
     """
 
     experiment: Experiment
-    arms: list[Arm]
+    variants: list[Variant]
     cache: Cache
     where: str | None
     evaluation: dict[str, Any] | None
     prompts: PromptSet | None
     tokens_per_batch: int
 
-    def settings(self, arm: Arm) -> dict[str, Any]:
-        """Of TrainOptions, those that the arm does not share. A step on crops has as many traces as one on whole ones."""
-        own = {"where": self.where, **arm.set, "view": arm.view, "sections": arm.sections}
-        if arm.crop:
-            assert arm.kept
-            own["tokens_per_batch"] = max(1, round(arm.kept * self.tokens_per_batch))
+    def settings(self, variant: Variant) -> dict[str, Any]:
+        """Of TrainOptions, those that the variant does not share. A step on crops has as many traces as one on whole ones."""
+        own = {"where": self.where, **variant.set, "view": variant.view, "sections": variant.sections}
+        if variant.crop:
+            assert variant.kept
+            own["tokens_per_batch"] = max(1, round(variant.kept * self.tokens_per_batch))
         return own
 
 
-def plan(options: ExperimentOptions) -> list[Arm]:
-    """The arms, in the order in which they are trained. Nothing is written.
+def plan(options: ExperimentOptions) -> list[Variant]:
+    """The variants, in the order in which they are trained. Nothing is written.
 
     Raises: InputError, StudentError, PromptsError, CacheError for what cannot be done as asked.
     """
-    return prepare(options).arms
+    return prepare(options).variants
 
 
-def prepare(options: ExperimentOptions) -> Plan:
+def prepare(options: ExperimentOptions) -> ExperimentPlan:
     """As `plan`, with all that was looked up for it."""
     chosen = experiment(options.name)
     if options.seeds < 1:
@@ -61,7 +61,7 @@ def prepare(options: ExperimentOptions) -> Plan:
     if bad := [p for p in options.points or () if not 0 < p <= 1]:
         raise InputError(f"`points` {bad[0]}: a share of the tokens lies in (0, 1]")
     if options.points and not chosen.points:
-        raise InputError(f"`points`: the arms of {options.name} are not shares; leave it out")
+        raise InputError(f"`points`: the variants of {options.name} are not shares; leave it out")
     if chosen.crops and not options.teacher:
         raise InputError(f"experiment {options.name} has the teacher read parts of traces alone: give `teacher`")
     if options.teacher and not chosen.crops:
@@ -72,48 +72,50 @@ def prepare(options: ExperimentOptions) -> Plan:
     identity = cache.identity
     drawn = identity.not_drawn is None
     points = tuple(dict.fromkeys(options.points)) if options.points else None
-    arms = chosen.arms(Facts(identity.prompt_logits, identity.top_k, drawn and not identity.prompt_logits, points))
-    _check_shared(options, arms)
+    variants = chosen.variants(
+        Facts(identity.prompt_logits, identity.top_k, drawn and not identity.prompt_logits, points)
+    )
+    _check_shared(options, variants)
     where = options.shared.get("where")
     if chosen.where and _has(cache, chosen.where):
         where = f"{where} and {chosen.where}" if where else chosen.where
     evaluation = _evaluation(options, chosen, cache, where)
-    tokens_per_batch = _check_arms(options, arms, cache, where)
+    tokens_per_batch = _check_variants(options, variants, cache, where)
     if chosen.crops:
         _check_crops(options, cache, where)
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the report has plots: pip install 'logitcache[plots]'")
-    return Plan(chosen, arms, cache, where, evaluation, _prompts(options), tokens_per_batch)
+    return ExperimentPlan(chosen, variants, cache, where, evaluation, _prompts(options), tokens_per_batch)
 
 
-def _check_shared(options: ExperimentOptions, arms: list[Arm]) -> None:
+def _check_shared(options: ExperimentOptions, variants: list[Variant]) -> None:
     from logitcache.student.training.options import TrainOptions
 
-    good = [f.name for f in fields(TrainOptions) if f.name not in OF_ARM]
+    good = [f.name for f in fields(TrainOptions) if f.name not in OF_VARIANT]
     for name in options.shared:
         if name not in good:
             near = get_close_matches(name, good, n=1, cutoff=0.0)[0]
-            raise StudentError(f"{name!r} is no training option that arms can share: did you mean {near!r}?")
-        if any(name in arm.set for arm in arms):
-            raise StudentError(f"{name} is what the arms of {options.name} vary: leave it out")
+            raise StudentError(f"{name!r} is no training option that variants can share: did you mean {near!r}?")
+        if any(name in variant.set for variant in variants):
+            raise StudentError(f"{name} is what the variants of {options.name} vary: leave it out")
     for name in options.shared.get("set", {}):
-        if name in ("seed", "data_seed") or any(name in arm.set for arm in arms):
+        if name in ("seed", "data_seed") or any(name in variant.set for variant in variants):
             raise StudentError(f"`set` {name}: it is what the runs of {options.name} vary; leave it out")
         if name in good:
             raise StudentError(f"`set` {name}: it has an option of its own; give `{name}`")
 
 
-def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where: str | None) -> int:
-    """Returns: tokens a batch. Raises: what training would, for the settings that all arms share and for each arm's view."""
+def _check_variants(options: ExperimentOptions, variants: list[Variant], cache: Cache, where: str | None) -> int:
+    """Returns: tokens a batch. Raises: what training would, for the shared settings and for each variant's view."""
     from logitcache.student.data.dataset import matching
     from logitcache.student.data.sampler import split
     from logitcache.student.data.views import View
     from logitcache.student.training.options import TrainOptions, configure
 
     config = configure(TrainOptions(options.cache, options.student, options.out, **options.shared))
-    for arm in arms:
-        view = View(arm.view, arm.sections)
-        if not arm.crop:
+    for variant in variants:
+        view = View(variant.view, variant.sections)
+        if not variant.crop:
             view.check(cache.identity, str(options.cache))
     taught = split(cache.prompt_ids, options.held_out)[0]
     if where and not matching(cache, where)[taught].any():
@@ -152,7 +154,7 @@ def _has(cache: Cache, where: str) -> bool:
 def _evaluation(
     options: ExperimentOptions, chosen: Experiment, cache: Cache, where: str | None
 ) -> dict[str, Any] | None:
-    """Arms on crops are evaluated on the whole traces that the others hold out; those of one kind on that kind."""
+    """Variants on crops are evaluated on the whole traces that the others hold out; those of one kind on that kind."""
     from logitcache.student.data.dataset import matching
     from logitcache.student.data.sampler import split
 
@@ -171,10 +173,10 @@ def _prompts(options: ExperimentOptions) -> PromptSet | None:
         return None
     if options.shared.get("lora_rank") is not None:
         raise InputError(
-            "`prompts` needs whole models, and arms with `lora_rank` leave adapters: leave one of the two out"
+            "`prompts` needs whole models, and variants with `lora_rank` leave adapters: leave one of the two out"
         )
     asked = ("prompts", "model", "out", "budgets", "verifier", "markers")
-    good = [*(f.name for f in fields(BudgetOptions) if f.name not in asked), "reasoning_markers"]
+    good = [*(f.name for f in fields(AccuracyOptions) if f.name not in asked), "reasoning_markers"]
     for name in options.answers:
         if name not in good:
             near = get_close_matches(name, good, n=1, cutoff=0.0)[0]
@@ -182,7 +184,7 @@ def _prompts(options: ExperimentOptions) -> PromptSet | None:
     given = {name: value for name, value in options.answers.items() if name != "reasoning_markers"}
     if markers := options.answers.get("reasoning_markers"):
         given["markers"] = Markers.parse(markers)
-    BudgetOptions(options.prompts, options.student, options.out, options.budgets, verifier=options.verifier, **given)
+    AccuracyOptions(options.prompts, options.student, options.out, options.budgets, verifier=options.verifier, **given)
     found = sources.load(options.prompts, options.answers.get("limit"))
     for prompt in found:
         if options.verifier != "gym" and not (prompt.answer or "").strip():

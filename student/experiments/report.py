@@ -1,4 +1,4 @@
-"""What an experiment found: results.csv, a row an arm and seed, and report.md with its tables and plots.
+"""What an experiment found: results.csv, a row a variant and seed, and report.md with its tables and plots.
 
 A report says what was measured, on what, and how it spreads; what follows from it is the reader's to say.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from logitcache.runtime.files import publish
 from logitcache.student.experiments import plots
-from logitcache.student.experiments.catalog import ALL, BEFORE, Arm, Experiment
+from logitcache.student.experiments.catalog import ALL, BEFORE, Experiment, Variant
 
 CSV_FILE, REPORT_FILE = "results.csv", "report.md"
 TENTHS = tuple(f"kl {10 * i}-{10 * i + 10}%" for i in range(10))  # of the completion, as `evaluate` has them
@@ -20,7 +20,7 @@ Rows = list[dict[str, Any]]
 
 def row(
     name: str,
-    arm: Arm,
+    variant: Variant,
     seed: int | None,
     run: dict[str, Any] | None,
     evaluation: dict[str, Any],
@@ -36,11 +36,11 @@ def row(
     sections = evaluation.get("sections", {})
     found: dict[str, Any] = {
         "experiment": name,
-        "arm": arm.name,
+        "variant": variant.name,
         "seed": seed,
-        "view": arm.view if run else None,
+        "view": variant.view if run else None,
         "sections": "+".join(run["sections"]) if run else None,
-        "kept": arm.kept,
+        "kept": variant.kept,
         "kl": evaluation.get("kl"),
         **{f"kl {section}": sections.get(section, {}).get("kl") for section in ALL},
         "top1": evaluation.get("top1"),
@@ -75,10 +75,10 @@ def _accuracy(label: str, part: dict[str, Any]) -> dict[str, Any]:
 
 
 def write(
-    out: Path, experiment: Experiment, arms: list[Arm], rows: Rows, about: dict[str, Any], versions: list[str]
+    out: Path, experiment: Experiment, variants: list[Variant], rows: Rows, about: dict[str, Any], versions: list[str]
 ) -> list[str]:
     """Publishes results.csv, the plots that its rows allow, and report.md. Returns: their paths."""
-    reference = next((name for name in experiment.reference if any(r["arm"] == name for r in rows)), None)
+    reference = next((name for name in experiment.reference if any(r["variant"] == name for r in rows)), None)
     drawn = plots.draw(experiment.title, rows, reference)
     for stale in plots.FILES:
         if stale not in drawn:
@@ -87,7 +87,7 @@ def write(
         publish(out / name, image)
     publish(out / CSV_FILE, to_csv(rows).encode())
     captions = {name: caption for name, (_, caption) in drawn.items()}
-    publish(out / REPORT_FILE, report(experiment, arms, rows, about, versions, captions, reference).encode())
+    publish(out / REPORT_FILE, report(experiment, variants, rows, about, versions, captions, reference).encode())
     return [str(out / name) for name in (REPORT_FILE, CSV_FILE, *drawn)]
 
 
@@ -124,7 +124,7 @@ def spread(values: list[float], form: str) -> str:
 
 def report(
     experiment: Experiment,
-    arms: list[Arm],
+    variants: list[Variant],
     rows: Rows,
     about: dict[str, Any],
     versions: list[str],
@@ -133,12 +133,12 @@ def report(
 ) -> str:
     shared = ", ".join(f"{k} {v}" for k, v in about["shared"].items()) or "none"
     wanted = {"kl"} | ({f"accuracy {budget}" for budget in about["budgets"]})
-    whole = [each["arm"] for each in rows if all(each.get(name) is not None for name in wanted)]
-    lacking = {arm.name: n for arm in arms if (n := about["seeds"] - whole.count(arm.name)) > 0}
+    whole = [each["variant"] for each in rows if all(each.get(name) is not None for name in wanted)]
+    lacking = {variant.name: n for variant in variants if (n := about["seeds"] - whole.count(variant.name)) > 0}
     parts = [
         f"# {experiment.title}",
-        f"Every arm trains the same student, {about['student']}, from one cache of {about['traces']:,} traces "
-        f"(teacher {about['teacher']}), {about['seeds']} times with seeds from 0. Settings that all arms share: {shared}; "
+        f"Every variant trains the same student, {about['student']}, from one cache of {about['traces']:,} traces "
+        f"(teacher {about['teacher']}), {about['seeds']} times with seeds from 0. Settings that all variants share: {shared}; "
         "all others are the defaults of `logitcache train`."
         + (f" They learn from traces where {about['where']}." if about["where"] else "")
         + ("" if about["prompt_rows"] else " The cache has no rows of the prompt, so none of its tokens is taught.")
@@ -151,7 +151,10 @@ def report(
         said += [f"Runs that are missing, or not yet measured: {names}."] if lacking else []
         said += [f"Failed: {each}." for each in about["failed"]]
         parts.append(f"**Not finished.** {' '.join(said)}")
-    parts += ["## Arms", markdown(["arm", "view", "sections", "what it learns from"], _arms(arms, rows))]
+    parts += [
+        "## Variants",
+        markdown(["variant", "view", "sections", "what it learns from"], _variants(variants, rows)),
+    ]
     parts += _fidelity(rows, about) + _answered(rows, about) + _cost(rows, reference)
     parts += ["## Plots"] if captions else []
     for name, caption in captions.items():
@@ -160,16 +163,19 @@ def report(
     return "\n\n".join(parts) + "\n"
 
 
-def _arms(arms: list[Arm], rows: Rows) -> list[list[str]]:
-    taught = {each["arm"]: str(each["sections"]).replace("+", ", ") for each in rows if each["sections"]}
-    return [[arm.name, f"`{arm.view}`", taught.get(arm.name, ", ".join(arm.sections)), arm.about] for arm in arms]
+def _variants(variants: list[Variant], rows: Rows) -> list[list[str]]:
+    taught = {each["variant"]: str(each["sections"]).replace("+", ", ") for each in rows if each["sections"]}
+    return [
+        [variant.name, f"`{variant.view}`", taught.get(variant.name, ", ".join(variant.sections)), variant.about]
+        for variant in variants
+    ]
 
 
 def _fidelity(rows: Rows, about: dict[str, Any]) -> list[str]:
     evaluation = about["evaluation"] or {}
     which = f", where {evaluation['where']}" if "where" in evaluation else ""
     text = (
-        f"Against the teacher, on whole traces of the {about['held_out']:.3g} of the prompts that no arm learns from{which}: "
+        f"Against the teacher, on whole traces of the {about['held_out']:.3g} of the prompts that no variant learns from{which}: "
         "bucketed forward KL in nats a row, of all rows and by section, and the share of rows whose likeliest token is "
         "the teacher's."
     )
@@ -205,7 +211,7 @@ def _answered(rows: Rows, about: dict[str, Any]) -> list[str]:
         "## Length",
         "Tokens of an answer to a test prompt, its reasoning and all that follows the prompt, as means; ended is the "
         "share of samples that ended by themselves and not by the limit of tokens. A sample that never closes its "
-        "reasoning counts as reasoning up to that limit. A share of the reasoning is of the arm's own: where its reasoning "
+        "reasoning counts as reasoning up to that limit. A share of the reasoning is of the variant's own: where its reasoning "
         "is short, so is half of it.",
         _table(rows, labels, forms),
     ]
@@ -218,7 +224,7 @@ def _cost(rows: Rows, reference: str | None) -> list[str]:
     labels = {"tokens_fed": "tokens fed", "tokens_taught": "tokens taught", "flops": "FLOPs", "seconds": "seconds"}
     labels |= {"peak_memory": "peak memory, MiB"}
     forms = {"tokens_fed": ",.0f", "tokens_taught": ",.0f", "flops": ".3e", "seconds": ",.1f", "peak_memory": ",.1f"}
-    trained = [each for each in rows if each["arm"] != BEFORE]
+    trained = [each for each in rows if each["variant"] != BEFORE]
     shown = [each | {"peak_memory": each["peak_memory"] and each["peak_memory"] / 2**20} for each in trained]
     parts = [
         "## Cost of training",
@@ -243,12 +249,13 @@ def _cost(rows: Rows, reference: str | None) -> list[str]:
 
 
 def _table(rows: Rows, labels: dict[str, str], forms: dict[str, str]) -> str:
-    """A line an arm; a column for which no arm has a number is left out."""
+    """A line a variant; a column for which no variant has a number is left out."""
     there = [name for name in labels if any(each.get(name) is not None for each in rows)]
     lines = [
-        [arm, *(spread(plots.values(rows, arm, name), forms[name]) for name in there)] for arm in plots.arms_of(rows)
+        [variant, *(spread(plots.values(rows, variant, name), forms[name]) for name in there)]
+        for variant in plots.variants_of(rows)
     ]
-    return markdown(["arm", *(labels[name] for name in there)], lines)
+    return markdown(["variant", *(labels[name] for name in there)], lines)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:

@@ -23,23 +23,25 @@ from logitcache.runtime.console import Stop
 from logitcache.runtime.files import LOGS, publish_json, read_json
 from logitcache.student.data.views import View
 from logitcache.student.experiments import subcommands
-from logitcache.student.experiments.catalog import BEFORE, Arm
+from logitcache.student.experiments.catalog import BEFORE, Variant
 from logitcache.student.experiments.options import SEED, ExperimentOptions
-from logitcache.student.experiments.plan import Plan
+from logitcache.student.experiments.plan import ExperimentPlan
 from logitcache.student.experiments.subcommands import Call
 from logitcache.student.training.checkpoints import RUN_FILE
 
 
-class Work:
+class ExperimentRunner:
     """The commands of an experiment, one after the other, those left out whose work is done."""
 
-    def __init__(self, options: ExperimentOptions, made: Plan, call: Call, stop: Stop, say: Callable[[str], None]):
+    def __init__(
+        self, options: ExperimentOptions, made: ExperimentPlan, call: Call, stop: Stop, say: Callable[[str], None]
+    ):
         self.options, self.plan, self.call, self.stop, self.say = options, made, call, stop, say
         self.made, self.stopped = 0, None
         self.failed: list[LogitcacheError] = []
 
     def all(self) -> None:
-        """A seed after the other, so that a stop leaves whole sets of arms; ends early where a signal came."""
+        """A seed after the other, so that a stop leaves whole sets of variants; ends early where a signal came."""
         for step in self._steps():
             if self.stopped or self.stop.signal:
                 self.stopped = self.stopped or self.stop.signal
@@ -50,20 +52,20 @@ class Work:
                 self.failed.append(e)
 
     def _steps(self) -> Iterator[Callable[[], None]]:
-        for arm in self.plan.arms:
-            if arm.crop:
-                yield lambda arm=arm: self._crop(arm)
+        for variant in self.plan.variants:
+            if variant.crop:
+                yield lambda variant=variant: self._crop(variant)
         yield from self._measurements(BEFORE, SEED, self.options.student)
         for seed in range(self.options.seeds):
-            for arm in self.plan.arms:
-                yield lambda arm=arm, seed=seed: self._train(arm, seed)
-                yield from self._measurements(arm, seed, str(self.options.place(arm, seed)))
+            for variant in self.plan.variants:
+                yield lambda variant=variant, seed=seed: self._train(variant, seed)
+                yield from self._measurements(variant, seed, str(self.options.place(variant, seed)))
 
-    def _measurements(self, arm: Arm | str, seed: int, student: str) -> Iterator[Callable[[], None]]:
+    def _measurements(self, variant: Variant | str, seed: int, student: str) -> Iterator[Callable[[], None]]:
         if self.plan.evaluation is not None:
-            yield lambda: self._evaluate(arm, seed, student)
+            yield lambda: self._evaluate(variant, seed, student)
         if self.plan.prompts is not None:
-            yield lambda: self._answer(arm, seed, student)
+            yield lambda: self._answer(variant, seed, student)
 
     def _run(self, what: str, arguments: list[str]) -> str | None:
         """What a command printed; None where a signal ended it."""
@@ -77,19 +79,22 @@ class Work:
         self.say(what)
         return printed
 
-    def _crop(self, arm: Arm) -> None:
-        options, out = self.options, self.options.crop(arm)
-        assert arm.crop
+    def _crop(self, variant: Variant) -> None:
+        options, out = self.options, self.options.crop(variant)
+        assert variant.crop
         assert options.teacher
-        if self._cropped(arm):
+        if self._cropped(variant):
             return
         engine = options.answers.get("engine_args", {})
         identity = self.plan.cache.identity
-        self._run(f"crop {arm.crop}", subcommands.crop(options.cache, identity, options.teacher, arm.crop, out, engine))
+        self._run(
+            f"crop {variant.crop}",
+            subcommands.crop(options.cache, identity, options.teacher, variant.crop, out, engine),
+        )
 
-    def _cropped(self, arm: Arm) -> bool:
+    def _cropped(self, variant: Variant) -> bool:
         """Raises: IdentityError for a crop that another teacher read."""
-        wanted, out = self.plan.cache, self.options.crop(arm)
+        wanted, out = self.plan.cache, self.options.crop(variant)
         try:
             cache = Cache.open(out)
         except NotACacheError:  # not begun
@@ -101,39 +106,39 @@ class Work:
             )
         return len(cache) >= len(wanted)
 
-    def _train(self, arm: Arm, seed: int) -> None:
-        options, place = self.options, self.options.place(arm, seed)
-        if finished(place, arm) or (arm.crop and not self._cropped(arm)):
+    def _train(self, variant: Variant, seed: int) -> None:
+        options, place = self.options, self.options.place(variant, seed)
+        if finished(place, variant) or (variant.crop and not self._cropped(variant)):
             return
         if not place.exists():  # what was measured of an earlier run there is not this one's
             for what in ("evaluation", "accuracy"):
                 _beside(place, what).unlink(missing_ok=True)
             shutil.rmtree(_answers(place), ignore_errors=True)
-        settings = {"seed": seed, **options.shared, **self.plan.settings(arm)}
-        cache = options.crop(arm) if arm.crop else options.cache
-        self._run(f"train {_name(arm, seed)}", subcommands.train(cache, options.student, place, settings))
+        settings = {"seed": seed, **options.shared, **self.plan.settings(variant)}
+        cache = options.crop(variant) if variant.crop else options.cache
+        self._run(f"train {_name(variant, seed)}", subcommands.train(cache, options.student, place, settings))
 
-    def _evaluate(self, arm: Arm | str, seed: int, student: str) -> None:
+    def _evaluate(self, variant: Variant | str, seed: int, student: str) -> None:
         assert self.plan.evaluation is not None
-        file = _beside(self.options.place(arm, seed), "evaluation")
+        file = _beside(self.options.place(variant, seed), "evaluation")
         asked = _asked_of_teacher(self.plan, student)
-        if _there(file, asked) or not _exists(arm, student):
+        if _there(file, asked) or not _exists(variant, student):
             return
         printed = self._run(
-            f"evaluate {_name(arm, seed)}", subcommands.evaluate(self.options.cache, student, self.plan.evaluation)
+            f"evaluate {_name(variant, seed)}", subcommands.evaluate(self.options.cache, student, self.plan.evaluation)
         )
         if printed is not None:
             publish_json(file, {"asked": asked, "found": json.loads(printed)})
 
-    def _answer(self, arm: Arm | str, seed: int, student: str) -> None:
-        options, place = self.options, self.options.place(arm, seed)
+    def _answer(self, variant: Variant | str, seed: int, student: str) -> None:
+        options, place = self.options, self.options.place(variant, seed)
         assert options.prompts
         assert self.plan.prompts
         file, out, asked = _beside(place, "accuracy"), _answers(place), _asked_of_answers(options, self.plan, student)
-        if _there(file, asked) or not _exists(arm, student):
+        if _there(file, asked) or not _exists(variant, student):
             return
         arguments = subcommands.answer(student, options.prompts, out, _of_answers(options))
-        if self._run(f"answers of {_name(arm, seed)}", arguments) is None:
+        if self._run(f"answers of {_name(variant, seed)}", arguments) is None:
             return
         found = read_json(out / RESULTS)
         if found["prompts_digest"] != asked["prompts"]:
@@ -142,12 +147,12 @@ class Work:
         publish_json(file, {"asked": asked, "found": found["budgets"], "groups": groups})
 
 
-def _asked_of_teacher(made: Plan, student: str) -> dict[str, Any]:
+def _asked_of_teacher(made: ExperimentPlan, student: str) -> dict[str, Any]:
     """All that an evaluation depends on."""
     return {"student": _weights(student), **(made.evaluation or {})}
 
 
-def _asked_of_answers(options: ExperimentOptions, made: Plan, student: str) -> dict[str, Any]:
+def _asked_of_answers(options: ExperimentOptions, made: ExperimentPlan, student: str) -> dict[str, Any]:
     """All that answers depend on, as JSON has it."""
     assert made.prompts
     own = {"student": _weights(student), "prompts": prompts_digest(made.prompts), "by": options.by}
@@ -166,10 +171,10 @@ def _answers(place: Path) -> Path:
     return place.with_name(place.name + "-answers")
 
 
-def finished(place: Path, arm: Arm) -> dict[str, Any] | None:
-    """run.json of an arm's run that is finished.
+def finished(place: Path, variant: Variant) -> dict[str, Any] | None:
+    """run.json of a variant's run that is finished.
 
-    Raises: IdentityError for one that an arm of that name made when it meant something else.
+    Raises: IdentityError for one that a variant of that name made when it meant something else.
     """
     try:
         found = json.loads((place / RUN_FILE).read_text())
@@ -177,24 +182,24 @@ def finished(place: Path, arm: Arm) -> dict[str, Any] | None:
         return None
     if found.get("status") != "finished":
         return None
-    view = View(arm.view, arm.sections)
-    wanted = {"view": str(view), "sections": list(view.sections), **arm.set}
+    view = View(variant.view, variant.sections)
+    wanted = {"view": str(view), "sections": list(view.sections), **variant.set}
     if difference := first_difference(found, wanted):
         name, was, here = difference
         raise IdentityError(
-            f"{place} was made with {name} = {was!r}, and arm {arm.name} has {here!r}; remove it, or give `out` a new "
+            f"{place} was made with {name} = {was!r}, and variant {variant.name} has {here!r}; remove it, or give `out` a new "
             "directory"
         )
     return found
 
 
-def _exists(arm: Arm | str, student: str) -> bool:
+def _exists(variant: Variant | str, student: str) -> bool:
     """Whether there is something to measure: the student as it was given, or a run that came to its end."""
-    return not isinstance(arm, Arm) or finished(Path(student), arm) is not None
+    return not isinstance(variant, Variant) or finished(Path(student), variant) is not None
 
 
-def _name(arm: Arm | str, seed: int) -> str:
-    return f"{arm.name} seed {seed}" if isinstance(arm, Arm) else arm
+def _name(variant: Variant | str, seed: int) -> str:
+    return f"{variant.name} seed {seed}" if isinstance(variant, Variant) else variant
 
 
 def _there(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
@@ -232,12 +237,12 @@ def _by_group(options: ExperimentOptions, prompts: PromptSet, out: Path) -> dict
 
 
 def measured(
-    options: ExperimentOptions, made: Plan, place: Path, student: str, own: dict[str, Any] | None
+    options: ExperimentOptions, made: ExperimentPlan, place: Path, student: str, own: dict[str, Any] | None
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """The evaluation, the accuracy by budget, and the same by group; {} for what is not there.
 
     Args:
-        own: what the run itself found, which is the evaluation where arms share none.
+        own: what the run itself found, which is the evaluation where variants share none.
     """
     if made.evaluation is not None:
         found = _there(_beside(place, "evaluation"), _asked_of_teacher(made, student))

@@ -16,7 +16,7 @@ import pytest
 
 from logitcache.accuracy import run as module
 from logitcache.accuracy.budgets import ANSWERS, RESULTS, measure, pass_at_1
-from logitcache.accuracy.options import Budget, BudgetOptions
+from logitcache.accuracy.options import AccuracyOptions, Budget
 from logitcache.accuracy.run import Answer, AnswerFile, Delimiters
 from logitcache.commands.text_runs import describe_budgets
 from logitcache.errors import (
@@ -98,7 +98,7 @@ def run(engine, tmp_path):
     def start(*texts: str, **changes) -> dict[str, Any]:
         source = write_prompts(tmp_path / "p.jsonl", list(texts) or [f"w5 {name}" for name in NATURAL])
         given: dict[str, Any] = {"budgets": ("0", "25%", "3", "100%", "none"), "max_tokens": 13, "answer_tokens": 3}
-        return measure(BudgetOptions(source, "fake", tmp_path / "out", **given | changes))
+        return measure(AccuracyOptions(source, "fake", tmp_path / "out", **given | changes))
 
     return start
 
@@ -325,7 +325,7 @@ def test_other_prompts_are_refused(run, engine, tmp_path) -> None:
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"id": "x", "prompt": "w5 w10", "answer": "w5"}))
     with pytest.raises(IdentityError, match="answers to none of these prompts"):
-        measure(BudgetOptions(str(other), "fake", tmp_path / "out", max_tokens=13, answer_tokens=3))
+        measure(AccuracyOptions(str(other), "fake", tmp_path / "out", max_tokens=13, answer_tokens=3))
     assert run("w5 w10")["budgets"]["none"]["prompts"] == 1, "a part of them will do"
     assert engine.started == 1
 
@@ -333,7 +333,7 @@ def test_other_prompts_are_refused(run, engine, tmp_path) -> None:
 def test_a_prompt_without_a_gold_answer_is_refused_before_anything_is_made(engine, tmp_path, monkeypatch) -> None:
     rows = [{"id": "good", "prompt": "w5 w10", "answer": "w5"}, {"id": "bare", "prompt": "w5 w11"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = BudgetOptions(str(tmp_path / "p.jsonl"), "fake", tmp_path / "out", max_tokens=13)
+    options = AccuracyOptions(str(tmp_path / "p.jsonl"), "fake", tmp_path / "out", max_tokens=13)
     with pytest.raises(PromptsError, match=r"p\.jsonl: prompt 'bare' has no `answer` to judge by"):
         measure(options)
     assert measure(replace(options, limit=1))["budgets"]["none"]["accuracy"] == 1
@@ -431,7 +431,7 @@ def test_adapters_and_unfinished_runs_are_refused(run, engine, tmp_path) -> None
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("{}")
         with pytest.raises(InputError, match=message):
-            measure(BudgetOptions(source, str(tmp_path / name), tmp_path / "out"))
+            measure(AccuracyOptions(source, str(tmp_path / name), tmp_path / "out"))
     assert engine.started == 0
 
 
@@ -451,7 +451,7 @@ def test_adapters_and_unfinished_runs_are_refused(run, engine, tmp_path) -> None
 )
 def test_impossible_options_are_refused(tmp_path, changes) -> None:
     with pytest.raises(InputError, match="`"):
-        BudgetOptions("p.jsonl", "fake", tmp_path, **changes)
+        AccuracyOptions("p.jsonl", "fake", tmp_path, **changes)
 
 
 def test_the_table_names_model_prompts_and_settings(run) -> None:
@@ -477,7 +477,7 @@ import json, sys
 from pathlib import Path
 from logitcache.accuracy import run
 from logitcache.accuracy.budgets import measure
-from logitcache.accuracy.options import BudgetOptions
+from logitcache.accuracy.options import AccuracyOptions
 from logitcache.sections import Markers
 
 sent = []
@@ -489,7 +489,7 @@ def spy(self, key, prompt_ids, max_tokens=None):
 
 run.Engine.submit = spy
 engine_args = {"max_num_seqs": 4, "max_model_len": 64, "enforce_eager": True, "kv_cache_memory_bytes": 50_000_000}
-found = measure(BudgetOptions(
+found = measure(AccuracyOptions(
     sys.argv[1], sys.argv[2], Path(sys.argv[3]), budgets=("0", "50%", "100%", "none"), max_tokens=16, answer_tokens=5,
     markers=Markers("w10", "w11"), dtype="float32", engine_args=engine_args,
 ))

@@ -15,7 +15,7 @@ from logitcache.student.data.dataset import TraceDataset, collate, targets
 from logitcache.student.data.sampler import split
 from logitcache.student.data.views import View
 from logitcache.student.evaluation.evaluate_run import BINS, evaluate, evaluate_run
-from logitcache.student.evaluation.options import EvalOptions
+from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.model.head import attach_head
 from tests import tiny
 from tests.runs import last_lines
@@ -176,7 +176,7 @@ def home(tmp_path_factory, cache) -> Path:
 
 
 def ask(cache, student, **options):
-    return evaluate_run(EvalOptions(cache.path, str(student), **options))
+    return evaluate_run(EvaluationOptions(cache.path, str(student), **options))
 
 
 def test_a_model_is_evaluated_on_the_traces_that_training_holds_out(cache, home):
@@ -256,10 +256,10 @@ EVALUATE = """
 import json, sys
 from pathlib import Path
 from logitcache.student.evaluation.evaluate_run import evaluate_run
-from logitcache.student.evaluation.options import EvalOptions
+from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.training.distributed import leave
 cache, student = sys.argv[1:]
-found = evaluate_run(EvalOptions(Path(cache), student, everything=True, tokens_per_batch=100))
+found = evaluate_run(EvaluationOptions(Path(cache), student, everything=True, tokens_per_batch=100))
 del found["seconds"]
 print(json.dumps(found))
 leave()

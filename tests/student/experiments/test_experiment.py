@@ -29,7 +29,7 @@ from logitcache.prompts import load
 from logitcache.runtime.console import Stop
 from logitcache.runtime.files import publish_json
 from logitcache.student.experiments import catalog, report, subcommands
-from logitcache.student.experiments.catalog import EXPERIMENTS, Arm, Facts
+from logitcache.student.experiments.catalog import EXPERIMENTS, Facts, Variant
 from logitcache.student.experiments.estimate import estimate
 from logitcache.student.experiments.experiment import ExperimentOptions, plan, run
 from logitcache.student.experiments.plots import relative
@@ -143,14 +143,14 @@ def table(path: Path) -> list[dict]:
 @pytest.mark.parametrize(
     "name", [name if name == "lsp" else pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS]
 )
-def test_an_experiment_in_miniature_trains_its_arms_and_writes_them_up(options, spy, name):
+def test_an_experiment_in_miniature_trains_its_variants_and_writes_them_up(options, spy, name):
     asked = options(name, teacher="teacher" if name == "halves" else None)
     catalog = plan(asked)
     found = run(asked, spy, silent)
     assert found["status"] == "finished"
     assert spy.ran.count("train") == len(catalog)
     rows = table(asked.out)
-    assert [row["arm"] for row in rows] == ["before", *(arm.name for arm in catalog)]
+    assert [row["variant"] for row in rows] == ["before", *(variant.name for variant in catalog)]
     assert all(float(row["kl"]) > 0 for row in rows)
     assert len({row["rows"] for row in rows}) == 1, "all are held against the same rows"
     assert all(float(row["flops"]) > 0 and float(row["seconds"]) > 0 for row in rows[1:])
@@ -159,9 +159,9 @@ def test_an_experiment_in_miniature_trains_its_arms_and_writes_them_up(options, 
         assert max(fed) < 1.2 * min(fed)
     assert all(row["kl 0-10%"] and row["kl 90-100%"] for row in rows)
     text = (asked.out / "report.md").read_text()
-    assert "| arm | 0-10% | 10-20% |" in text
-    for arm in catalog:
-        assert f"| {arm.name} | `{arm.view}` |" in text
+    assert "| variant | 0-10% | 10-20% |" in text
+    for variant in catalog:
+        assert f"| {variant.name} | `{variant.view}` |" in text
     assert all(f"]({image.name})" in text for image in asked.out.glob("*.png"))
     assert (asked.out / "quality.png").exists()
     assert "Not finished" not in text
@@ -172,7 +172,7 @@ def test_an_experiment_in_miniature_trains_its_arms_and_writes_them_up(options, 
 def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home):
     asked = options("lsp", points=(1.0,))
     run(asked, spy, silent)
-    record = asked.out / "arms" / "lsp-1" / "seed-0" / "run.json"
+    record = asked.out / "variants" / "lsp-1" / "seed-0" / "run.json"
     made = record.stat().st_mtime_ns
     found = run(asked, spy, silent)
     assert spy.ran == ["train"]
@@ -185,7 +185,7 @@ def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home
     again = len(spy.ran)
     found = run(more, spy, silent)
     assert len(spy.ran) == again
-    assert [(row["arm"], row["seed"]) for row in found["rows"]] == [("before", None), ("lsp:1", 0), ("lsp:1", 1)]
+    assert [(row["variant"], row["seed"]) for row in found["rows"]] == [("before", None), ("lsp:1", 0), ("lsp:1", 1)]
     for row in table(asked.out):
         assert (row["accuracy none"], row["accuracy 50%"], row["ci low none"]) == ("0.5", "0.25", "0.2")
         # Of q0, q2 (redundant) one is right, cut or not; of q1, q3 one naturally and none cut.
@@ -200,8 +200,8 @@ def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home
         run(replace(more, shared=SHARED | {"max_steps": 2}), spy, silent)
     with pytest.raises(IdentityError, match=r"holds answers to .*prompts.jsonl, and its report would lose them"):
         run(asked, spy, silent)
-    with pytest.raises(IdentityError, match=r"was made with view = 'lsp:1', and arm lsp:1 has 'lsp:0.9'"):
-        finished(asked.out / "arms" / "lsp-1" / "seed-0", Arm("lsp:1", "", "lsp:0.9"))
+    with pytest.raises(IdentityError, match=r"was made with view = 'lsp:1', and variant lsp:1 has 'lsp:0.9'"):
+        finished(asked.out / "variants" / "lsp-1" / "seed-0", Variant("lsp:1", "", "lsp:0.9"))
 
 
 @pytest.mark.slow
@@ -209,8 +209,8 @@ def test_a_report_never_mixes_what_was_measured_under_other_settings(options, sp
     asked = options("lsp", points=(1.0,), prompts=str(home / "prompts.jsonl"), budgets=("50%", "none"))
     run(asked, spy, silent)
     assert [row["prompts"] for row in table(asked.out)] == ["4", "4"]
-    place = asked.out / "arms" / "lsp-1" / "seed-0"
-    (asked.out / "arms" / "lsp-1" / "seed-0-answers" / "old").touch()
+    place = asked.out / "variants" / "lsp-1" / "seed-0"
+    (asked.out / "variants" / "lsp-1" / "seed-0-answers" / "old").touch()
     shutil.rmtree(place)
     run(asked, spy, silent)
     assert spy.asked[-1] == place.with_name("seed-0-answers"), "a run made anew is asked anew"
@@ -248,7 +248,7 @@ def test_a_run_that_fails_keeps_no_other_from_its_turn(options, spy):
 
     with pytest.raises(TrainingError, match=r"train lsp:0.5 seed 0: the loss is no number.*written up in .*report.md"):
         run(asked, failing, silent)
-    assert [row["arm"] for row in table(asked.out)] == ["before", "lsp:0.25", "lsp:1"]
+    assert [row["variant"] for row in table(asked.out)] == ["before", "lsp:0.25", "lsp:1"]
     text = (asked.out / "report.md").read_text()
     assert "not yet measured: lsp:0.5 (1). Failed: train lsp:0.5 seed 0: the loss is no number" in text
     assert run(asked, spy, silent)["status"] == "finished"
@@ -277,7 +277,7 @@ def test_a_stopped_experiment_says_what_lacks_and_goes_on(options, spy):
     found = run(asked, stopping, silent)
     assert (found["status"], found["signal"]) == ("stopped", "SIGTERM")
     assert "stopped by SIGTERM" in describe_experiment(found)
-    assert [row["arm"] for row in found["rows"]] == ["before", "lsp:0.5"]
+    assert [row["variant"] for row in found["rows"]] == ["before", "lsp:0.5"]
     text = (asked.out / "report.md").read_text()
     assert "**Not finished.** It was stopped by SIGTERM." in text
     assert "not yet measured: lsp:1 (1)." in text
@@ -294,7 +294,13 @@ def test_a_dry_run_writes_nothing_and_counts_what_a_run_then_spends(options, spy
     assert not asked.out.exists()
     assert sorted(home.rglob("*")) == before
     half, whole = expected
-    assert (half["arm"], whole["arm"], half["runs"], half["done"], half["seconds"]) == ("lsp:0.5", "lsp:1", 1, 0, None)
+    assert (half["variant"], whole["variant"], half["runs"], half["done"], half["seconds"]) == (
+        "lsp:0.5",
+        "lsp:1",
+        1,
+        0,
+        None,
+    )
     assert 0.4 < half["tokens_fed"] / whole["tokens_fed"] < 0.5
     assert half["flops"] < whole["flops"]
     assert "0/1" in describe_plan(asked, expected)
@@ -302,7 +308,7 @@ def test_a_dry_run_writes_nothing_and_counts_what_a_run_then_spends(options, spy
     epoch = replace(asked, shared=alone)
     expected = estimate(epoch, plan(epoch))
     run(replace(epoch, points=(0.5,)), spy, silent)
-    found = json.loads((asked.out / "arms" / "lsp-0.5" / "seed-0" / "run.json").read_text())
+    found = json.loads((asked.out / "variants" / "lsp-0.5" / "seed-0" / "run.json").read_text())
     assert found["tokens_fed"] == expected[0]["tokens_fed"]
     assert found["tokens_taught"] == expected[0]["tokens_taught"]
     assert found["cost"]["flops"] == expected[0]["flops"]
@@ -326,7 +332,7 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
         pytest.param({"teacher": "T"}, "lsp learns from the cache alone; leave it out", id="a teacher for nothing"),
         pytest.param({"seeds": 0}, "`seeds` 0", id="no seeds"),
         pytest.param({"points": (0.5, 2.0)}, r"`points` 2.0", id="a point above one"),
-        pytest.param({"name": "trsd"}, "arms of trsd are not shares", id="points of no shares"),
+        pytest.param({"name": "trsd"}, "variants of trsd are not shares", id="points of no shares"),
         pytest.param({"shared": {"set": {"data_seed": 3}}}, "`set` data_seed: .* leave it out", id="one seed for all"),
         pytest.param({"shared": {"set": {"max_steps": 3}}}, "give `max_steps`", id="an option by another way"),
         pytest.param(
@@ -343,10 +349,10 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
             {"name": "halves", "points": None, "teacher": "MODEL"}, "was made by tiny @ .*; give", id="another teacher"
         ),
         pytest.param({"shared": {"epoch": 1}}, "did you mean 'epochs'", id="an unknown training option"),
-        pytest.param({"shared": {"seed": 1}}, "'seed' is no training option that arms can share", id="a seed"),
+        pytest.param({"shared": {"seed": 1}}, "'seed' is no training option that variants can share", id="a seed"),
         pytest.param({"shared": {"tokens_per_batch": 0}}, "tokens_per_batch .* at least 1", id="an empty batch"),
         pytest.param({"shared": {"set": {"weight_dekay": 1}}}, "did you mean 'weight_decay'", id="an unknown argument"),
-        pytest.param({"name": "losses", "shared": {"tail": "support"}}, "leave it out", id="what the arms vary"),
+        pytest.param({"name": "losses", "shared": {"tail": "support"}}, "leave it out", id="what the variants vary"),
         pytest.param({"shared": {"where": "tokens<1"}}, "no trace is left to learn from", id="a filter of nothing"),
         pytest.param({"student": "./nowhere"}, "does not exist", id="no student"),
         pytest.param({"cache": Path("nowhere")}, "nowhere", id="no cache"),
@@ -380,9 +386,12 @@ def test_a_directory_of_other_things_is_left_alone(options, spy):
     assert run(asked, spy, silent)["status"] == "finished"
 
 
-def test_arms_are_those_that_the_cache_can_serve():
+def test_variants_are_those_that_the_cache_can_serve():
     def names(experiment: str, **facts) -> list[str]:
-        return [arm.name for arm in EXPERIMENTS[experiment].arms(Facts(**{"prompt_rows": False, "top_k": 64} | facts))]
+        return [
+            variant.name
+            for variant in EXPERIMENTS[experiment].variants(Facts(**{"prompt_rows": False, "top_k": 64} | facts))
+        ]
 
     assert names("sections") == ["reasoning+answer", "reasoning", "answer"]
     assert names("sections", prompt_rows=True) == ["all", "reasoning+answer", "reasoning", "answer", "prompt+answer"]
@@ -396,7 +405,7 @@ def test_arms_are_those_that_the_cache_can_serve():
     assert losses[0] == "forward_kl,k=64,bucket"
     assert {"forward_kl,k=1,bucket", "forward_kl,k=4,support", "forward_kl,k=64,sampled"} < set(losses)
     assert "forward_kl,k=64,sampled" not in names("losses")
-    folders = [arm.folder for name in EXPERIMENTS for arm in EXPERIMENTS[name].arms(Facts(True, 64))]
+    folders = [variant.folder for name in EXPERIMENTS for variant in EXPERIMENTS[name].variants(Facts(True, 64))]
     assert not any(set(":/ ") & set(folder) for folder in folders)
 
 
@@ -410,7 +419,10 @@ def test_the_first_derivation_is_looked_for_where_the_cache_has_families(options
     assert prepare(options("first-derivation")).evaluation["where"] == "meta.family=redundant"
     asked = options("first-derivation", shared=SHARED | {"where": "tokens>1"})
     assert prepare(asked).where == "tokens>1 and meta.family=redundant"
-    assert [arm.name for arm in prepare(options("lsp", points=(0.5, 0.50, 0.00001))).arms] == ["lsp:0.5", "lsp:0.00001"]
+    assert [variant.name for variant in prepare(options("lsp", points=(0.5, 0.50, 0.00001))).variants] == [
+        "lsp:0.5",
+        "lsp:0.00001",
+    ]
     plain = prepare(options("first-derivation", cache=tmp_path / "plain"))
     assert (plain.where, plain.evaluation) == (None, None)
 
@@ -504,7 +516,7 @@ def rows_by_hand() -> list[dict]:
     def of(name: str, seed: int | None, kl: float, accuracy: float, cost: float | None) -> dict:
         known = {"seconds": cost, "flops": cost, "peak_memory": cost, "tokens_fed": cost, "tokens_taught": cost}
         kept = None if cost is None else float(name.partition(":")[2])
-        row = {"arm": name, "seed": seed, "kept": kept, "sections": None, "kl": kl, "accuracy none": accuracy}
+        row = {"variant": name, "seed": seed, "kept": kept, "sections": None, "kl": kl, "accuracy none": accuracy}
         return row | (known if cost else dict.fromkeys(known))
 
     runs = [
@@ -523,7 +535,7 @@ def test_tables_have_means_and_spread_and_shares_of_the_reference(tmp_path):
         "stopped": None, "failed": [], "machines": ["a machine"], "held_out": 0.05, "verifier": "exact", "prompt_rows": True,
         "budgets": ["none"],
     }  # fmt: skip
-    shown = [Arm("lsp:0.5", "half", kept=0.5), Arm("lsp:1", "all", kept=1.0)]
+    shown = [Variant("lsp:0.5", "half", kept=0.5), Variant("lsp:1", "all", kept=1.0)]
     files = report.write(tmp_path, EXPERIMENTS["lsp"], shown, rows, about, ["torch 2"])
     assert [Path(file).name for file in files] == ["report.md", "results.csv", "quality.png", "cost.png"]
     text = (tmp_path / "report.md").read_text()
@@ -542,11 +554,11 @@ def test_tables_have_means_and_spread_and_shares_of_the_reference(tmp_path):
 
 
 @pytest.mark.slow
-def test_arms_are_trained_in_processes_of_their_own(options):
+def test_variants_are_trained_in_processes_of_their_own(options):
     asked = options("lsp", points=(0.5,))
     found = run(asked, say=silent)
     assert found["status"] == "finished"
-    assert [row["arm"] for row in found["rows"]] == ["before", "lsp:0.5"]
+    assert [row["variant"] for row in found["rows"]] == ["before", "lsp:0.5"]
     assert (asked.out / "logs" / "train-lsp-0.5-seed-0.log").exists()
     other = tiny.save_model(asked.out.parent / "other", prefix="other")
     with pytest.raises(InputError, match="train lsp:0.5 seed 0: .*has tokenizer") as raised:
@@ -557,8 +569,8 @@ def test_arms_are_trained_in_processes_of_their_own(options):
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_the_real_engine_scores_a_crop_and_answers_prompts(options, home, tmp_path, monkeypatch):
-    right = EXPERIMENTS["halves"].arms(Facts(True, 8))[2:]
-    monkeypatch.setitem(EXPERIMENTS, "halves", replace(EXPERIMENTS["halves"], arms=lambda facts: right))
+    right = EXPERIMENTS["halves"].variants(Facts(True, 8))[2:]
+    monkeypatch.setitem(EXPERIMENTS, "halves", replace(EXPERIMENTS["halves"], variants=lambda facts: right))
     model = str(tiny.save_model(tmp_path / "model", hidden_size=64, num_key_value_heads=2))
     engine = {"max_model_len": 128, "enforce_eager": True}
     answers = {"max_tokens": 16, "answer_tokens": 5, "reasoning_markers": "w10,w11", "engine_args": engine}
@@ -568,7 +580,7 @@ def test_the_real_engine_scores_a_crop_and_answers_prompts(options, home, tmp_pa
         budgets=("50%", "none"), answers=answers | {"dtype": "float32"},
     )  # fmt: skip
     found = run(asked, say=silent)
-    assert [row["arm"] for row in found["rows"]] == ["before", "right"]
+    assert [row["variant"] for row in found["rows"]] == ["before", "right"]
     assert all(row["reasoning tokens 50%"] <= row["reasoning tokens none"] for row in found["rows"])
     cache = Cache.open(asked.out / "crops" / "right-0.5")
     assert len(cache) == 8
