@@ -493,19 +493,21 @@ def eval_(
     _refuse_given(context, of_cache, "it is of CACHE, not of answers to --prompts")
     from logitcache.accuracy.budgets import measure
     from logitcache.accuracy.options import AccuracyOptions
-    from logitcache.commands.text_runs import describe_budgets
+    from logitcache.commands.text_runs import describe_accuracy
 
     if prompts is None or out is None:
         raise InputError("--prompts needs --out, a directory where the answers are kept and gone on with")
     options = AccuracyOptions(
-        prompts, student, out, _names(budgets), samples, temperature, max_tokens, answer_tokens, verifier, limit, seed,
-        _markers(reasoning_markers), answer_regex, dtype or "auto", tensor_parallel_size, _pairs("--sampling", sampling),
-        _pairs("--engine-arg", engine_arg), _pairs("--template-arg", template_arg),
+        prompts=prompts, student=student, out=out, budgets=_names(budgets), samples=samples, temperature=temperature,
+        max_tokens=max_tokens, answer_tokens=answer_tokens, verifier=verifier, limit=limit, seed=seed,
+        reasoning_markers=_markers(reasoning_markers), answer_regex=answer_regex, dtype=dtype or "auto",
+        tensor_parallel_size=tensor_parallel_size, sampling=_pairs("--sampling", sampling),
+        engine_args=_pairs("--engine-arg", engine_arg), template_args=_pairs("--template-arg", template_arg),
     )  # fmt: skip
-    found = measure(options)
-    typer.echo(json.dumps(found, indent=1) if as_json else describe_budgets(found))
-    if found["stopped"]:
-        raise typer.Exit(_signal_code(found["stopped"]))
+    result = measure(options)
+    typer.echo(json.dumps(result.to_json(), indent=1) if as_json else describe_accuracy(result))
+    if result.stopped:
+        raise typer.Exit(_signal_code(result.stopped))
 
 
 @app.command(short_help="Set runs side by side.")

@@ -16,7 +16,7 @@ from pathlib import Path
 from benchmarks.demo import logitcache
 from benchmarks.reasoner.make import SIZES, make
 from benchmarks.reasoner.problems import FAMILIES
-from logitcache.accuracy.options import DEFAULT
+from logitcache.accuracy.options import DEFAULT_BUDGETS
 from logitcache.student.experiments.plots import COSTS, Rows, relative, values
 from logitcache.student.experiments.report import CSV_FILE, REPORT_FILE, TENTHS, from_csv, markdown, spread
 
@@ -128,7 +128,7 @@ def places(lsp: Rows) -> str:
 
 def trsd(rows: Rows) -> str:
     variants = ["before", "trsd-anchored", "trsd:0.1-0.9", "trsd:1"]
-    asked = [("redundant", b) for b in DEFAULT] + [(f, "50%") for f in FAMILIES[1:]]
+    asked = [("redundant", b) for b in DEFAULT_BUDGETS] + [(f, "50%") for f in FAMILIES[1:]]
     lines = [[f"{f}, {b}", *(shown(rows, variant, f"accuracy {b} [{f}]") for variant in variants)] for f, b in asked]
     lines += [["all families, none", *(shown(rows, variant, ACCURACY) for variant in variants)]]
     for f in FAMILIES:

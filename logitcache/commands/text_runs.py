@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from logitcache.accuracy.budgets import AccuracyResult
 from logitcache.commands.text import columns, shown
 
 # What an evaluation measures, as tables call it, and how they write it.
@@ -91,31 +92,38 @@ def describe_comparison(found: dict[str, Any]) -> str:
     return "\n".join([*lines, *(f"curves: {path}" for path in found["files"])])
 
 
-def describe_budgets(found: dict[str, Any]) -> str:
-    """The text of ``logitcache eval --budgets``, from what ``measure`` returns."""
-    if found["stopped"]:
+def describe_accuracy(result: AccuracyResult) -> str:
+    """The text of ``logitcache eval --prompts``."""
+    if result.stopped:
         return (
-            f"stopped by {found['stopped']}, {found['before'] + found['made']:,} answers there: "
-            "run the same command again to go on"
+            f"stopped by {result.stopped} with {result.before + result.made:,} answers saved: "
+            "run the same command again to resume"
         )
-    settings, measured = found["settings"], found["budgets"]
-    one = next(iter(measured.values()))
+    settings = result.settings
+    first = next(iter(result.budgets.values()))
     table = [["budget", "accuracy", "95% interval", "reasoning", "answer", "all tokens", "ended"]]
-    for budget, part in measured.items():
-        lo, hi = part["ci"]
-        means = [f"{part[f'{name}_tokens']:,.1f}" for name in ("reasoning", "answer", "total")]
-        table.append([budget, f"{part['accuracy']:.1%}", f"{lo:.1%} - {hi:.1%}", *means, f"{part['ended']:.1%}"])
+    for budget, found in result.budgets.items():
+        low, high = found.ci
+        means = [f"{n:,.1f}" for n in (found.reasoning_tokens, found.answer_tokens, found.total_tokens)]
+        table.append([budget, f"{found.accuracy:.1%}", f"{low:.1%} - {high:.1%}", *means, f"{found.ended:.1%}"])
     lines = [
-        f"{found['student']} @ {settings['model_revision'][:12]} on {one['prompts']:,} prompts of {found['source']}, "
-        f"{one['samples']} samples each at temperature {settings['temperature']:g}; verifier {settings['verifier']}, "
-        f"{settings['engine']}, {settings['dtype']}; {found['made']:,} answers made, {found['before']:,} there before, "
-        f"{found['seconds']:.1f} s",
+        f"{result.student} @ {settings['model_revision'][:12]} on {first.prompts:,} prompts of {result.source}, "
+        f"samples per prompt: {first.samples}, temperature {settings['temperature']:g}; verifier {settings['verifier']}, "
+        f"{settings['engine']}, {settings['dtype']}; {result.made:,} answers generated, {result.before:,} reused, "
+        f"{result.seconds:.1f} s",
         *columns(table),
-        "tokens are means of a sample; ended: share that ended by themselves, not by a limit",
+        "tokens: mean per sample; ended: share of samples that ended by themselves, not at a token limit",
     ]
-    for key, what in (("unscored", "could not be scored"), ("no_room", "had no room in the model's context")):
-        if counts := {budget: part[key] for budget, part in measured.items() if part[key]}:
-            lines.append(f"counted as wrong, since they {what}: " + ", ".join(f"{n} at {b}" for b, n in counts.items()))
+    reasons = {
+        "could not be graded": {name: found.unscored for name, found in result.budgets.items() if found.unscored},
+        "did not fit the model's context": {
+            name: found.no_room for name, found in result.budgets.items() if found.no_room
+        },
+    }
+    for reason, counts in reasons.items():
+        if counts:
+            listed = ", ".join(f"{count} at {budget}" for budget, count in counts.items())
+            lines.append(f"counted as wrong because they {reason}: {listed}")
     return "\n".join(lines)
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from logitcache.accuracy.options import DEFAULT
+from logitcache.accuracy.options import DEFAULT_BUDGETS
 from logitcache.student.experiments.catalog import Variant
 
 SEED = -1  # of the variant that is not trained
@@ -22,7 +22,7 @@ class ExperimentOptions:
     points: tuple[float, ...] | None = None  # shares of lsp and first-derivation; None: those of variants.py
     prompts: str | None = None  # questions with answers; None: no accuracy
     verifier: str = "exact"
-    budgets: tuple[str, ...] = DEFAULT
+    budgets: tuple[str, ...] = DEFAULT_BUDGETS
     by: str = "family"  # accuracy is told by this column of the prompts too, where they have it
     teacher: str | None = None  # for halves: it reads the crops
     shared: dict[str, Any] = field(default_factory=dict)  # fields of TrainOptions, the same for every variant

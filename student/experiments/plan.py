@@ -175,16 +175,23 @@ def _prompts(options: ExperimentOptions) -> PromptSet | None:
         raise InputError(
             "`prompts` needs whole models, and variants with `lora_rank` leave adapters: leave one of the two out"
         )
-    asked = ("prompts", "model", "out", "budgets", "verifier", "markers")
-    good = [*(f.name for f in fields(AccuracyOptions) if f.name not in asked), "reasoning_markers"]
+    asked = ("prompts", "student", "out", "budgets", "verifier")
+    good = [f.name for f in fields(AccuracyOptions) if f.name not in asked]
     for name in options.answers:
         if name not in good:
             near = get_close_matches(name, good, n=1, cutoff=0.0)[0]
             raise InputError(f"{name!r} is no option of the answers: did you mean {near!r}?")
-    given = {name: value for name, value in options.answers.items() if name != "reasoning_markers"}
-    if markers := options.answers.get("reasoning_markers"):
-        given["markers"] = Markers.parse(markers)
-    AccuracyOptions(options.prompts, options.student, options.out, options.budgets, verifier=options.verifier, **given)
+    given = dict(options.answers)
+    if markers := given.pop("reasoning_markers", None):
+        given["reasoning_markers"] = Markers.parse(markers)
+    AccuracyOptions(
+        prompts=options.prompts,
+        student=options.student,
+        out=options.out,
+        budgets=options.budgets,
+        verifier=options.verifier,
+        **given,
+    )
     found = sources.load(options.prompts, options.answers.get("limit"))
     for prompt in found:
         if options.verifier != "gym" and not (prompt.answer or "").strip():
