@@ -523,8 +523,8 @@ def compare(
     from logitcache.commands.text_runs import describe_comparison
     from logitcache.student.evaluation.compare import compare as run
 
-    found = run(runs, out)
-    typer.echo(json.dumps(found, indent=1) if as_json else describe_comparison(found))
+    found = run(runs, out=out)
+    typer.echo(json.dumps(found.to_json(), indent=1) if as_json else describe_comparison(found))
 
 
 @app.command(short_help="Train the variants of an experiment from one cache, and report.")

@@ -5,6 +5,7 @@ from typing import Any
 
 from logitcache.accuracy.budgets import AccuracyResult
 from logitcache.commands.text import columns, shown
+from logitcache.student.evaluation.compare import Comparison
 
 # What an evaluation measures, as tables call it, and how they write it.
 _MEASURES = {"kl": ("KL", ",.4f"), "top1": ("top-1", ".2%"), "ce": ("CE", ",.4f"), "ece": ("ECE", ".2%")}
@@ -52,44 +53,50 @@ def describe_evaluation(found: dict[str, Any]) -> str:
     return "\n".join([head, *columns(table), legend])
 
 
-def describe_comparison(found: dict[str, Any]) -> str:
-    """The text of ``logitcache compare``, from what ``compare`` returns: a column a run."""
-    runs = found["runs"]
+def describe_comparison(comparison: Comparison) -> str:
+    """The text of ``logitcache compare``: a column per run."""
+    runs = comparison.runs
     rows = {
-        "status": [run["status"] for run in runs],
-        "steps": [shown(run["steps"], ",") for run in runs],
-        "tokens fed": [shown(run["tokens_fed"], ",") for run in runs],
-        "tokens taught": [shown(run["tokens_taught"], ",") for run in runs],
-        "seconds": [shown(run["seconds"], ",.1f") for run in runs],
-        "tokens/s": [shown(run["tokens_per_second"], ",.0f") for run in runs],
+        "status": [run.status for run in runs],
+        "steps": [shown(run.steps, ",") for run in runs],
+        "input tokens": [shown(run.tokens_fed, ",") for run in runs],
+        "supervised tokens": [shown(run.tokens_taught, ",") for run in runs],
+        "seconds": [shown(run.seconds, ",.1f") for run in runs],
+        "tokens/s": [shown(run.tokens_per_second, ",.0f") for run in runs],
     }
-    costs = [run["cost"] or {} for run in runs]
+    costs = [run.cost or {} for run in runs]
     if any(costs):
         rows["FLOPs"] = [shown(cost.get("flops"), ".3e") for cost in costs]
         rows["peak memory, bytes"] = [shown(cost.get("peak_memory"), ",") for cost in costs]
         spent = [cost.get("seconds") or {} for cost in costs]
         for part in dict.fromkeys(name for each in spent for name in each):
             rows[f"  {part}, s"] = [shown(each.get(part), ",.1f") for each in spent]
-    for when, key in (("before", "eval_before"), ("last", "eval_after")):
-        measured = [run[key] or {} for run in runs]
+    for when, evaluations in (
+        ("before", [run.eval_before for run in runs]),
+        ("last", [run.eval_after for run in runs]),
+    ):
         for name, (label, form) in _MEASURES.items():
-            if any(each.get(name) is not None for each in measured):
-                rows[f"{label} {when}"] = [shown(each.get(name), form) for each in measured]
-    sections = [(run["eval_after"] or {}).get("sections", {}) for run in runs]
+            measured = [(each or {}).get(name) for each in evaluations]
+            if any(value is not None for value in measured):
+                rows[f"{label} {when}"] = [shown(value, form) for value in measured]
+    sections = [(run.eval_after or {}).get("sections", {}) for run in runs]
     for name in dict.fromkeys(name for each in sections for name in each):
         rows[f"  KL of {name}"] = [shown(each.get(name, {}).get("kl"), ",.4f") for each in sections]
-    rows["  at step"] = [shown(run["eval_step"], ",") for run in runs]
-    lines = columns([["", *(run["name"] for run in runs)], *([name, *values] for name, values in rows.items())])
-    if differs := found["differs"]:
-        settings = [[name, *(_short(value) for value in values)] for name, values in differs.items()]
-        lines += ["", *columns([["differing settings", *(run["name"] for run in runs)], *settings])]
+    rows["  at step"] = [shown(run.eval_step, ",") for run in runs]
+    names = [run.name for run in runs]
+    lines = columns([["", *names], *([name, *values] for name, values in rows.items())])
+    if comparison.differs:
+        settings = [[name, *(_short(value) for value in values)] for name, values in comparison.differs.items()]
+        lines += ["", *columns([["differing settings", *names], *settings])]
     elif len(runs) > 1:
-        lines += ["", "the runs' settings are the same"]
-    if unlike := found["held_out_differs"]:
-        lines.append(f"evaluated on different traces: {', '.join(unlike)}; `logitcache eval` measures all on the same")
-    if unlike := found["loss_differs"]:
-        lines.append(f"training losses are of different objectives: {', '.join(unlike)}; compare held-out KL instead")
-    return "\n".join([*lines, *(f"curves: {path}" for path in found["files"])])
+        lines += ["", "all settings are the same"]
+    if unlike := comparison.held_out_differs:
+        lines.append(
+            f"evaluated on different traces ({', '.join(unlike)}): use `logitcache eval` to evaluate all on the same traces"
+        )
+    if unlike := comparison.loss_differs:
+        lines.append(f"trained with different objectives ({', '.join(unlike)}): compare held-out KL, not training loss")
+    return "\n".join([*lines, *(f"curves: {path}" for path in comparison.files)])
 
 
 def describe_accuracy(result: AccuracyResult) -> str:
@@ -128,6 +135,6 @@ def describe_accuracy(result: AccuracyResult) -> str:
 
 
 def _short(value: Any, longest: int = 40) -> str:
-    """A setting as a person reads it; of a path that is too long, its end."""
+    """A setting as text; only the end of a long one, such as a path."""
     text = "-" if value is None else ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) <= longest else "..." + text[3 - longest :]
