@@ -482,11 +482,11 @@ def eval_(
         from logitcache.student.evaluation.options import EvaluationOptions
         from logitcache.student.training.distributed import leave
 
-        found = evaluate_run(
-            EvaluationOptions(
-                cache, student, held_out, everything, where, view, _names(sections), tokens_per_batch, dtype
-            )
-        )
+        options = EvaluationOptions(
+            cache=cache, student=student, held_out=held_out, everything=everything, where=where, view=view,
+            sections=_names(sections), tokens_per_batch=tokens_per_batch, dtype=dtype,
+        )  # fmt: skip
+        found = evaluate_run(options)
         leave()
         _echo(json.dumps(found, indent=1) if as_json else describe_evaluation(found))
         return

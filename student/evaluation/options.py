@@ -2,20 +2,43 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS
 
+_GROUP = "Comparison with the teacher"
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class EvaluationOptions:
-    """One call of ``logitcache eval``. The full view by default, as in training: one measure for all students."""
+    """Options of `evaluate_run`, which are those of ``logitcache eval CACHE``.
 
-    cache: Path
-    student: str  # a run, one of its checkpoints, a model folder, a LoRA adapter's folder, a hub id
-    held_out: float | None = None  # None: as the run that the student is of had it, or 0.05
-    everything: bool = False
-    where: str | None = None
-    view: str = "full"
-    sections: tuple[str, ...] = tuple(SECTIONS)
-    tokens_per_batch: int = 4096
-    dtype: str | None = None  # as TrainOptions has it
+    The view is full by default, whatever view the student was trained on, so that all students are measured alike.
+    """
+
+    cache: Annotated[Path, Option("Cache with the teacher's distributions.", positional=True)]
+    student: Annotated[str, Option("A run, one of its checkpoints, a model folder, a LoRA adapter or a hub id.")]
+    held_out: Annotated[
+        float | None,
+        Option(
+            "Share of the prompts to evaluate on: those that train with this share holds out.",
+            group=_GROUP,
+            default="the run's, else 0.05",
+        ),
+    ] = None
+    everything: Annotated[
+        bool, Option("Evaluate on all traces, not only held-out ones.", group=_GROUP, flag="--all")
+    ] = False
+    where: Annotated[
+        str | None,
+        Option("Evaluate only on traces that meet a condition such as 'correct'.", group=_GROUP, default="all"),
+    ] = None
+    view: Annotated[
+        str, Option("View of each trace that the student gets; see `logitcache train --help`.", group=_GROUP)
+    ] = "full"
+    sections: Annotated[
+        tuple[str, ...], Option("Sections to evaluate: any of prompt,reasoning,answer.", group=_GROUP)
+    ] = tuple(SECTIONS)
+    tokens_per_batch: Annotated[int, Option("Tokens per forward pass.", group=_GROUP)] = 4096
+    dtype: Annotated[str | None, Option("bf16 or fp32.", group=_GROUP, default="bf16 on CUDA")] = None

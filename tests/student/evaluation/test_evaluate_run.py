@@ -176,7 +176,7 @@ def home(tmp_path_factory, cache) -> Path:
 
 
 def ask(cache, student, **options):
-    return evaluate_run(EvaluationOptions(cache.path, str(student), **options))
+    return evaluate_run(EvaluationOptions(cache=cache.path, student=str(student), **options))
 
 
 def test_a_model_is_evaluated_on_the_traces_that_training_holds_out(cache, home):
@@ -259,7 +259,7 @@ from logitcache.student.evaluation.evaluate_run import evaluate_run
 from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.training.distributed import leave
 cache, student = sys.argv[1:]
-found = evaluate_run(EvaluationOptions(Path(cache), student, everything=True, tokens_per_batch=100))
+found = evaluate_run(EvaluationOptions(cache=Path(cache), student=student, everything=True, tokens_per_batch=100))
 del found["seconds"]
 print(json.dumps(found))
 leave()
