@@ -579,9 +579,10 @@ def experiment(
         of_answers = {"verifier", "budgets", "by", "samples", "temperature", "max_tokens", "answer_tokens"}
         of_answers |= {"reasoning_markers"} | ({"engine_arg"} if teacher is None else set())
         _refuse_given(context, of_answers, "it is of the answers; give --prompts as well")
-    from logitcache.commands.text_experiments import describe_experiment, describe_plan
+    from logitcache.commands.text_experiments import describe_estimates, describe_experiment
     from logitcache.student.experiments.estimate import estimate
-    from logitcache.student.experiments.experiment import ExperimentOptions, plan, run
+    from logitcache.student.experiments.experiment import run
+    from logitcache.student.experiments.options import ExperimentOptions
 
     shared = {
         "where": where, "held_out": held_out, "dtype": dtype, "tokens_per_batch": tokens_per_batch, "epochs": epochs,
@@ -597,12 +598,12 @@ def experiment(
         {key: value for key, value in answers.items() if value not in (None, {})},
     )  # fmt: skip
     if dry_run:
-        typer.echo(describe_plan(options, estimate(options, plan(options))))
+        typer.echo(describe_estimates(options, estimate(options)))
         return
-    found = run(options)
-    typer.echo(describe_experiment(found))
-    if found["signal"]:
-        raise typer.Exit(_signal_code(found["signal"]))
+    result = run(options)
+    typer.echo(describe_experiment(result))
+    if result.signal:
+        raise typer.Exit(_signal_code(result.signal))
 
 
 @app.command(short_help="Say what a cache holds.")

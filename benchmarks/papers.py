@@ -17,8 +17,8 @@ from benchmarks.demo import logitcache
 from benchmarks.reasoner.make import SIZES, make
 from benchmarks.reasoner.problems import FAMILIES
 from logitcache.accuracy.options import DEFAULT_BUDGETS
-from logitcache.student.experiments.plots import COSTS, Rows, relative, values
-from logitcache.student.experiments.report import CSV_FILE, REPORT_FILE, TENTHS, from_csv, markdown, spread
+from logitcache.student.experiments.report import REPORT_FILE, markdown
+from logitcache.student.experiments.results import COSTS, CSV_FILE, TENTHS, Rows, from_csv, relative, spread, values
 
 ACCURACY = "accuracy none"
 REPORTS = Path(__file__).with_name("reports")

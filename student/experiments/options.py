@@ -5,9 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.accuracy.options import DEFAULT_BUDGETS
-from logitcache.student.experiments.catalog import Variant
-
-SEED = -1  # of the variant that is not trained
+from logitcache.student.experiments.catalog import BEFORE, Variant
 
 
 @dataclass(frozen=True)
@@ -33,11 +31,13 @@ class ExperimentOptions:
     def held_out(self) -> float:
         return self.shared.get("held_out", 0.05)
 
-    def place(self, variant: Variant | str, seed: int) -> Path:
-        """Of a run; of the student as it was given for SEED."""
-        folder = variant.folder if isinstance(variant, Variant) else variant
-        return self.out / "variants" / folder / ("student" if seed == SEED else f"seed-{seed}")
+    def place(self, variant: Variant | None, seed: int | None) -> Path:
+        """Directory of a run. None for both: of the untrained student, whose evaluations are stored beside it."""
+        if variant is None:
+            return self.out / "variants" / BEFORE / "student"
+        return self.out / "variants" / variant.folder / f"seed-{seed}"
 
     def crop(self, variant: Variant) -> Path:
+        """The cache of a variant's crops."""
         assert variant.crop
         return self.out / "crops" / variant.crop.replace(":", "-")

@@ -1,87 +1,62 @@
-"""Plots of an experiment's rows, and how rows are read: by variant, over seeds, by budget, relative to a variant."""
+"""Plots of an experiment's results."""
 
 import io
 from statistics import fmean
 from typing import Any
 
 from logitcache.student.experiments.catalog import BEFORE
+from logitcache.student.experiments.results import (
+    COSTS,
+    NATURAL,
+    Rows,
+    budgets,
+    columns,
+    groups,
+    relative,
+    values,
+    variants_of,
+)
 
-Rows = list[dict[str, Any]]
 QUALITY, COST, BUDGETS, LENGTH = FILES = ("quality.png", "cost.png", "budgets.png", "length.png")
-COSTS = {"seconds": "time", "peak_memory": "peak memory", "flops": "FLOPs"}
-NATURAL = "none"
-
-
-def variants_of(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(each["variant"] for each in rows))
-
-
-def values(rows: Rows, variant: str, name: str) -> list[float]:
-    """What the seeds of a variant have in a column."""
-    return [each[name] for each in rows if each["variant"] == variant and each.get(name) is not None]
-
-
-def budgets(rows: Rows) -> list[str]:
-    names = dict.fromkeys(name for each in rows for name in each if name.startswith("accuracy ") and "[" not in name)
-    return [name.removeprefix("accuracy ") for name in names]
-
-
-def groups(rows: Rows) -> list[str]:
-    names = dict.fromkeys(name for each in rows for name in each if name.startswith("accuracy ") and "[" in name)
-    return list(dict.fromkeys(name.partition("[")[2].rstrip("]") for name in names))
-
-
-def relative(rows: Rows, reference: str) -> Rows:
-    """Rows with costs and natural accuracy as shares of the reference's of the same seed.
-
-    Seeds that the reference lacks are left out, and measures that are 0 for one of its seeds, of which nothing is a share.
-    """
-    base = {each["seed"]: each for each in rows if each["variant"] == reference}
-    names = [n for n in dict.fromkeys(n for each in rows for n in each) if n.startswith(f"accuracy {NATURAL}")]
-    names = [n for n in (*names, "tokens_fed", "tokens_taught", *COSTS) if all(each.get(n) for each in base.values())]
-    return [
-        {"variant": each["variant"], "seed": each["seed"], "kept": each["kept"]}
-        | {n: each[n] / base[each["seed"]][n] for n in names if each.get(n) is not None}
-        for each in rows
-        if each["seed"] in base
-    ]
 
 
 def draw(title: str, rows: Rows, reference: str | None) -> dict[str, tuple[bytes, str]]:
-    """The plots that the rows allow: by file name, the PNG and what it shows.
+    """Draws the plots that the rows allow.
 
-    Over the kept share where that is what three variants or more vary, else variant by variant.
+    If three variants or more differ in the share of tokens they keep, the plots are over that share, else by variant.
+    Returns: by file name, the PNG and its caption.
     """
     trained = [each for each in rows if each["variant"] != BEFORE]
     plots: dict[str, tuple[bytes, str]] = {}
     if not trained:
         return plots
-    where = "by the share of each trace's tokens that is kept" if _by_share(trained) else "by variant"
-    dots = "Dots are runs, lines their means." if _by_share(trained) else "Dots are runs, bars their means."
+    by_share = _by_share(trained)
+    where = "by the share of each trace's tokens that is kept" if by_share else "by variant"
+    dots = f"Dots: runs; {'lines' if by_share else 'bars'}: means."
     natural = f"accuracy {NATURAL}"
-    measures = {"kl": "held-out KL, nats a row"}
+    measures = {"kl": "held-out KL (nats per position)"}
     if any(each.get(natural) is not None for each in rows):
-        measures = {natural: "accuracy, natural completions"} | measures
-    said = " and ".join(measures.values())
-    plots[QUALITY] = _quality(title, rows, measures), f"{said[0].upper()}{said[1:]}, {where}. {dots} Dashed: untrained."
+        measures = {natural: "accuracy, no reasoning budget"} | measures
+    listed = " and ".join(measures.values())
+    plots[QUALITY] = (
+        _quality(title, rows, measures),
+        f"{listed[0].upper()}{listed[1:]}, {where}. {dots} Dashed: untrained.",
+    )
     if reference and (shares := relative(trained, reference)):
-        line = " Dotted: cost in proportion to the tokens kept." if _by_share(trained) else ""
-        line += (
-            " Variants without such a share are in the table."
-            if line and any(r["kept"] is None for r in trained)
-            else ""
-        )
-        plots[COST] = _cost(title, shares, reference), f"Costs of a run relative to {reference}, {where}.{line}"
+        notes = " Dotted: cost in proportion to the tokens kept." if by_share else ""
+        if by_share and any(each["kept"] is None for each in trained):
+            notes += " Variants that do not vary this share are only in the table."
+        plots[COST] = _cost(title, shares, reference), f"Cost of a run relative to {reference}, {where}.{notes}"
     every = budgets(rows)
     if len(every) > 1:
         plots[BUDGETS] = (
             _budgets(title, rows, every),
-            "Accuracy by the budget of reasoning, means over seeds; dashed: untrained.",
+            "Accuracy by reasoning budget, means over seeds. Dashed: untrained.",
         )
-    if f"reasoning tokens {NATURAL}" in {name for each in rows for name in each}:
+    if f"reasoning tokens {NATURAL}" in columns(rows):
         plots[LENGTH] = (
-            _quality(title, rows, {f"reasoning tokens {NATURAL}": "reasoning tokens, natural completions"}),
-            f"Mean length of the reasoning in natural completions, {where}. {dots} Dashed: untrained.",
+            _quality(title, rows, {f"reasoning tokens {NATURAL}": "reasoning tokens, no reasoning budget"}),
+            f"Mean length of the reasoning without a budget, {where}. {dots} Dashed: untrained.",
         )
     return plots
 
@@ -91,7 +66,7 @@ def _by_share(rows: Rows) -> bool:
 
 
 def _quality(title: str, rows: Rows, measures: dict[str, str]) -> bytes:
-    """One panel a measure; variants without a kept share are dashed lines of their own where the others have one."""
+    """A panel per measure; over shares, a variant without a share is a horizontal line."""
     trained = [each for each in rows if each["variant"] != BEFORE]
     names = variants_of(trained)
     by_share = _by_share(trained)
@@ -157,9 +132,9 @@ def _cost(title: str, shares: Rows, reference: str) -> bytes:
 
 
 def _budgets(title: str, rows: Rows, every: list[str]) -> bytes:
-    """A panel for all prompts and one a group; budgets stand in the order in which they were asked for."""
+    """A panel for all prompts and one per group; budgets in the order in which they were given."""
     parts = {"all prompts": "", **{group: f" [{group}]" for group in groups(rows)}}
-    figure = _figure(f"{title}; accuracy by budget of reasoning", len(parts), 4.2, 4.6)
+    figure = _figure(f"{title}; accuracy by reasoning budget", len(parts), 4.2, 4.6)
     panels, colors = _panels(figure, len(parts), sharey=True), _by_kept(rows)
     for plot, (name, suffix) in zip(panels, parts.items(), strict=True):
         for i, variant in enumerate(variants_of(rows)):
@@ -170,7 +145,7 @@ def _budgets(title: str, rows: Rows, every: list[str]) -> bytes:
             if points:
                 plot.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=variant, **style)
         plot.set_xticks(range(len(every)), every)
-        plot.set_xlabel("reasoning kept")
+        plot.set_xlabel("reasoning budget")
         plot.set_title(name, fontsize=10)
         _percent(plot.yaxis, True)
         _finish(plot)
@@ -188,7 +163,7 @@ def _over_shares(plot: Any, rows: Rows, name: str, color: str, label: str | None
 
 
 def _by_kept(rows: Rows) -> dict[str, Any]:
-    """Colours of variants that keep more and more, from dark to light."""
+    """Colours by the share kept: the more, the lighter."""
     from matplotlib import colormaps
 
     if not _by_share(rows):
@@ -229,7 +204,7 @@ def _finish(plot: Any) -> None:
 
 
 def _png(figure: Any, panels: list[Any]) -> bytes:
-    """With one legend below all panels."""
+    """The figure with one legend below all panels."""
     handles = {name: h for p in panels for h, name in zip(*p.get_legend_handles_labels(), strict=True)}
     if handles:
         columns = min(len(handles), 4 * len(panels))

@@ -3,7 +3,7 @@
 from collections import Counter
 
 from benchmarks import papers
-from logitcache.student.experiments.report import from_csv
+from logitcache.student.experiments.results import from_csv
 
 
 def test_the_headlines_are_those_of_the_committed_results():
