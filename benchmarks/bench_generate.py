@@ -5,7 +5,7 @@
     python -m benchmarks.bench_generate --memory    # rows of 64 traces of 32,768 tokens in flight; --traces 256 for all
 
 Speed. The same prompts go through `vllm.LLM.generate` without log-probabilities and through `logitcache.generate`, with
-the same engine settings and sampling, and no end of sequence, so that all make as many tokens. Arms take turns, each in
+the same engine settings and sampling, and no end of sequence, so that all make as many tokens. Variants take turns, each in
 a process of its own, and the order turns with every round. Loading is left out, and so is a short warm-up: vLLM compiles
 the kernel that counts ranks when it first needs it. Seconds are those that `generate` reports; "to the last shard" goes on
 until all of them are published, imports that this needs among it. Processor time is told apart: the front end (for
@@ -47,7 +47,7 @@ Case = dict[str, Any]
 
 @dataclass(frozen=True)
 class Load:
-    """What every arm does."""
+    """What every variant does."""
 
     teacher: str
     source: str = "gym:gsm_symbolic?size=128&seed=1"
@@ -153,35 +153,37 @@ def in_a_fresh_process(arguments: Sequence[str]) -> Case:
 
 
 def speed_cases(load: Load, ks: Sequence[int], rounds: int) -> Iterator[Case]:
-    arms = [PLAIN, *map(str, ks)]
-    found: dict[str, list[Case]] = {arm: [] for arm in arms}
+    variants = [PLAIN, *map(str, ks)]
+    found: dict[str, list[Case]] = {variant: [] for variant in variants}
     for i in range(rounds):
-        for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
-            done = in_a_fresh_process(["--arm", arm, "--load", json.dumps(asdict(load))])
-            found[arm].append(done)
+        for variant in variants[i % len(variants) :] + variants[: i % len(variants)]:
+            done = in_a_fresh_process(["--variant", variant, "--load", json.dumps(asdict(load))])
+            found[variant].append(done)
             print(
-                f"round {i + 1}, {arm}: {done['tokens'] / done['seconds']:,.1f} tokens/s", file=sys.stderr, flush=True
+                f"round {i + 1}, {variant}: {done['tokens'] / done['seconds']:,.1f} tokens/s",
+                file=sys.stderr,
+                flush=True,
             )
-    tokens = {done["tokens"] for arm in arms for done in found[arm]}
-    assert len(tokens) == 1, f"arms made {tokens} tokens"
+    tokens = {done["tokens"] for variant in variants for done in found[variant]}
+    assert len(tokens) == 1, f"variants made {tokens} tokens"
     (count,) = tokens
-    for arm in arms:
-        speeds = [count / done["seconds"] for done in found[arm]]
+    for variant in variants:
+        speeds = [count / done["seconds"] for done in found[variant]]
         ratios, published = (
-            [plain[name] / done[name] for done, plain in zip(found[arm], found[PLAIN], strict=True)]
+            [plain[name] / done[name] for done, plain in zip(found[variant], found[PLAIN], strict=True)]
             for name in ("seconds", "published_s")
         )
         yield {
-            "case": arm if arm == PLAIN else f"logitcache k={arm}",
-            "k": None if arm == PLAIN else int(arm),
+            "case": variant if variant == PLAIN else f"logitcache k={variant}",
+            "k": None if variant == PLAIN else int(variant),
             "tokens": count,
             "tokens_per_s": float(np.median(speeds)),
             "tokens_per_s_rounds": speeds,
             "of_plain": float(np.median(ratios)),
             "of_plain_rounds": ratios,
             "published_of_plain": float(np.median(published)),
-            "front_end_us_a_token": 1e6 / count * float(np.median([done["front_end_s"] for done in found[arm]])),
-            "engine_us_a_token": 1e6 / count * float(np.median([done["engine_s"] for done in found[arm]])),
+            "front_end_us_a_token": 1e6 / count * float(np.median([done["front_end_s"] for done in found[variant]])),
+            "engine_us_a_token": 1e6 / count * float(np.median([done["engine_s"] for done in found[variant]])),
         }
 
 
@@ -312,7 +314,7 @@ def main() -> None:
     parser.add_argument("--together", action="store_true", help="they all end in one step")
     parser.add_argument("--quick", action="store_true", help="k = 64, 16 prompts, 16 tokens, one round; 4,096 tokens")
     parser.add_argument("--json", action="store_true", help="one object a case")
-    for hidden in ("--arm", "--load", "--memory-of", "--result"):
+    for hidden in ("--variant", "--load", "--memory-of", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.result:
@@ -321,7 +323,7 @@ def main() -> None:
             found = measure_memory(**given | {"folder": Path(given["folder"])})
         else:
             load = Load(**json.loads(args.load))
-            found = run_plain(load) if args.arm == PLAIN else run_ours(load, int(args.arm))
+            found = run_plain(load) if args.variant == PLAIN else run_ours(load, int(args.variant))
         Path(args.result).write_text(json.dumps(found))
         return
     folder = args.teacher or embedded_teacher(TEACHER)

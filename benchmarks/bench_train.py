@@ -73,7 +73,7 @@ Case = dict[str, Any]
 
 @dataclass(frozen=True)
 class Load:
-    """What every arm does."""
+    """What every variant does."""
 
     teacher: str
     student: str
@@ -86,7 +86,7 @@ class Load:
     learning_rate: float = 1e-4
 
     def traces(self) -> tuple[TraceDataset, TraceDataset]:
-        """To learn from, and held out: of middling length, so that no arm feeds much padding."""
+        """To learn from, and held out: of middling length, so that no variant feeds much padding."""
         cache = Cache.open(Path(self.cache))
         taught, held = split(cache.prompt_ids, 0.15)
         low, high = np.quantile(cache.lengths[taught], [0.3, 0.7])
@@ -201,7 +201,7 @@ def online_trl(load: Load, student: PreTrainedModel, data: TraceDataset, out: st
     )
 
 
-ARMS: dict[str, Callable[[Load, PreTrainedModel, TraceDataset, str], Trainer]] = {
+VARIANTS: dict[str, Callable[[Load, PreTrainedModel, TraceDataset, str], Trainer]] = {
     "logitcache": logitcache,
     FINE_TUNING: fine_tuning,
     ONLINE: online,
@@ -251,8 +251,8 @@ class Turns(TrainerCallback):
         self.go()
 
 
-def take_part(arm: str, load: Load) -> None:
-    """One arm, in a process of its own, that steps whenever its standard input says so."""
+def take_part(variant: str, load: Load) -> None:
+    """One variant, in a process of its own, that steps whenever its standard input says so."""
     lines = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # libraries print what they like
     transformers.utils.logging.set_verbosity_error()
@@ -267,24 +267,32 @@ def take_part(arm: str, load: Load) -> None:
     memory = PeakMemory(device)
     before = memory.bytes() or 0
     with tempfile.TemporaryDirectory() as out:
-        trainer = ARMS[arm](load, student, data, out)
+        trainer = VARIANTS[variant](load, student, data, out)
         Turns(trainer, lambda found: print(json.dumps(found), file=lines), input)
         trainer.train()
     peak = memory.bytes()
     del trainer
     found: Case = {"peak_mib": None if peak is None else (peak - before) / 2**20}
     found["kl"] = evaluate(student, held, tokens_per_batch=2048).kl
-    if arm == FINE_TUNING:
+    if variant == FINE_TUNING:
         found["kl_before"] = evaluate(load_model(load.student).to(device), held, tokens_per_batch=2048).kl  # pyright: ignore
     print(json.dumps(found), file=lines)
 
 
-class Arm:
+class Variant:
     """The other end of `take_part`."""
 
     def __init__(self, name: str, load: Load):
         self.name, self.log = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "benchmarks.bench_train", "--arm", name, "--load", json.dumps(asdict(load))]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.bench_train",
+            "--variant",
+            name,
+            "--load",
+            json.dumps(asdict(load)),
+        ]
         pipe = subprocess.PIPE
         self.process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=self.log, text=True, cwd=ROOT)
 
@@ -305,21 +313,21 @@ class Arm:
 
 
 def measure(load: Load, names: list[str]) -> list[Case]:
-    arms = [Arm(name, load) for name in names]
+    variants = [Variant(name, load) for name in names]
     try:
-        for arm in arms:
-            arm.read()
-            say(f"{arm.name}: ready")
+        for variant in variants:
+            variant.read()
+            say(f"{variant.name}: ready")
         steps: dict[str, list[Case]] = {name: [] for name in names}
         for i in range(load.steps):
-            for arm in arms[i % len(arms) :] + arms[: i % len(arms)]:
-                steps[arm.name].append(arm.turn())
+            for variant in variants[i % len(variants) :] + variants[: i % len(variants)]:
+                steps[variant.name].append(variant.turn())
             say(f"step {i + 1}: " + ", ".join(f"{name} {steps[name][-1]['seconds']:.2f} s" for name in names))
-        ends = {arm.name: arm.turn() for arm in arms}
+        ends = {variant.name: variant.turn() for variant in variants}
     finally:
-        for arm in arms:
-            arm.process.kill()
-            arm.process.wait()
+        for variant in variants:
+            variant.process.kill()
+            variant.process.wait()
     return [row(load, name, steps, ends) for name in names]
 
 
@@ -449,18 +457,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="one object a case")
     parser.add_argument("--no-save", action="store_true", help="append nothing to results/")
     parser.add_argument("--plot", type=Path, help="draw the newest saved run into this file instead of measuring")
-    for hidden in ("--arm", "--load"):
+    for hidden in ("--variant", "--load"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    if args.arm:
-        return take_part(args.arm, Load(**json.loads(args.load)))
+    if args.variant:
+        return take_part(args.variant, Load(**json.loads(args.load)))
     if args.plot:
         device = "cuda" if torch.cuda.is_available() else "cpu"
         return plot(ROOT / "benchmarks" / "results" / f"train-{machine(device)}.csv", args.plot)
     if args.quick:
         args.pruned, args.tokens, args.steps, args.warm_up, args.held_out = True, 256, 4, 2, 2
     torch.set_num_threads(args.threads)
-    names = [name for name in ARMS if name != TRL or trl_version()]
+    names = [name for name in VARIANTS if name != TRL or trl_version()]
     with tempfile.TemporaryDirectory() as folder:
         name = "a third of the teacher" if args.pruned else "as large as the teacher"
         student = make_student(embedded_teacher(args.teacher), Path(folder) / name, args.pruned)

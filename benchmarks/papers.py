@@ -16,9 +16,9 @@ from pathlib import Path
 from benchmarks.demo import logitcache
 from benchmarks.reasoner.make import SIZES, make
 from benchmarks.reasoner.problems import FAMILIES
-from logitcache.accuracy.budgets import DEFAULT
-from logitcache.student.experiments.plots import COSTS, Rows, relative, values
-from logitcache.student.experiments.report import CSV_FILE, REPORT_FILE, TENTHS, from_csv, markdown, spread
+from logitcache.accuracy.options import DEFAULT_BUDGETS
+from logitcache.student.experiments.report import REPORT_FILE, markdown
+from logitcache.student.experiments.results import COSTS, CSV_FILE, TENTHS, Rows, from_csv, relative, spread, values
 
 ACCURACY = "accuracy none"
 REPORTS = Path(__file__).with_name("reports")
@@ -100,7 +100,7 @@ def essence(found: dict[str, Rows]) -> str:
         [f"... {f}: before, 0.5, 1.0", "", several(lsp, ["before", "lsp:0.5", "lsp:1"], f"{ACCURACY} [{f}]")]
         for f in FAMILIES
     ]
-    arms = ["reasoning", "answer", "prompt+answer"]
+    variants = ["reasoning", "answer", "prompt+answer"]
     halves = several(found["halves"], ["left", "middle", "right"], ACCURACY)
     return markdown(
         ["Distilling the Essence", "paper", "here"],
@@ -108,36 +108,45 @@ def essence(found: dict[str, Rows]) -> str:
             ["accuracy at lead-span 0.5, of 1.0", "about 91%", shown(half, "lsp:0.5", ACCURACY)],
             *family,
             *cost,
-            ["accuracy taught on the reasoning alone, of all sections", "as good", shown(sections, arms[0], ACCURACY)],
-            ["... the answer alone; prompt and answer", "far worse", several(sections, arms[1:], ACCURACY)],
+            [
+                "accuracy taught on the reasoning alone, of all sections",
+                "as good",
+                shown(sections, variants[0], ACCURACY),
+            ],
+            ["... the answer alone; prompt and answer", "far worse", several(sections, variants[1:], ACCURACY)],
             ["accuracy after the left, middle, right half", "early tokens matter most", halves],
         ],
     )
 
 
 def places(lsp: Rows) -> str:
-    arms = ["before", "lsp:0.5", "lsp:1"]
+    variants = ["before", "lsp:0.5", "lsp:1"]
     labels = [name.removeprefix("kl ") for name in TENTHS]
-    lines = [[arm, *(shown(lsp, arm, name, ".3f") for name in TENTHS)] for arm in arms]
+    lines = [[variant, *(shown(lsp, variant, name, ".3f") for name in TENTHS)] for variant in variants]
     return markdown(["held-out KL, nats, by place in the completion", *labels], lines)
 
 
 def trsd(rows: Rows) -> str:
-    arms = ["before", "trsd-anchored", "trsd:0.1-0.9", "trsd:1"]
-    asked = [("redundant", b) for b in DEFAULT] + [(f, "50%") for f in FAMILIES[1:]]
-    lines = [[f"{f}, {b}", *(shown(rows, arm, f"accuracy {b} [{f}]") for arm in arms)] for f, b in asked]
-    lines += [["all families, none", *(shown(rows, arm, ACCURACY) for arm in arms)]]
+    variants = ["before", "trsd-anchored", "trsd:0.1-0.9", "trsd:1"]
+    asked = [("redundant", b) for b in DEFAULT_BUDGETS] + [(f, "50%") for f in FAMILIES[1:]]
+    lines = [[f"{f}, {b}", *(shown(rows, variant, f"accuracy {b} [{f}]") for variant in variants)] for f, b in asked]
+    lines += [["all families, none", *(shown(rows, variant, ACCURACY) for variant in variants)]]
     for f in FAMILIES:
-        lines += [[f"natural length, {f}", *(shown(rows, arm, f"reasoning tokens none [{f}]", ".1f") for arm in arms)]]
-    return markdown(["TRSD, accuracy by budget", *arms], lines)
+        lines += [
+            [
+                f"natural length, {f}",
+                *(shown(rows, v, f"reasoning tokens none [{f}]", ".1f") for v in variants),
+            ]
+        ]
+    return markdown(["TRSD, accuracy by budget", *variants], lines)
 
 
-def shown(rows: Rows, arm: str, name: str, form: str = ".1%") -> str:
-    return spread(values(rows, arm, name), form)
+def shown(rows: Rows, variant: str, name: str, form: str = ".1%") -> str:
+    return spread(values(rows, variant, name), form)
 
 
-def several(rows: Rows, arms: list[str], *names: str) -> str:
-    return ", ".join(shown(rows, arm, name) for arm in arms for name in names)
+def several(rows: Rows, variants: list[str], *names: str) -> str:
+    return ", ".join(shown(rows, variant, name) for variant in variants for name in names)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Accuracy against a budget of reasoning: natural completions, and the same cut short, closed, and answered."""
+"""Accuracy under reasoning budgets: of full completions, and of answers after a part of the reasoning."""
 
 import hashlib
 import json
-import re
 import time
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,145 +13,87 @@ import numpy as np
 
 from logitcache import prompts
 from logitcache.accuracy.answer_file import NO_ROOM, Answer, AnswerFile, Key, digest_of
+from logitcache.accuracy.options import AccuracyOptions, Budget
 from logitcache.accuracy.run import Delimiters, Questions, Run
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError
-from logitcache.grading import verdicts
 from logitcache.identity import first_difference
 from logitcache.inference import model
-from logitcache.inference.model import ModelFacts, ModelSpec, Sampling
+from logitcache.inference.model import ModelFacts
 from logitcache.prompts import PromptSet
 from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
 from logitcache.runtime.locks import exclusive
 from logitcache.sections import Markers
 
 SETTINGS, ANSWERS, RESULTS = "settings.json", "answers.jsonl", "budgets.json"
-DEFAULT = ("0", "25%", "50%", "75%", "100%", "none")
 CI_METHOD = "95% Wilson interval of the prompts' mean accuracies, of as many trials as their spread is worth"
 
 
-@dataclass(frozen=True, slots=True)
-class Budget:
-    """How much of a reasoning is kept: so many tokens, a share of its own length, or, with neither, the natural whole."""
+@dataclass(frozen=True, kw_only=True)
+class BudgetResult:
+    """What a model reaches under one reasoning budget; token counts are means over samples."""
 
-    tokens: int | None = None
-    percent: float | None = None
-
-    def __str__(self) -> str:
-        if self.percent is not None:
-            return f"{self.percent:g}%"
-        return "none" if self.tokens is None else str(self.tokens)
-
-    @classmethod
-    def parse(cls, text: str) -> "Budget":
-        """``none``, ``128`` or ``12.5%``."""
-        text = text.strip()
-        if text == "none":
-            return cls()
-        if text.isdecimal():
-            return cls(tokens=int(text))
-        if re.fullmatch(r"\d+(\.\d+)?%", text) and float(text[:-1]) <= 100:
-            return cls(percent=float(text[:-1]))
-        raise InputError(f"`budgets` {text!r}: write tokens such as 128, a share such as 50%, or none")
-
-    def cut(self, length: int) -> int | None:
-        """Tokens that are kept of a reasoning of ``length`` tokens; None where it is left to end by itself."""
-        if self.percent is not None:
-            return int(self.percent / 100 * length + 1e-9)  # 29% of 100 are 29
-        return None if self.tokens is None else min(self.tokens, length)
+    accuracy: float  # pass@1: the mean over prompts of the mean over samples
+    ci: list[float]  # [low, high], see `pass_at_1`
+    prompts: int
+    samples: int  # per prompt
+    reasoning_tokens: float
+    answer_tokens: float
+    total_tokens: float  # everything after the prompt, delimiters included
+    ended: float  # share of samples that ended with an end-of-sequence token
+    unscored: int  # samples whose grading failed; they count as wrong
+    no_room: int  # samples that did not fit the model's context; they count as wrong
 
 
-@dataclass(frozen=True)
-class BudgetOptions:
-    """One call of ``logitcache eval --budgets``."""
+@dataclass(frozen=True, kw_only=True)
+class AccuracyResult:
+    """What `measure` found, and the content of budgets.json."""
 
-    prompts: str  # a source as `logitcache.prompts.load` reads it, with gold answers
-    model: str  # a model folder, such as a finished run, or a hub id
-    out: Path
-    budgets: tuple[str, ...] = DEFAULT
-    samples: int = 1
-    temperature: float = 0.0
-    max_tokens: int = 2048  # of a natural completion
-    answer_tokens: int = 256  # after a forced closing
-    verifier: str = "exact"  # one of verdicts.KINDS
-    limit: int | None = None
-    seed: int = 0
-    markers: Markers | None = None  # None: found in the tokenizer or the chat template
-    answer_regex: str | None = None  # for completions without markers
-    dtype: str = "auto"
-    tensor_parallel_size: int = 1
-    sampling: dict[str, Any] = field(default_factory=dict)
-    engine_args: dict[str, Any] = field(default_factory=dict)
-    template_args: dict[str, Any] = field(default_factory=dict)
+    student: str
+    source: str  # of the prompts, as it was given
+    prompts_digest: str
+    ci_method: str
+    budgets: dict[str, BudgetResult]  # by budget; empty if a signal ended the call
+    stopped: str | None  # the signal's name
+    made: int  # answers that this call made
+    before: int  # answers that existed before
+    seconds: float
+    settings: dict[str, Any]  # of the model and of the sampling: all but the prompts that an answer depends on
+    delimiters: dict[str, list[int]] | None  # token ids of the forced opening and closing; None: not decided yet
 
-    def __post_init__(self) -> None:
-        if self.samples < 1 or self.answer_tokens < 1 or (self.limit is not None and self.limit < 1):
-            raise InputError("`samples`, `answer_tokens` and `limit` must be at least 1")
-        if self.samples > 1 and self.temperature == 0:
-            raise InputError(
-                f"`samples` {self.samples} at `temperature` 0 are {self.samples} times the same; set one of the two"
-            )
-        if not self.budgets:
-            raise InputError("`budgets` is empty; give some, such as 0,50%,none")
-        _ = self.spec, self.drawn, self.parsed  # refuse what they refuse
-        Markers(answer_regex=self.answer_regex)
-        verdicts.check(self.verifier)
-
-    @property
-    def parsed(self) -> list[Budget]:
-        """The budgets, each once, in their order."""
-        return list(dict.fromkeys(map(Budget.parse, self.budgets)))
-
-    @property
-    def spec(self) -> ModelSpec:
-        return ModelSpec(
-            model=self.model,
-            option="student",
-            dtype=self.dtype,
-            tensor_parallel_size=self.tensor_parallel_size,
-            engine_args=self.engine_args,
-            template_args=self.template_args,
-        )
-
-    @property
-    def drawn(self) -> Sampling:
-        """How answers are sampled."""
-        return Sampling(
-            temperature=self.temperature, max_tokens=self.max_tokens, seed=self.seed, sampling=self.sampling
-        )
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
-def measure(options: BudgetOptions) -> dict[str, Any]:
-    """Accuracy of a model on prompts, under each budget of reasoning.
+def measure(options: AccuracyOptions) -> AccuracyResult:
+    """Measures a model's accuracy on prompts under each reasoning budget.
 
-    Every sample is completed naturally once. A budget cuts that reasoning, puts the closing delimiter behind it and has the
-    model answer; budgets that cut a sample at one place share its answer. A natural completion that never closed is all
-    reasoning, and wrong. So is an answer that could not be scored, and one for which the model's context had no room.
+    Each sample is first completed without a limit on its reasoning. For a budget, that reasoning is cut, the closing
+    delimiter is appended, and the model answers. Budgets that cut a sample at the same token share its answer. These count
+    as wrong: a completion that never closed its reasoning, an answer whose grading failed, an answer that did not fit the
+    model's context.
 
-    Answers lie in ``options.out`` as they come. The same call goes on where one stopped; budgets, samples and prompts may be
-    added, and all other settings must stay.
+    Answers are appended to a file in ``options.out`` as they arrive. The same call resumes after a stop. Budgets, samples
+    and prompts may be added later; every other setting must stay as it was.
 
-    Returns: "budgets": by budget {"accuracy" (pass@1: mean over prompts of the mean over samples), "ci" [lo, hi] (see
-        `pass_at_1`), "prompts", "samples", "reasoning_tokens", "answer_tokens", "total_tokens" (means; the total has the
-        delimiters after the prompt too), "ended" (share that ended by themselves), "unscored", "no_room" (counts)}, empty
-        where a signal ended the call, which "stopped" names; "settings" (of the model and the run), "delimiters" (token ids
-        forced, or None), "student", "source", "prompts_digest", "ci_method", "made", "before", "seconds".
-    Raises: InputError, IdentityError, CacheBusyError before anything is made; EngineError and WriteError.
+    Raises: InputError, IdentityError or CacheBusyError before anything is generated; EngineError and WriteError.
     """
     began, out = time.monotonic(), options.out
     source = prompts.load(options.prompts, options.limit)
-    _refuse_unjudgeable(options, source)
+    _check_gradable(options, source)
     facts = _inspect(options)
-    markers = options.markers or Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
+    markers = options.reasoning_markers or Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
     markers = Markers(markers.opening, markers.closing, options.answer_regex)
     cutting = [budget for budget in options.parsed if budget != Budget()]
     if cutting and not markers.pair:
         raise InputError(
-            f"`student` {options.model}: no reasoning markers are known for it, so nothing can be cut or closed; give "
-            "`reasoning_markers` OPENING,CLOSING, or `budgets` none"
+            f"`student` {options.student}: no reasoning markers are known for this model, so its reasoning cannot be cut; "
+            "give `reasoning_markers` OPENING,CLOSING, or `budgets` none"
         )
-    model.render(facts, source.prompts[0], options.template_args)  # what it refuses, it refuses now
+    model.render(
+        facts, source.prompts[0], options.template_args
+    )  # refuses bad template arguments before the engine loads
     settings = _settings(options, facts, markers)
-    _match(out, settings)
+    _check_directory(out, settings)
     questions = Questions(
         options.spec,
         options.drawn,
@@ -165,8 +106,8 @@ def measure(options: BudgetOptions) -> dict[str, Any]:
         options.verifier,
     )
     with exclusive(out / LOCK, str(out)), closing(AnswerFile(out / ANSWERS)) as file:
-        found = _match(out, settings)
-        _refuse_other_prompts(out, file.answers, source)
+        delimiters = _check_directory(out, settings)
+        _check_prompts(out, file.answers, source)
         before, stopped = len(file.answers), None
 
         def publish(delimiters: Delimiters | None) -> None:
@@ -174,34 +115,35 @@ def measure(options: BudgetOptions) -> dict[str, Any]:
             publish_json(out / SETTINGS, {"settings": settings, "delimiters": forced})
 
         if questions.missing(file.answers):
-            run = Run(questions, file, Delimiters(**found) if found else None, publish, out)
+            run = Run(questions, file, Delimiters(**delimiters) if delimiters else None, publish, out)
             stopped = run.work()
-        result = {
-            "student": options.model,
-            "source": options.prompts,
-            "prompts_digest": prompts_digest(source),
-            "ci_method": CI_METHOD,
-            "budgets": {} if stopped else {str(b): _measured(b, questions, file.answers) for b in options.parsed},
-            "stopped": stopped,
-            "made": len(file.answers) - before,
-            "before": before,
-            "seconds": time.monotonic() - began,
+        result = AccuracyResult(
+            student=options.student,
+            source=options.prompts,
+            prompts_digest=prompts_digest(source),
+            ci_method=CI_METHOD,
+            budgets={} if stopped else {str(b): _result(b, questions, file.answers) for b in options.parsed},
+            stopped=stopped,
+            made=len(file.answers) - before,
+            before=before,
+            seconds=time.monotonic() - began,
             **read_json(out / SETTINGS),
-        }
+        )
         if not stopped:
-            publish_json(out / RESULTS, result)
+            publish_json(out / RESULTS, result.to_json())
     return result
 
 
 def pass_at_1(right_PS: np.ndarray) -> tuple[float, list[float]]:
-    """Mean over prompts of the mean over samples, and its 95% interval.
+    """Pass@1, the mean over prompts of the mean over samples, and its 95% confidence interval.
 
-    The interval is Wilson's (1927) for a share of n trials. Samples of a prompt are alike, so n is what the spread of the
-    prompts' means is worth: P p(1-p) / var, the effective size of a clustered sample (Kish). It is P for one sample a
-    prompt, and lies in [P, P S]; where all are right, or none, it is P.
+    The interval is Wilson's (1927) for n independent trials. Samples of one prompt are correlated, so n is the effective
+    size of a clustered sample (Kish 1965): P p(1-p) / var, where var is the variance of the prompts' means. It lies in
+    [P, P S], and is P for one sample per prompt, or if all samples are right, or none.
 
     Args:
         right_PS: bool [P, S], P prompts with S samples each.
+    Returns: the mean and [low, high].
     """
     P, S = right_PS.shape
     p, spread = float(right_PS.mean()), float(right_PS.mean(axis=1).var())
@@ -212,54 +154,54 @@ def pass_at_1(right_PS: np.ndarray) -> tuple[float, list[float]]:
     return p, [max(0.0, lo), min(1.0, hi)]
 
 
-def _measured(budget: Budget, questions: Questions, answers: Mapping[Key, Answer]) -> dict[str, Any]:
+def _result(budget: Budget, questions: Questions, answers: Mapping[Key, Answer]) -> BudgetResult:
     chosen = [answers[k._replace(cut=budget.cut(answers[k].reasoning))] for k in questions.natural()]
     right = np.array([answer.correct is True for answer in chosen])
     accuracy, ci = pass_at_1(right.reshape(-1, questions.samples))
     counts = np.array([[a.reasoning, a.answer, a.opening + a.reasoning + a.closing + a.answer] for a in chosen])
     reasoning, answer, total = counts.mean(axis=0).tolist()
-    return {
-        "accuracy": accuracy,
-        "ci": ci,
-        "prompts": len(questions.prompts),
-        "samples": questions.samples,
-        "reasoning_tokens": reasoning,
-        "answer_tokens": answer,
-        "total_tokens": total,
-        "ended": sum(a.finish == "stop" for a in chosen) / len(chosen),
-        "unscored": sum(a.correct is None for a in chosen),
-        "no_room": sum(a.finish == NO_ROOM for a in chosen),
-    }
+    return BudgetResult(
+        accuracy=accuracy,
+        ci=ci,
+        prompts=len(questions.prompts),
+        samples=questions.samples,
+        reasoning_tokens=reasoning,
+        answer_tokens=answer,
+        total_tokens=total,
+        ended=sum(a.finish == "stop" for a in chosen) / len(chosen),
+        unscored=sum(a.correct is None for a in chosen),
+        no_room=sum(a.finish == NO_ROOM for a in chosen),
+    )
 
 
-def _inspect(options: BudgetOptions) -> ModelFacts:
-    folder = Path(options.model)
+def _inspect(options: AccuracyOptions) -> ModelFacts:
+    folder = Path(options.student)
     if (folder / "adapter_config.json").is_file():
         raise InputError(
-            f"`student` {folder} is a LoRA adapter, and the engine runs whole models; merge it into its base with peft's "
-            "AutoPeftModelForCausalLM (merge_and_unload, then save_pretrained), and give that folder with the tokenizer"
+            f"`student` {folder} is a LoRA adapter, but vLLM needs a whole model here; merge the adapter with peft's "
+            "AutoPeftModelForCausalLM (merge_and_unload, then save_pretrained) and give that folder, with the tokenizer in it"
         )
     if (folder / "run.json").is_file() and not (folder / "config.json").is_file():
-        raise InputError(f"`student` {folder} is a run that is not finished; finish it, or give one of its checkpoints")
+        raise InputError(f"`student` {folder} is an unfinished run; finish it, or give one of its checkpoints")
     return model.inspect_model(options.spec)
 
 
-def _refuse_unjudgeable(options: BudgetOptions, source: PromptSet) -> None:
+def _check_gradable(options: AccuracyOptions, source: PromptSet) -> None:
     for prompt in source:
         if options.verifier == "gym":
             entry = prompt.metadata.get("gym")
             if not isinstance(entry, dict) or "source_dataset" not in entry:
                 raise PromptsError(
-                    f"{options.prompts}: prompt {prompt.id!r} is none of reasoning-gym; give `verifier` math or exact"
+                    f"{options.prompts}: prompt {prompt.id!r} is not a reasoning-gym task; set `verifier` to math or exact"
                 )
         elif prompt.answer is None or not prompt.answer.strip():
             raise PromptsError(
-                f"{options.prompts}: prompt {prompt.id!r} has no `answer` to judge by; give it one, or leave it out"
+                f"{options.prompts}: prompt {prompt.id!r} has no gold `answer`; add one, or remove the prompt"
             )
 
 
-def _settings(options: BudgetOptions, facts: ModelFacts, markers: Markers) -> dict[str, Any]:
-    """All but the prompts that an answer depends on."""
+def _settings(options: AccuracyOptions, facts: ModelFacts, markers: Markers) -> dict[str, Any]:
+    """Everything an answer depends on, except the prompts."""
     return {
         "model": facts.name,
         "model_revision": facts.revision,
@@ -279,10 +221,11 @@ def _settings(options: BudgetOptions, facts: ModelFacts, markers: Markers) -> di
     }
 
 
-def _match(out: Path, settings: dict[str, Any]) -> dict[str, list[int]] | None:
-    """The delimiters that the answers in ``out`` were forced with; None where that is not decided, or nothing is there.
+def _check_directory(out: Path, settings: dict[str, Any]) -> dict[str, list[int]] | None:
+    """Checks that answers with these settings may be added to ``out``.
 
-    Raises: IdentityError naming the first setting that differs, NotACacheError for a directory of other things.
+    Returns: the delimiters in use there; None if they are not decided yet, or if ``out`` holds no answers.
+    Raises: IdentityError with the first setting that differs; NotACacheError for a directory with other files.
     """
     foreign = taken(out, left_behind)
     if (out / SETTINGS).is_file():
@@ -290,25 +233,25 @@ def _match(out: Path, settings: dict[str, Any]) -> dict[str, list[int]] | None:
         if difference := first_difference(there.get("settings", {}), settings):
             name, found, wanted = difference
             raise IdentityError(
-                f"{out} holds answers made with {name} = {found!r}, this call has {wanted!r}; go back to that, or give "
-                "`out` a new directory"
+                f"{out} holds answers made with {name} = {found!r}, this call has {wanted!r}; use the old value, or set "
+                "`out` to a new directory"
             )
         return there.get("delimiters")
     if foreign:
-        raise NotACacheError(f"{out} holds other things than answers; give `out` an empty or a new directory")
+        raise NotACacheError(f"{out} holds files that are not answers; set `out` to an empty or a new directory")
     return None
 
 
-def _refuse_other_prompts(out: Path, answers: Mapping[Key, Answer], source: PromptSet) -> None:
+def _check_prompts(out: Path, answers: Mapping[Key, Answer], source: PromptSet) -> None:
     there = {answer.prompt_id: answer.digest for answer in answers.values()}
     common = [prompt for prompt in source if prompt.id in there]
     changed = next((prompt.id for prompt in common if there[prompt.id] != digest_of(prompt)), None)
     if changed is not None or (there and not common):
-        what = "none of these prompts" if changed is None else f"prompt {changed!r} with another text or gold answer"
-        raise IdentityError(f"{out} holds answers to {what}; give the prompts as they were, or `out` a new directory")
+        what = "other prompts" if changed is None else f"prompt {changed!r} with another text or gold answer"
+        raise IdentityError(f"{out} holds answers to {what}; give the same prompts, or set `out` to a new directory")
 
 
 def prompts_digest(source: PromptSet) -> str:
-    """Hash of prompts with all that verdicts read, whatever their order."""
-    told = json.dumps(sorted([prompt.id, digest_of(prompt)] for prompt in source))
-    return hashlib.blake2b(told.encode(), digest_size=16).hexdigest()
+    """Hash of the prompts with everything grading reads; their order does not matter."""
+    text = json.dumps(sorted([prompt.id, digest_of(prompt)] for prompt in source))
+    return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()

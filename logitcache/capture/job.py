@@ -1,7 +1,7 @@
 """What fills a cache: options, identity, and the task that turns requests into traces."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -13,7 +13,7 @@ from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
 from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Sampling
-from logitcache.runtime.options import Option
+from logitcache.runtime.options import Option, values_of
 from logitcache.sections import Markers
 from logitcache.trace import Trace
 
@@ -151,11 +151,6 @@ class PromptOptions(CaptureOptions, Sampling):
     @property
     def source(self) -> str:
         return self.prompts
-
-
-def values_of(kind: type, source: Any) -> dict[str, Any]:
-    """The values that ``source`` has for the fields of the dataclass ``kind``."""
-    return {field.name: getattr(source, field.name) for field in fields(kind)}
 
 
 def at_least(name: str, value: int | None, least: int) -> None:

@@ -6,7 +6,8 @@ Name, type and default are Python's own. The command line, ``--config`` files an
 (`logitcache.commands.builder`), so this is the only place that knows an option.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
 EVERYDAY = "Options"  # the group that --help shows first
 LAST_GROUPS = ("Engine", "Shards and workers", "Output")  # those that it shows last
@@ -23,3 +24,8 @@ class Option:
     metavar: str | None = None  # None: from the type
     default: str | None = None  # what --help says where the default is None or is decided later
     positional: bool = False  # an argument instead of a flag
+
+
+def values_of(kind: type, source: Any) -> dict[str, Any]:
+    """The values that ``source`` has for the fields of the dataclass ``kind``."""
+    return {field.name: getattr(source, field.name) for field in fields(kind)}

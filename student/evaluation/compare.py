@@ -1,131 +1,195 @@
-"""Runs side by side: what they were set to, how far they came, what it cost, and the curves.
+"""Compares runs: their settings, results, costs and curves.
 
-Reads what a run writes (`run.json`, and its checkpoints while it lasts) and needs neither torch nor the student.
+Reads run.json and, for an unfinished run, its checkpoints. Needs neither torch nor the student's weights.
 """
 
 import contextlib
 import importlib.util
 import io
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from logitcache.errors import StudentError
-from logitcache.kernels.divergences import DIVERGENCES
 from logitcache.runtime.files import publish
+from logitcache.runtime.options import Option
 from logitcache.student.training.checkpoints import RUN_FILE, SPENT_FILE, find_run, newest_checkpoint, run_status
 
 CURVES_FILE = "curves.png"
-SMOOTHED = 50  # a running mean over a 50th of a loss curve's points is drawn over them
-AXES = {"step": "optimiser steps", "tokens_taught": "tokens taught", "seconds": "seconds of training"}
+SMOOTHED = 50  # the running mean drawn over a loss curve spans a 50th of its points
+AXES = {"step": "optimizer steps", "tokens_taught": "supervised tokens", "seconds": "training seconds"}
 
-# Of run.json, what a run did; all else is what it was told.
-_DONE = {"status", "signal", "again", "eval_before", "eval_after", "history", "steps", "seconds", "cost"}
-_DONE |= {"tokens_fed", "tokens_taught", "tokens_per_second"}
-_HELD_OUT = ("cache", "traces", "held_out")  # settings that choose the traces a run is evaluated on
+# Keys of run.json that say what a run did; all others are its settings.
+_RESULTS = {"status", "signal", "again", "eval_before", "eval_after", "history", "steps", "seconds", "cost"}
+_RESULTS |= {"tokens_fed", "tokens_taught", "tokens_per_second"}
+_HELD_OUT = ("cache", "traces", "held_out")  # settings that choose the held-out traces
+# Settings that define the training loss.
 _OBJECTIVE = ("view", "sections", "top_k", "divergence", "tail", "beta", "alpha", "temperature", "ce_weight")
-_OBJECTIVE += ("section_weights",)  # those that say what its training loss is
+_OBJECTIVE += ("section_weights",)
 
 
-def compare(runs: list[Path], out: Path | None = None) -> dict[str, Any]:
-    """Runs side by side, finished or not: one that lasts is shown as its newest checkpoint has it.
+@dataclass(frozen=True, kw_only=True)
+class LossCurve:
+    """Training loss; all lists have the same length. None: run.json has no counts."""
+
+    step: list[int]
+    loss: list[float]
+    tokens_taught: list[float] | None
+    seconds: list[float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutCurve:
+    """Held-out KL (nats per position) and top-1 agreement; all lists have the same length. None: no counts."""
+
+    step: list[int]
+    kl: list[float]
+    top1: list[float | None]
+    tokens_taught: list[float] | None
+    seconds: list[float] | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparedRun:
+    """A run as its run.json has it, or, unfinished, as its newest checkpoint has it. None: not known."""
+
+    path: str
+    status: str  # finished, running or stopped
+    steps: int | None
+    tokens_fed: int | None
+    tokens_taught: int | None
+    seconds: float | None
+    tokens_per_second: float | None
+    cost: dict[str, Any] | None
+    eval_before: dict[str, Any] | None
+    eval_after: dict[str, Any] | None  # the last evaluation
+    eval_step: int | None  # its step
+    training: LossCurve
+    held_out: HeldOutCurve
+    name: str  # the shortest end of its path that tells it from the others
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Runs side by side."""
+
+    runs: list[ComparedRun]
+    differs: dict[str, list[Any]]  # setting: its value in each run; nested settings by dotted names
+    held_out_differs: list[str]  # settings that make held-out KL not comparable
+    loss_differs: list[str]  # settings that make training losses not comparable
+    files: list[str]  # plots
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compare(
+    runs: Annotated[list[Path], Option("Run directories, finished or not.", positional=True)],
+    *,
+    out: Annotated[Path | None, Option("Directory for curves.png.", default="no plot")] = None,
+) -> Comparison:
+    """Compares the settings, results and costs of runs. An unfinished run counts as its newest checkpoint has it.
 
     Args:
-        out: directory for curves.png; None: no picture. Needs matplotlib.
-    Returns: {"runs": [what `_read` gives]; "differs": {setting: [one value a run]}, nested settings by dotted names;
-        "held_out_differs", "loss_differs": those of them that make held-out KL, and training losses, incomparable;
-        "files": [pictures]}.
-    Raises: StudentError for a directory that is no run, and where matplotlib is missing; WriteError.
+        out: directory for curves.png, which needs matplotlib; None: no plot.
+    Raises: StudentError for a directory that is not a run, or if matplotlib is missing; WriteError.
     """
     if not runs:
-        raise StudentError("no run to compare: give directories that `logitcache train --out` made")
+        raise StudentError("no runs to compare: give directories that `logitcache train --out` made")
     if out is not None and importlib.util.find_spec("matplotlib") is None:
-        raise StudentError("curves need matplotlib: pip install matplotlib, or leave `out` away for the table")
-    found = [_read(path) for path in runs]
-    for run, name in zip(found, _names(runs), strict=True):
-        run["name"] = name
-    settings = [_flat(run.pop("settings")) for run in found]
+        raise StudentError("curves need matplotlib: pip install matplotlib, or omit `out` to get the table alone")
+    read = [_read(path, name) for path, name in zip(runs, _names(runs), strict=True)]
+    compared, settings = [run for run, _ in read], [_flat(found) for _, found in read]
     keys = dict.fromkeys(key for each in settings for key in each)
     values = {key: [each.get(key) for each in settings] for key in keys}
     differs = {key: v for key, v in values.items() if any(value != v[0] for value in v)}
     held_out, loss = ([k for k in differs if k.startswith(names)] for names in (_HELD_OUT, _OBJECTIVE))
     files = []
     if out is not None:
-        nats = all(DIVERGENCES[each["divergence"]].in_nats for each in settings if "divergence" in each)
-        unit = "objectives differ" if loss else "nats a row" if nats else "a row"
-        publish(out / CURVES_FILE, _curves_png(found, unit))
+        nats = all(each.get("divergence") != "tv" for each in settings)
+        unit = "objectives differ" if loss else "nats per position" if nats else "per position"
+        publish(out / CURVES_FILE, _curves_png(compared, unit))
         files.append(str(out / CURVES_FILE))
-    return {"runs": found, "differs": differs, "held_out_differs": held_out, "loss_differs": loss, "files": files}
+    return Comparison(runs=compared, differs=differs, held_out_differs=held_out, loss_differs=loss, files=files)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """A run's {"path", "status": finished, running or stopped; "settings", "steps", "tokens_fed", "tokens_taught",
-    "seconds", "tokens_per_second", "cost", "eval_before", "eval_after": the last evaluation, "eval_step": its step;
-    "training": {"step", "loss", ...}, "held_out": {"step", "kl", ...}: curves, lists of one length}.
-
-    What is not known is None. Raises: StudentError for a directory that is no run.
-    """
+def _read(path: Path, name: str) -> tuple[ComparedRun, dict[str, Any]]:
+    """Returns: the run and its settings. Raises: StudentError for a directory that is not a run."""
     home, run = find_run(path)
     if home != path:
-        hint = f"; did you mean {home}?" if home else f"; it has no {RUN_FILE}" if path.is_dir() else " on this disk"
-        raise StudentError(f"{path} is no run{hint}; give directories that `logitcache train --out` made")
-    state, done = {"log_history": run.get("history") or [], "global_step": run.get("steps")}, dict(run)
-    run["status"] = run_status(path, run)
-    if run["status"] != "finished":
-        checkpoint, newest = newest_checkpoint(path)
+        hint = (
+            f"; did you mean {home}?" if home else f"; it has no {RUN_FILE}" if path.is_dir() else "; no such directory"
+        )
+        raise StudentError(f"{path} is not a run{hint}; give directories that `logitcache train --out` made")
+    history, steps, counts = run.get("history") or [], run.get("steps"), dict(run)
+    status = run_status(path, run)
+    if status != "finished":
+        checkpoint, state = newest_checkpoint(path)
         if checkpoint is not None:
-            state = newest
+            history, steps = state["log_history"], state.get("global_step")
             with contextlib.suppress(OSError, ValueError):
-                done = run | json.loads((checkpoint / SPENT_FILE).read_text())
-    steps, seconds, fed = state.get("global_step"), done.get("seconds"), done.get("tokens_fed")
-    training, held_out = _curves(state["log_history"], done, steps)
-    after, last = run.get("eval_after"), len(held_out["step"]) - 1
+                counts = run | json.loads((checkpoint / SPENT_FILE).read_text())
+    seconds, tokens = counts.get("seconds"), counts.get("tokens_fed")
+    training, held_out = _curves(history, counts, steps)
+    after, last = run.get("eval_after"), len(held_out.step) - 1
+    eval_step = steps if after else held_out.step[last] if last > 0 else None
     if after is None and last > 0:
-        after = {"kl": held_out["kl"][last], "top1": held_out["top1"][last]}
-    return {
-        "path": str(path),
-        "status": run["status"],
-        "settings": {k: v for k, v in run.items() if k not in _DONE},
-        "steps": steps,
-        "tokens_fed": fed,
-        "tokens_taught": done.get("tokens_taught"),
-        "seconds": seconds,
-        "tokens_per_second": fed / seconds if fed and seconds else None,
-        "cost": done.get("cost"),
-        "eval_before": run.get("eval_before"),
-        "eval_after": after,
-        "eval_step": steps if run.get("eval_after") else held_out["step"][last] if last > 0 else None,
-        "training": training,
-        "held_out": held_out,
-    }
+        after = {"kl": held_out.kl[last], "top1": held_out.top1[last]}
+    compared = ComparedRun(
+        path=str(path),
+        status=status,
+        steps=steps,
+        tokens_fed=tokens,
+        tokens_taught=counts.get("tokens_taught"),
+        seconds=seconds,
+        tokens_per_second=tokens / seconds if tokens and seconds else None,
+        cost=counts.get("cost"),
+        eval_before=run.get("eval_before"),
+        eval_after=after,
+        eval_step=eval_step,
+        training=training,
+        held_out=held_out,
+        name=name,
+    )
+    return compared, {key: value for key, value in run.items() if key not in _RESULTS}
 
 
-def _curves(history: list[dict[str, Any]], run: dict[str, Any], steps: int | None) -> tuple[dict, dict]:
-    """Training loss and held-out KL with their steps, tokens taught and seconds.
+def _curves(history: list[dict[str, Any]], counts: dict[str, Any], steps: int | None) -> tuple[LossCurve, HeldOutCurve]:
+    """Training loss and held-out KL with their steps, supervised tokens and seconds.
 
-    The log says after how many tokens and seconds an entry stands; what it leaves out lies on the line between the
-    entries around it, and at worst between nothing and the run's totals: steps hold about as many tokens each.
+    Log entries without counts get interpolated ones, if need be between 0 and the run's totals: steps hold about the
+    same number of tokens.
     """
-    losses = {e["step"]: (e["loss"],) for e in history if "loss" in e}
+    losses = {e["step"]: e["loss"] for e in history if "loss" in e}
     held = {e["step"]: (e["eval_kl"], e.get("eval_top1")) for e in history if e.get("eval_kl") is not None}
-    for step, found in ((0, run.get("eval_before")), (steps, run.get("eval_after"))):
+    for step, found in ((0, counts.get("eval_before")), (steps, counts.get("eval_after"))):
         if found and step is not None:
             held.setdefault(step, (found["kl"], found["top1"]))
-    training, held_out = _columns(losses, ("loss",)), _columns(held, ("kl", "top1"))
-    for name in list(AXES)[1:]:
+
+    def interpolated(name: str, at: list[int]) -> list[float] | None:
         known = {0: 0} | {e["step"]: e[name] for e in history if e.get(name) is not None}
-        known |= {steps: run[name]} if steps and run.get(name) is not None else {}
-        at, counted = zip(*sorted(known.items()), strict=True)
-        for curve in (training, held_out):
-            curve[name] = np.interp(curve["step"], at, counted).tolist() if len(known) > 1 else None
+        known |= {steps: counts[name]} if steps and counts.get(name) is not None else {}
+        known_steps, values = zip(*sorted(known.items()), strict=True)
+        return np.interp(at, known_steps, values).tolist() if len(known) > 1 else None
+
+    trained, evaluated = sorted(losses), sorted(held)
+    training = LossCurve(
+        step=trained,
+        loss=[losses[step] for step in trained],
+        tokens_taught=interpolated("tokens_taught", trained),
+        seconds=interpolated("seconds", trained),
+    )
+    held_out = HeldOutCurve(
+        step=evaluated,
+        kl=[held[step][0] for step in evaluated],
+        top1=[held[step][1] for step in evaluated],
+        tokens_taught=interpolated("tokens_taught", evaluated),
+        seconds=interpolated("seconds", evaluated),
+    )
     return training, held_out
-
-
-def _columns(points: dict[int, tuple], names: tuple[str, ...]) -> dict[str, Any]:
-    ordered = sorted(points)
-    return {"step": ordered} | {name: [points[step][i] for step in ordered] for i, name in enumerate(names)}
 
 
 def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -136,7 +200,7 @@ def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _names(paths: list[Path]) -> list[str]:
-    """As few of their last parts as tell the paths apart."""
+    """The shortest ends of the paths that tell them apart."""
     parts = [path.resolve().parts for path in paths]
     for count in range(1, max(map(len, parts))):
         names = [str(Path(*p[-count:])) for p in parts]
@@ -145,29 +209,29 @@ def _names(paths: list[Path]) -> list[str]:
     return [str(path) for path in paths]
 
 
-def _curves_png(runs: list[dict[str, Any]], loss_unit: str) -> bytes:
-    """Training loss over held-out KL, by steps, tokens taught and seconds; a run without counts is in the first only."""
+def _curves_png(runs: list[ComparedRun], loss_unit: str) -> bytes:
+    """Training loss above held-out KL, by steps, supervised tokens and seconds; a run without counts is drawn by steps."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     plots: Any = figure.subplots(2, len(AXES), sharey="row", sharex="col")
-    for row, curve, value, label in (
-        (plots[0], "training", "loss", f"training loss ({loss_unit})"),
-        (plots[1], "held_out", "kl", "held-out KL (nats a row)"),
+    for row, label, curves in (
+        (plots[0], f"training loss ({loss_unit})", [(run.training, run.training.loss) for run in runs]),
+        (plots[1], "held-out KL (nats per position)", [(run.held_out, run.held_out.kl) for run in runs]),
     ):
         row[0].set_ylabel(label)
         for plot, axis in zip(row, AXES, strict=True):
-            for i, run in enumerate(runs):
+            for i, (run, (curve, y)) in enumerate(zip(runs, curves, strict=True)):
                 style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
-                if curve == "held_out":
+                if curve is run.held_out:
                     style |= {"marker": "o", "markersize": 4}
-                    style |= {"label": f"{run['name']} ({run['status']})"} if axis == "step" else {}
-                if run[curve][axis] is not None:
-                    _line(plot, np.array(run[curve][axis]), np.array(run[curve][value]), style)
+                    style |= {"label": f"{run.name} ({run.status})"} if axis == "step" else {}
+                if (x := getattr(curve, axis)) is not None:
+                    _line(plot, np.array(x), np.array(y), style)
             plot.grid(alpha=0.3)
-        seen = [v for run in runs for v in run[curve][value]]
-        if seen and min(seen) > 0:  # a start at 10 nats would flatten what follows
+        seen = [value for _, y in curves for value in y]
+        if seen and min(seen) > 0:  # on a linear axis a start at 10 nats would flatten everything after it
             row[0].set_yscale("log")
             narrow = max(seen) < 30 * min(seen)
             row[0].yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 6, 8) if narrow else (1, 2, 5)))
@@ -185,7 +249,7 @@ def _curves_png(runs: list[dict[str, Any]], loss_unit: str) -> bytes:
 
 
 def _line(plot: Any, x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> None:
-    """A curve; a loss of many points is drawn faintly, with its running mean over it."""
+    """Draws a curve; a loss with many points is drawn faintly, under its running mean."""
     if "marker" not in style and (window := len(y) // SMOOTHED) > 1:
         plot.plot(x, y, alpha=0.25, linewidth=0.8, **style)
         mean = np.full(window, 1 / window)

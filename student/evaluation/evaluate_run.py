@@ -3,7 +3,6 @@
 import contextlib
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.runtime.console import Progress
-from logitcache.sections import SECTIONS
 from logitcache.student.data.dataset import TraceDataset, matching
 from logitcache.student.data.held_out import split
 from logitcache.student.data.views import View
+from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.model.head import find_head
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.model.metrics import evaluate
@@ -25,22 +24,7 @@ from logitcache.student.training.config import wants_bf16
 from logitcache.student.training.options import TrainOptions
 
 
-@dataclass(frozen=True)
-class EvalOptions:
-    """One call of ``logitcache eval``. The full view by default, as in training: one measure for all students."""
-
-    cache: Path
-    student: str  # a run, one of its checkpoints, a model folder, a LoRA adapter's folder, a hub id
-    held_out: float | None = None  # None: as the run that the student is of had it, or 0.05
-    everything: bool = False
-    where: str | None = None
-    view: str = "full"
-    sections: tuple[str, ...] = tuple(SECTIONS)
-    tokens_per_batch: int = 4096
-    dtype: str | None = None  # as TrainOptions has it
-
-
-def evaluate_run(options: EvalOptions) -> dict[str, Any]:
+def evaluate_run(options: EvaluationOptions) -> dict[str, Any]:
     """Evaluates `options.student` on a cache's held-out traces, the same that training with that share holds out.
 
     Works under torchrun; every rank returns the same.
@@ -97,7 +81,7 @@ def evaluate_run(options: EvalOptions) -> dict[str, Any]:
     }
 
 
-def _choose(options: EvalOptions, cache: Cache, run: dict[str, Any]) -> tuple[np.ndarray, float | None]:
+def _choose(options: EvaluationOptions, cache: Cache, run: dict[str, Any]) -> tuple[np.ndarray, float | None]:
     """Indices of the traces to evaluate on, and the share that was held out, None for all."""
     if options.everything and options.held_out is not None:
         raise StudentError("give either `everything` or `held_out`, which is a part")

@@ -1,12 +1,12 @@
-"""The experiments, as tables of arms: what each arm is trained on, and nothing of how. Pure, and without torch.
+"""The experiments: for each, a table of its variants. Pure functions, without torch.
 
 sections          which sections to supervise                  Distilling the Essence (2025)
-lsp               the first 0.1 ... 1.0 of all tokens          "
-halves            first half, middle, last half, each as a teacher reads it alone
-token-matched     one section each, equally many tokens
-losses            divergence, entries of a row, tail: each varied around forward_kl, all, bucket
-trsd              answers after cut reasoning                  Truncated-Reasoning Self-Distillation (2026)
-first-derivation  as far as the first derivation, of traces that then verify it
+lsp               the first 0.1, ..., 1.0 of all tokens        "
+halves            first half, middle half and last half, each scored by the teacher on its own
+token-matched     one section each, with equally many supervised tokens
+losses            divergence, ids per row and tail, each varied around forward_kl, all ids, bucket
+trsd              answers after truncated reasoning            Truncated-Reasoning Self-Distillation (2026)
+first-derivation  traces truncated at the first derivation of the answer, where a second one follows
 """
 
 import difflib
@@ -18,28 +18,25 @@ from logitcache.errors import InputError
 from logitcache.kernels.divergences import DIVERGENCES
 from logitcache.student.data.token_masks import Share
 
-BEFORE = "before"  # the arm that is not trained: the student as it was given
+BEFORE = "before"  # the name of the untrained student in tables
 PROMPT, REASONING, ANSWER = ALL = ("prompt", "reasoning", "answer")
 TENTHS = tuple(i / 10 for i in range(1, 11))
-MIDDLE = (0.4, 0.5, 0.6, 0.7)  # of all tokens, the prompt's too: half of the reasoning lies above a half
+MIDDLE = (0.4, 0.5, 0.6, 0.7)  # shares of all tokens; with the prompt, half of the reasoning ends above 0.5
 
 
 @dataclass(frozen=True)
-class Arm:
-    """One way to train the student from the cache.
-
-    kept: share of each trace's tokens that is fed, by its name; None where that is not what the arm varies.
-    crop: of which the teacher's rows must be, as `score --crop` names it; None: the cache itself.
-    set: other fields of TrainOptions.
-    """
+class Variant:
+    """One way to train the student from the cache."""
 
     name: str
-    about: str
+    description: str
     view: str = "full"
     sections: tuple[str, ...] = ALL
-    kept: float | None = None
-    crop: str | None = None
-    set: dict[str, Any] = field(default_factory=dict)
+    kept: float | None = None  # share of each trace's tokens that is input; None: the variant does not vary it
+    crop: str | None = (
+        None  # train on a cache made by `logitcache score --crop` with this crop; None: on the cache itself
+    )
+    set: dict[str, Any] = field(default_factory=dict)  # other fields of TrainOptions
 
     @property
     def folder(self) -> str:
@@ -47,40 +44,36 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Facts:
-    """Of a cache and of what was asked, all that an experiment's arms depend on."""
+class CacheFacts:
+    """What the variants of an experiment depend on: properties of the cache, and the chosen points."""
 
-    prompt_rows: bool  # whether the prompt's tokens have rows
+    prompt_rows: bool  # whether prompt tokens have rows
     top_k: int
-    sampled: bool = False  # whether its tokens were drawn at temperature 1 without a filter
+    sampled: bool = False  # whether every token was sampled at temperature 1 without a filter
     points: tuple[float, ...] | None = None  # shares for lsp and first-derivation
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """title: what it varies. reference: the arm that costs are set against, the first of these that there is.
-
-    crops: whether the teacher has to read parts of traces alone. points: whether its shares can be chosen. where: the
-    traces it is about, if the cache has that column; it is then evaluated on held-out traces of that kind.
-    """
+    """An experiment of the catalog."""
 
     title: str
-    arms: Callable[[Facts], list[Arm]]
-    reference: tuple[str, ...] = ()
-    crops: bool = False
-    points: bool = False
-    where: str | None = None
+    variants: Callable[[CacheFacts], list[Variant]]
+    reference: tuple[str, ...] = ()  # costs are relative to the first of these variants that was trained
+    crops: bool = False  # whether the teacher must score crops of the traces
+    points: bool = False  # whether `points` applies
+    where: str | None = None  # if the cache has this column: train and evaluate only on traces that match
 
 
-def experiment(name: str) -> Experiment:
+def get_experiment(name: str) -> Experiment:
     """Raises: InputError with the nearest name."""
     if name not in EXPERIMENTS:
         near = difflib.get_close_matches(name, EXPERIMENTS, n=1, cutoff=0.0)[0]
-        raise InputError(f"experiment {name!r} is unknown: did you mean {near!r}? All: {', '.join(EXPERIMENTS)}")
+        raise InputError(f"unknown experiment {name!r}: did you mean {near!r}? All: {', '.join(EXPERIMENTS)}")
     return EXPERIMENTS[name]
 
 
-def _sections(facts: Facts) -> list[Arm]:
+def _sections(facts: CacheFacts) -> list[Variant]:
     chosen = {
         "all": (ALL, True),
         "reasoning+answer": ((REASONING, ANSWER), False),
@@ -89,9 +82,9 @@ def _sections(facts: Facts) -> list[Arm]:
         "prompt+answer": ((PROMPT, ANSWER), True),
     }
     return [
-        Arm(
+        Variant(
             name,
-            f"taught on {' and '.join(sections)}; everything is fed up to the last taught token",
+            f"supervised on {' and '.join(sections)}; tokens after the last supervised one are dropped",
             sections=sections,
         )
         for name, (sections, prompt) in chosen.items()
@@ -99,31 +92,31 @@ def _sections(facts: Facts) -> list[Arm]:
     ]
 
 
-def _lead_span(p: float) -> Arm:
+def _lead_span(p: float) -> Variant:
     view = f"lsp:{Share(p)}"
-    return Arm(view, f"the first {100 * p:.4g}% of prompt, reasoning and answer; the rest is not fed", view, kept=p)
+    return Variant(view, f"the first {100 * p:.4g}% of all tokens of a trace, the prompt included", view, kept=p)
 
 
-def _lsp(facts: Facts) -> list[Arm]:
+def _lsp(facts: CacheFacts) -> list[Variant]:
     return [_lead_span(p) for p in facts.points or TENTHS]
 
 
-def _halves(facts: Facts) -> list[Arm]:
+def _halves(facts: CacheFacts) -> list[Variant]:
     crops = {
-        "middle": "the middle half, which the teacher read without what stands around it",
-        "right": "the last half, which the teacher read without the first",
+        "middle": "the middle half, scored by the teacher without the tokens around it",
+        "right": "the last half, scored by the teacher without the first half",
     }
     return [
-        Arm("left", "the first half of each trace's tokens", "lsp:0.5", kept=0.5),
-        *(Arm(side, about, f"{side}:0.5", kept=0.5, crop=f"{side}:0.5") for side, about in crops.items()),
+        Variant("left", "the first half of each trace's tokens", "lsp:0.5", kept=0.5),
+        *(Variant(side, about, f"{side}:0.5", kept=0.5, crop=f"{side}:0.5") for side, about in crops.items()),
     ]
 
 
-def _token_matched(facts: Facts) -> list[Arm]:
+def _token_matched(facts: CacheFacts) -> list[Variant]:
     return [
-        Arm(
+        Variant(
             name,
-            f"tokens of the {name}, as many as the trace's smallest section with rows has",
+            f"tokens of the {name}, as many as the trace's shortest section with rows has",
             "token-matched",
             sections=(name,),
         )
@@ -132,47 +125,51 @@ def _token_matched(facts: Facts) -> list[Arm]:
     ]
 
 
-def _losses(facts: Facts) -> list[Arm]:
-    """Each of the three varied alone, and the tail once more where rows are short, where it matters."""
+def _losses(facts: CacheFacts) -> list[Variant]:
+    """Varies each of the three alone, and the tail for short rows too, where it matters most."""
 
-    def arm(divergence: str = "forward_kl", k: int = facts.top_k, tail: str = "bucket") -> Arm:
+    def variant(divergence: str = next(iter(DIVERGENCES)), k: int = facts.top_k, tail: str = "bucket") -> Variant:
         name = f"{divergence},k={k},{tail}"
-        about = f"{divergence} from the {k} likeliest ids of a row and the pinned ones, tail {tail}"
+        about = f"{divergence} on the top {k} ids of a row and the pinned ids, tail {tail}"
         short = {"top_k": k} if k < facts.top_k else {}
-        return Arm(name, about, set={"divergence": divergence, "tail": tail, **short})
+        return Variant(name, about, set={"divergence": divergence, "tail": tail, **short})
 
     fewer = [k for k in (facts.top_k // 4, facts.top_k // 16, 1) if 0 < k < facts.top_k]
-    short = [k for k in fewer if k > 1][-1:]  # of one id, renormalised, hardly anything is to learn
+    short = [k for k in fewer if k > 1][-1:]  # one renormalised id teaches almost nothing
     tails = ["support", *(["sampled"] if facts.sampled else [])]
-    arms = [arm(divergence) for divergence in DIVERGENCES]
-    arms += [arm(k=k) for k in fewer]
-    arms += [arm(k=k, tail=tail) for k in (facts.top_k, *short) for tail in tails]
-    return list({each.name: each for each in arms}.values())
+    variants = [variant(divergence) for divergence in DIVERGENCES]
+    variants += [variant(k=k) for k in fewer]
+    variants += [variant(k=k, tail=tail) for k in (facts.top_k, *short) for tail in tails]
+    return list({each.name: each for each in variants}.values())
 
 
-def _trsd(facts: Facts) -> list[Arm]:
+def _trsd(facts: CacheFacts) -> list[Variant]:
     return [
-        Arm("full", "all tokens and all rows, nothing cut"),
-        Arm("trsd:0.1-0.9", "the answer's rows after a part of the reasoning, drawn anew each epoch", "trsd:0.1-0.9"),
-        Arm("trsd:0.5", "the answer's rows after the first half of the reasoning", "trsd:0.5"),
-        Arm("trsd:1", "the answer's rows after the whole reasoning: the control, nothing is cut", "trsd:1"),
-        Arm(
+        Variant("full", "the whole trace, all rows"),
+        Variant(
+            "trsd:0.1-0.9",
+            "the answer's rows after a random share of the reasoning, drawn anew in each epoch",
+            "trsd:0.1-0.9",
+        ),
+        Variant("trsd:0.5", "the answer's rows after the first half of the reasoning", "trsd:0.5"),
+        Variant("trsd:1", "the answer's rows after the whole reasoning (control)", "trsd:1"),
+        Variant(
             "trsd-anchored",
-            "the answer's rows after a quarter, half, three quarters or all of the reasoning, and the rows of that part",
+            "the answer's rows after 25%, 50%, 75% or 100% of the reasoning, and the rows of that reasoning",
             "trsd-anchored:0.25,0.5,0.75,1",
         ),
     ]
 
 
-def _first_derivation(facts: Facts) -> list[Arm]:
+def _first_derivation(facts: CacheFacts) -> list[Variant]:
     parts = {
-        0.25: "the first quarter of the reasoning, then the answer by its tokens",
-        0.5: "the first half of the reasoning, where the answer stands already, then the answer by its tokens",
+        0.25: "the rows of the first quarter of the reasoning, then cross-entropy on the answer",
+        0.5: "the rows of the first half of the reasoning, which contains the answer, then cross-entropy on the answer",
     }
     return [
-        Arm("full", "all tokens and all rows, nothing cut", kept=1.0),
+        Variant("full", "the whole trace, all rows", kept=1.0),
         *(_lead_span(p) for p in facts.points or MIDDLE),
-        *(Arm(f"reasoning-lsp:{p:g}", about, f"reasoning-lsp:{p:g}") for p, about in parts.items()),
+        *(Variant(f"reasoning-lsp:{p:g}", about, f"reasoning-lsp:{p:g}") for p, about in parts.items()),
     ]
 
 
@@ -180,10 +177,14 @@ EXPERIMENTS = {
     "sections": Experiment("Which sections to supervise", _sections, ("all", "reasoning+answer")),
     "lsp": Experiment("Lead span: how much of each trace is enough", _lsp, ("lsp:1",), points=True),
     "halves": Experiment("First half, middle or last half", _halves, ("left",), crops=True),
-    "token-matched": Experiment("Sections at an equal number of taught tokens", _token_matched, (REASONING,)),
-    "losses": Experiment("Divergence, entries of a row, and tail", _losses),
-    "trsd": Experiment("Answers after cut reasoning (TRSD)", _trsd, ("full",)),
+    "token-matched": Experiment("Sections at an equal number of supervised tokens", _token_matched, (REASONING,)),
+    "losses": Experiment("Divergence, ids per row, and tail", _losses),
+    "trsd": Experiment("Answers after truncated reasoning (TRSD)", _trsd, ("full",)),
     "first-derivation": Experiment(
-        "As far as the first derivation", _first_derivation, ("full",), points=True, where="meta.family=redundant"
+        "Traces truncated at the first derivation",
+        _first_derivation,
+        ("full",),
+        points=True,
+        where="meta.family=redundant",
     ),
 }

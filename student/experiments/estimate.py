@@ -1,26 +1,37 @@
-"""What an experiment's runs will cost, before any is made."""
+"""Estimates what an experiment's runs will cost, before any is started."""
 
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from logitcache.capture.score import Crop
-from logitcache.commands.text import columns, shown
-from logitcache.student.experiments.catalog import Arm, experiment
-from logitcache.student.experiments.plan import ExperimentOptions, prepare
-from logitcache.student.experiments.runner import finished
+from logitcache.student.experiments.catalog import Variant
+from logitcache.student.experiments.options import ExperimentOptions
+from logitcache.student.experiments.plan import plan_experiment
+from logitcache.student.experiments.runner import finished_run
 from logitcache.student.training.flops import FlopCounts, count_flops
 
 SAMPLE = 200  # traces that an estimate is made from
 
 
-def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]]:
-    """What one run of each arm comes to, by its view of at most SAMPLE training traces. Writes nothing, loads no weights.
+@dataclass(frozen=True, kw_only=True)
+class VariantEstimate:
+    """What one run of a variant will cost."""
 
-    Returns: a dict an arm: "arm", "about", "runs" (of all seeds), "done" (of them), "tokens_fed", "tokens_taught" (of
-        lessons, without padding), "flops" (as `cost.work` counts them; None where an adapter learns), "seconds" (mean of
-        its finished runs in OUT, else its FLOPs at the speed of all that are finished; None where none is), "scored"
-        (tokens that the teacher has yet to read for its crop).
+    variant: str
+    runs: int  # of all seeds
+    done: int  # of these, finished
+    input_tokens: int  # without padding
+    supervised_tokens: int
+    flops: float | None  # by formula; None: not known for LoRA adapters
+    seconds: float | None  # mean of the finished runs, else from FLOPs at their speed; None: no run is finished
+    teacher_tokens: int  # that the teacher has yet to score for the variant's crops
+
+
+def estimate(options: ExperimentOptions) -> list[VariantEstimate]:
+    """Estimates the cost of each variant from at most SAMPLE training traces. Writes nothing and loads no weights.
+
+    Raises: as `plan_experiment`.
     """
     from logitcache.student.data.dataset import matching
     from logitcache.student.data.held_out import split
@@ -28,71 +39,52 @@ def estimate(options: ExperimentOptions, arms: list[Arm]) -> list[dict[str, Any]
     from logitcache.student.training.config import configure
     from logitcache.student.training.options import TrainOptions
 
-    made = prepare(options)
-    cache, prompt_rows = made.cache, made.cache.identity.prompt_logits
+    plan = plan_experiment(options)
+    cache, variants, prompt_rows = plan.cache, plan.variants, plan.cache.identity.prompt_logits
     config = configure(TrainOptions(caches=[options.cache], student=options.student, out=options.out, **options.shared))
     chosen = split(cache.prompt_ids, options.held_out)[0]
-    chosen = chosen[matching(cache, made.where)[chosen]] if made.where else chosen
+    chosen = chosen[matching(cache, plan.where)[chosen]] if plan.where else chosen
     sample = chosen[np.linspace(0, len(chosen) - 1, min(SAMPLE, len(chosen))).astype(int)]
-    needed, views = _work(options), [View(arm.view, arm.sections) for arm in arms]
-    sums = np.zeros((len(arms), 3))  # fed, taught, FLOPs
+    counts, views = _flop_counts(options), [View(variant.view, variant.sections) for variant in variants]
+    sums = np.zeros((len(variants), 3))  # input tokens, supervised tokens, FLOPs
     for trace in (cache[int(i)] for i in sample):
-        for arm, view, total in zip(arms, views, sums, strict=True):
-            if arm.crop:
-                span = Crop.parse(arm.crop).span(len(trace.token_ids))
+        for variant, view, total in zip(variants, views, sums, strict=True):
+            if variant.crop:
+                span = Crop.parse(variant.crop).span(len(trace.token_ids))
                 first = max(1, 0 if prompt_rows else trace.sections.prompt_end - span.start)
-                fed, taught = span.stop - span.start - 1, max(0, span.stop - span.start - first)
+                inputs, supervised = span.stop - span.start - 1, max(0, span.stop - span.start - first)
             else:
-                lesson = view(trace)
-                fed, taught = len(lesson.input_ids), int((lesson.target != UNSUPERVISED).sum())
-            total += fed, taught, needed.total([(1, fed)], taught) if needed else 0
+                supervised_trace = view(trace)
+                inputs, supervised = (
+                    len(supervised_trace.input_ids),
+                    int((supervised_trace.target != UNSUPERVISED).sum()),
+                )
+            total += inputs, supervised, counts.total([(1, inputs)], supervised) if counts else 0
     if config.max_steps > 0:
         times = config.max_steps * config.tokens_per_step / int(cache.lengths[sample].sum())
     else:
         times = config.num_train_epochs * len(chosen) / len(sample)
-    table = []
-    for arm, (fed, taught, flops) in zip(arms, sums * times, strict=True):
-        runs = [found for seed in range(options.seeds) if (found := finished(options.place(arm, seed), arm))]
-        table.append(
-            {
-                "arm": arm.name,
-                "about": arm.about,
-                "runs": options.seeds,
-                "done": len(runs),
-                "tokens_fed": round(fed),
-                "tokens_taught": round(taught),
-                "flops": float(flops) if needed else None,
-                "seconds": float(np.mean([found["seconds"] for found in runs])) if runs else None,
-                "scored": _to_score(options, arm, cache.lengths),
-            }
+    estimates = []
+    for variant, (inputs, supervised, flops) in zip(variants, sums * times, strict=True):
+        places = [options.place(variant, seed) for seed in range(options.seeds)]
+        runs = [found for place in places if (found := finished_run(place, variant))]
+        estimates.append(
+            VariantEstimate(
+                variant=variant.name,
+                runs=options.seeds,
+                done=len(runs),
+                input_tokens=round(inputs),
+                supervised_tokens=round(supervised),
+                flops=float(flops) if counts else None,
+                seconds=float(np.mean([found["seconds"] for found in runs])) if runs else None,
+                teacher_tokens=_teacher_tokens(options, variant, cache.lengths),
+            )
         )
-    return _timed(table)
+    return _with_seconds(estimates)
 
 
-def describe_plan(options: ExperimentOptions, table: list[dict[str, Any]]) -> str:
-    """The text of ``logitcache experiment --dry-run``."""
-    lines = [f"{options.name}: {experiment(options.name).title}; {len(table)} arms, {options.seeds} seeds each"]
-    cells = [["arm", "done", "tokens fed", "taught", "FLOPs", "seconds"]]
-    for row in table:
-        counts = f"{row['done']}/{row['runs']}", f"{row['tokens_fed']:,}", f"{row['tokens_taught']:,}"
-        cells.append([row["arm"], *counts, shown(row["flops"], ".2e"), shown(row["seconds"], ",.1f")])
-    lines += columns(cells)
-    left = [row["runs"] - row["done"] for row in table]
-    tokens = sum(n * row["tokens_fed"] for n, row in zip(left, table, strict=True))
-    closing = f"of one run each; {sum(left)} of {sum(row['runs'] for row in table)} are left: {tokens:,} tokens"
-    if all(row["flops"] is not None for row in table):
-        closing += f", {sum(n * row['flops'] for n, row in zip(left, table, strict=True)):.2e} FLOPs"
-    if all(row["seconds"] is not None for row in table):
-        closing += f", {sum(n * row['seconds'] for n, row in zip(left, table, strict=True)):,.0f} s of training"
-    if scored := sum(row["scored"] for row in table):
-        closing += f"; the teacher reads {scored:,} tokens of crops"
-    if options.prompts:
-        closing += f"; answers to {options.prompts} by {sum(row['runs'] for row in table) + 1} models come on top"
-    return "\n".join([*lines, closing])
-
-
-def _work(options: ExperimentOptions) -> FlopCounts | None:
-    """Of the student as its config describes it; None with an adapter, where other products are needed."""
+def _flop_counts(options: ExperimentOptions) -> FlopCounts | None:
+    """From the student's config; None for a LoRA adapter, whose training multiplies other matrices."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -107,25 +99,28 @@ def _work(options: ExperimentOptions) -> FlopCounts | None:
             config = AutoConfig.from_pretrained(adapter_base(options.student) or options.student)
             model = AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError, ImportError) as e:
-        raise StudentError(f"{options.student} is no causal model that transformers knows: {first_line(e)}") from e
+        raise StudentError(
+            f"`student` {options.student} is not a causal language model that transformers can load: {first_line(e)}"
+        ) from e
     if options.shared.get("gradient_checkpointing"):
         model.gradient_checkpointing_enable()
     return count_flops(model, training=True)
 
 
-def _to_score(options: ExperimentOptions, arm: Arm, lengths: np.ndarray) -> int:
-    if not arm.crop or options.crop(arm).exists():
+def _teacher_tokens(options: ExperimentOptions, variant: Variant, lengths: np.ndarray) -> int:
+    if not variant.crop or options.crop(variant).exists():
         return 0
-    spans = (Crop.parse(arm.crop).span(int(length)) for length in lengths)
+    spans = (Crop.parse(variant.crop).span(int(length)) for length in lengths)
     return sum(span.stop - span.start for span in spans)
 
 
-def _timed(table: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """With the seconds of arms that have no run yet, by FLOPs."""
-    known = [row for row in table if row["seconds"] is not None and row["flops"]]
-    if known:
-        pace = sum(row["seconds"] for row in known) / sum(row["flops"] for row in known)
-        for row in table:
-            if row["seconds"] is None and row["flops"] is not None:
-                row["seconds"] = pace * row["flops"]
-    return table
+def _with_seconds(estimates: list[VariantEstimate]) -> list[VariantEstimate]:
+    """Estimates the seconds of variants without a finished run from the FLOPs per second of the others."""
+    known = [(each.seconds, each.flops) for each in estimates if each.seconds is not None and each.flops]
+    if not known:
+        return estimates
+    pace = sum(seconds for seconds, _ in known) / sum(flops for _, flops in known)
+    return [
+        replace(each, seconds=pace * each.flops) if each.seconds is None and each.flops is not None else each
+        for each in estimates
+    ]

@@ -1,102 +1,100 @@
-"""One experiment: its arms trained from one cache, held against the teacher and against answers, and written up.
+"""Runs one experiment: trains its variants from one cache, evaluates them, measures their accuracy, writes a report.
 
-    OUT/experiment.json         what it was told, which a later call must repeat
-    OUT/crops/right-0.5/        caches of `logitcache score --crop`, for halves
-    OUT/arms/ARM/seed-N/        a run of `logitcache train`
-    OUT/arms/ARM/seed-N-*       its answers and its evaluation, of `logitcache eval`
-    OUT/logs/                   what those commands said
+    OUT/experiment.json          its settings, which a later call must repeat
+    OUT/crops/right-0.5/         caches made by `logitcache score --crop`, for halves
+    OUT/variants/NAME/seed-N/    a run of `logitcache train`
+    OUT/variants/NAME/seed-N-*   its evaluation and its answers, made by `logitcache eval`
+    OUT/logs/                    the output of these commands
     OUT/results.csv report.md *.png
 
-Each command runs in a process of its own: its peak of memory is then its own, and vLLM never meets training. What is
-finished is not made again.
+Each command runs in a process of its own, so that its peak memory is its own, and vLLM and training do not share one.
 """
 
 import json
 import platform
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from logitcache.accuracy.budgets import Budget
+from logitcache.accuracy.options import Budget
 from logitcache.errors import IdentityError, NotACacheError
 from logitcache.identity import first_difference, weights_fingerprint
 from logitcache.runtime.console import Stop
 from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
 from logitcache.runtime.locks import exclusive
 from logitcache.student.experiments import report
-from logitcache.student.experiments.catalog import BEFORE, Arm
-from logitcache.student.experiments.plan import SEED, ExperimentOptions, Plan, plan, prepare
-from logitcache.student.experiments.runner import Work, finished, measured
+from logitcache.student.experiments.catalog import BEFORE, Variant
+from logitcache.student.experiments.options import ExperimentOptions
+from logitcache.student.experiments.plan import ExperimentPlan, plan_experiment
+from logitcache.student.experiments.results import Row, Rows, row
+from logitcache.student.experiments.runner import ExperimentRunner, finished_run, measurements
 from logitcache.student.experiments.subcommands import Call, in_process_of_its_own
 
-__all__ = ["ExperimentOptions", "describe", "plan", "run"]
 SETTINGS = "experiment.json"
 
 
+@dataclass(frozen=True)
+class ExperimentResult:
+    """What one call of `run` did."""
+
+    out: Path
+    signal: str | None  # the signal that stopped it; None: finished
+    commands: int  # commands it ran
+    rows: Rows  # those of results.csv
+    files: list[Path]  # of the report
+
+
 def run(
-    options: ExperimentOptions, call: Call | None = None, say: Callable[[str], None] | None = None
-) -> dict[str, Any]:
-    """Makes what OUT lacks of the experiment, and writes up what is there. A run that fails keeps no other from its turn.
+    options: ExperimentOptions, call: Call | None = None, progress: Callable[[str], None] | None = None
+) -> ExperimentResult:
+    """Runs the missing parts of an experiment and writes the report. A failed run does not stop the others.
 
     Args:
-        call: runs a command of logitcache, by default in a process of its own.
-        say: is told of each command that is done; None: standard error.
-    Returns: {"experiment", "out", "status": "finished", or "stopped" with the "signal"; "made": commands that were run;
-        "rows": those of results.csv; "files": [paths of the report]}.
-    Raises: as `plan`; IdentityError for an OUT of other settings; what a command ended with, naming its log.
+        call: runs a command of logitcache; None: in a process of its own.
+        progress: called after each command with a line that names it; None: prints it to standard error.
+    Raises: as `plan_experiment`; IdentityError if `out` holds an experiment with other settings; the error of the first
+        command that failed, after all others ran.
     """
-    made = prepare(options)
+    plan = plan_experiment(options)
     with exclusive(options.out / LOCK, str(options.out)), Stop() as stop:
-        about = _claim(options, made)
+        machines = _claim(options, plan)
         stop.patient = True
-        work = Work(options, made, call or in_process_of_its_own, stop, say or _say)
-        work.all()
-        rows = list(_rows(options, made))
-        about |= {"stopped": work.stopped, "failed": list(map(str, work.failed))}
-        about |= {"where": made.where, "evaluation": made.evaluation}
-        files = report.write(options.out, made.experiment, made.arms, rows, about, _versions(options, made.arms))
-    if work.failed and not work.stopped:
-        more = f", and {len(work.failed) - 1} more that failed" if len(work.failed) > 1 else ""
-        raise type(work.failed[0])(f"{work.failed[0]}{more}; what is done is written up in {files[0]}")
-    status = {"status": "stopped" if work.stopped else "finished", "signal": work.stopped}
-    found = {"experiment": options.name, "out": str(options.out), "made": work.made, "rows": rows, "files": files}
-    return found | status
+        runner = ExperimentRunner(options, plan, call or in_process_of_its_own, stop, progress or _print)
+        runner.run()
+        rows = list(_rows(options, plan))
+        setup = _setup(options, plan, machines, runner)
+        files = report.write(options.out, plan.experiment, plan.variants, rows, setup)
+    if runner.failed and not runner.stopped:
+        first, *others = runner.failed
+        more = f", and {len(others)} more failed" if others else ""
+        raise type(first)(f"{first}{more}; the report so far: {files[0]}")
+    return ExperimentResult(options.out, runner.stopped, runner.commands, rows, files)
 
 
-def describe(found: dict[str, Any]) -> str:
-    """The closing lines of ``logitcache experiment``, from what `run` returns."""
-    lines = report.summary(found["rows"])
-    if found["status"] == "stopped":
-        lines.append(f"stopped by {found['signal']}: run the same command again to go on")
-    elif not found["made"]:
-        lines.append("nothing to do, this experiment is finished")
-    return "\n".join([*lines, f"written: {', '.join(found['files'])}"])
+def _rows(options: ExperimentOptions, plan: ExperimentPlan) -> Iterator[Row]:
+    """A row for the untrained student, then one per finished run.
 
-
-def _rows(options: ExperimentOptions, made: Plan) -> Iterator[dict[str, Any]]:
-    """A row for the student as it was given, then one an arm and seed, of those that are finished.
-
-    What was measured when something else was asked, such as fewer prompts, is left out.
+    Measurements that were made with other settings, such as fewer prompts, are left out.
     """
-    places = [(arm, seed) for arm in made.arms for seed in range(options.seeds)]
-    runs = [(arm, seed, found) for arm, seed in places if (found := finished(options.place(arm, seed), arm))]
-    own = next((found["eval_before"] for arm, _, found in runs if not arm.crop), None)
-    before = measured(options, made, options.place(BEFORE, SEED), options.student, own)
-    if any(before):
-        yield report.row(options.name, Arm(BEFORE, ""), None, {}, *before)
-    for arm, seed, found in runs:
-        place = options.place(arm, seed)
-        after = measured(options, made, place, str(place), found["eval_after"])
-        yield report.row(options.name, arm, seed, found, *after)
+    places = [(variant, seed) for variant in plan.variants for seed in range(options.seeds)]
+    runs = [(v, seed, found) for v, seed in places if (found := finished_run(options.place(v, seed), v))]
+    own = next((found["eval_before"] for variant, _, found in runs if not variant.crop), None)
+    before = measurements(options, plan, None, None, own)
+    if before:
+        yield row(options.name, Variant(BEFORE, ""), None, {}, before)
+    for variant, seed, found in runs:
+        after = measurements(options, plan, variant, seed, found["eval_after"])
+        yield row(options.name, variant, seed, found, after)
 
 
-def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
-    """What experiment.json holds: what decides every run, and the machines that took part.
+def _claim(options: ExperimentOptions, plan: ExperimentPlan) -> list[str]:
+    """Writes experiment.json: the settings of every run, and the machines that took part.
 
-    Raises: IdentityError for an OUT of another experiment, naming the difference; NotACacheError for other things.
+    Returns: the machines. Raises: IdentityError if `out` holds another experiment, with the first difference;
+        NotACacheError if it holds other files.
     """
-    cache = made.cache
+    cache = plan.cache
     student = Path(options.student)
     settings = {
         "experiment": options.name,
@@ -112,36 +110,48 @@ def _claim(options: ExperimentOptions, made: Plan) -> dict[str, Any]:
         if difference := first_difference(there["settings"], settings):
             name, was, wanted = difference
             raise IdentityError(
-                f"{options.out} holds an experiment with {name} = {was!r}, this one has {wanted!r}; set it as it was, or "
-                "give `out` a new directory"
+                f"{options.out} holds an experiment with {name} = {was!r}, this one has {wanted!r}; use the old value, or "
+                "set `out` to a new directory"
             )
         if there.get("prompts") and not options.prompts:
             raise IdentityError(
-                f"{options.out} holds answers to {there['prompts']}, and its report would lose them; give `prompts` as "
-                "before, or `out` a new directory"
+                f"{options.out} holds answers to {there['prompts']}, which the new report would lose; give the same `prompts`, "
+                "or set `out` to a new directory"
             )
     elif taken(options.out, left_behind):
-        raise NotACacheError(f"{options.out} holds other things than an experiment; give `out` a new directory")
+        raise NotACacheError(f"{options.out} holds files that are not an experiment; set `out` to a new directory")
     machines = list(dict.fromkeys([*there.get("machines", ()), _machine()]))
     now = {"settings": settings, "machines": machines, "prompts": options.prompts}
     if now != there:
         publish_json(place, now)
-    return {
-        "machines": machines,
-        "teacher": f"{cache.identity.teacher} @ {cache.identity.teacher_revision[:12]}, top-{cache.identity.top_k}",
-        "student": options.student,
-        "traces": len(cache),
-        "prompt_rows": cache.identity.prompt_logits,
-        "shared": options.shared,
-        "seeds": options.seeds,
-        "held_out": options.held_out,
-        "verifier": options.verifier,
-        "budgets": list(map(str, dict.fromkeys(map(Budget.parse, options.budgets)))) if options.prompts else [],
-    }
+    return machines
+
+
+def _setup(
+    options: ExperimentOptions, plan: ExperimentPlan, machines: list[str], runner: ExperimentRunner
+) -> report.Setup:
+    identity = plan.cache.identity
+    return report.Setup(
+        teacher=f"{identity.teacher} @ {identity.teacher_revision[:12]}, top-{identity.top_k}",
+        student=options.student,
+        traces=len(plan.cache),
+        prompt_rows=identity.prompt_logits,
+        shared=options.shared,
+        seeds=options.seeds,
+        held_out=options.held_out,
+        where=plan.where,
+        evaluated_where=(plan.evaluation or {}).get("where"),
+        verifier=options.verifier,
+        budgets=list(map(str, dict.fromkeys(map(Budget.parse, options.budgets)))) if options.prompts else [],
+        machines=machines,
+        versions=_versions(options, plan.variants),
+        stopped=runner.stopped,
+        failed=list(map(str, runner.failed)),
+    )
 
 
 def _machine() -> str:
-    """Processor or GPU, without a name of the machine."""
+    """Processor and GPU, without the machine's name."""
     import torch
 
     model = platform.processor() or platform.machine()
@@ -153,12 +163,12 @@ def _machine() -> str:
     return f"{torch.cuda.get_device_name()}; {model}" if torch.cuda.is_available() else model
 
 
-def _versions(options: ExperimentOptions, arms: list[Arm]) -> list[str]:
-    """Of the programs that trained the runs, as their run.json say."""
-    runs = (finished(options.place(arm, seed), arm) for arm in arms for seed in range(options.seeds))
+def _versions(options: ExperimentOptions, variants: list[Variant]) -> list[str]:
+    """Versions of the packages that trained the runs, from their run.json."""
+    runs = (finished_run(options.place(v, seed), v) for v in variants for seed in range(options.seeds))
     texts = (", ".join(f"{name} {version}" for name, version in run["versions"].items()) for run in runs if run)
     return list(dict.fromkeys(texts))
 
 
-def _say(line: str) -> None:
-    print(f"done: {line}", file=sys.stderr, flush=True)
+def _print(name: str) -> None:
+    print(f"done: {name}", file=sys.stderr, flush=True)

@@ -1,143 +1,107 @@
-"""What an experiment is asked, and all that can be known, and refused, before anything of it is made."""
+"""The plan of an experiment: its options are checked, and refused if need be, before anything runs."""
 
 import importlib.util
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 from logitcache import prompts as sources
-from logitcache.accuracy.budgets import DEFAULT, BudgetOptions
+from logitcache.accuracy.options import AccuracyOptions
 from logitcache.cache.filters import LENGTHS, Filter
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError, StudentError
 from logitcache.identity import weights_fingerprint
 from logitcache.prompts import PromptSet
 from logitcache.sections import Markers
-from logitcache.student.experiments.catalog import Arm, Experiment, Facts, experiment
+from logitcache.student.experiments.catalog import CacheFacts, Experiment, Variant, get_experiment
+from logitcache.student.experiments.options import ExperimentOptions
 
-OF_ARM = ("caches", "mix", "student", "out", "view", "sections", "seed")  # fields of TrainOptions that no arm shares
-SEED = -1  # of the arm that is not trained
-
-
-@dataclass(frozen=True)
-class ExperimentOptions:
-    """One call of ``logitcache experiment``."""
-
-    name: str
-    cache: Path
-    student: str
-    out: Path
-    seeds: int = 3  # runs of each arm
-    points: tuple[float, ...] | None = None  # shares of lsp and first-derivation; None: those of arms.py
-    prompts: str | None = None  # questions with answers; None: no accuracy
-    verifier: str = "exact"
-    budgets: tuple[str, ...] = DEFAULT
-    by: str = "family"  # accuracy is told by this column of the prompts too, where they have it
-    teacher: str | None = None  # for halves: it reads the crops
-    shared: dict[str, Any] = field(default_factory=dict)  # fields of TrainOptions, the same for every arm
-    # Further fields of BudgetOptions, such as samples and engine_args; reasoning_markers "OPENING,CLOSING" for its markers.
-    answers: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def held_out(self) -> float:
-        return self.shared.get("held_out", 0.05)
-
-    def place(self, arm: Arm | str, seed: int) -> Path:
-        """Of a run; of the student as it was given for SEED."""
-        folder = arm.folder if isinstance(arm, Arm) else arm
-        return self.out / "arms" / folder / ("student" if seed == SEED else f"seed-{seed}")
-
-    def crop(self, arm: Arm) -> Path:
-        assert arm.crop
-        return self.out / "crops" / arm.crop.replace(":", "-")
+# Fields of TrainOptions that belong to a single run.
+PER_RUN = ("caches", "mix", "student", "out", "view", "sections", "seed")
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What an experiment comes to.
-
-    where: the traces that are learnt from. evaluation: options of the held-out evaluation that all arms share, None
-    where the one of each run is that already. tokens_per_batch: of whole traces.
-    """
+class ExperimentPlan:
+    """What an experiment will do; everything that can be refused was refused when it was made."""
 
     experiment: Experiment
-    arms: list[Arm]
+    variants: list[Variant]  # in the order in which they are trained
     cache: Cache
-    where: str | None
+    where: str | None  # condition on the training traces
+    # Options of `logitcache eval` on held-out traces that are the same for all variants; None: each run's own evaluation
+    # after training is that already.
     evaluation: dict[str, Any] | None
     prompts: PromptSet | None
-    tokens_per_batch: int
+    tokens_per_batch: int  # of whole traces
 
-    def settings(self, arm: Arm) -> dict[str, Any]:
-        """Of TrainOptions, those that the arm does not share. A step on crops has as many traces as one on whole ones."""
-        own = {"where": self.where, **arm.set, "view": arm.view, "sections": arm.sections}
-        if arm.crop:
-            assert arm.kept
-            own["tokens_per_batch"] = max(1, round(arm.kept * self.tokens_per_batch))
+    def settings(self, variant: Variant) -> dict[str, Any]:
+        """The fields of TrainOptions that differ between variants.
+
+        A batch of crops has fewer tokens, so that it holds as many traces as a batch of whole traces.
+        """
+        own = {"where": self.where, **variant.set, "view": variant.view, "sections": variant.sections}
+        if variant.crop:
+            assert variant.kept
+            own["tokens_per_batch"] = max(1, round(variant.kept * self.tokens_per_batch))
         return own
 
 
-def plan(options: ExperimentOptions) -> list[Arm]:
-    """The arms, in the order in which they are trained. Nothing is written.
+def plan_experiment(options: ExperimentOptions) -> ExperimentPlan:
+    """Checks the options and looks up what the experiment needs. Writes nothing.
 
-    Raises: InputError, StudentError, PromptsError, CacheError for what cannot be done as asked.
+    Raises: InputError, StudentError, PromptsError or CacheError for options that cannot work.
     """
-    return prepare(options).arms
-
-
-def prepare(options: ExperimentOptions) -> Plan:
-    """As `plan`, with all that was looked up for it."""
-    chosen = experiment(options.name)
+    chosen = get_experiment(options.name)
     if options.seeds < 1:
         raise InputError(f"`seeds` {options.seeds}: give at least 1, and 3 to see the spread")
     if bad := [p for p in options.points or () if not 0 < p <= 1]:
-        raise InputError(f"`points` {bad[0]}: a share of the tokens lies in (0, 1]")
+        raise InputError(f"`points` {bad[0]}: give shares of the tokens above 0 and up to 1")
     if options.points and not chosen.points:
-        raise InputError(f"`points`: the arms of {options.name} are not shares; leave it out")
+        raise InputError(f"`points`: the variants of {options.name} are not shares; omit it")
     if chosen.crops and not options.teacher:
-        raise InputError(f"experiment {options.name} has the teacher read parts of traces alone: give `teacher`")
+        raise InputError(f"experiment {options.name} needs `teacher`, which scores parts of the traces on their own")
     if options.teacher and not chosen.crops:
-        raise InputError(f"`teacher`: experiment {options.name} learns from the cache alone; leave it out")
+        raise InputError(f"`teacher`: experiment {options.name} uses only the cache; omit it")
     cache = Cache.open(options.cache)
     if not len(cache):
-        raise NotACacheError(f"{options.cache} holds no trace yet; `logitcache generate` some")
+        raise NotACacheError(f"{options.cache} has no traces yet; run `logitcache generate` first")
     identity = cache.identity
-    drawn = identity.not_drawn is None
+    sampled = identity.not_drawn is None and not identity.prompt_logits
     points = tuple(dict.fromkeys(options.points)) if options.points else None
-    arms = chosen.arms(Facts(identity.prompt_logits, identity.top_k, drawn and not identity.prompt_logits, points))
-    _check_shared(options, arms)
+    variants = chosen.variants(CacheFacts(identity.prompt_logits, identity.top_k, sampled, points))
+    _check_shared(options, variants)
     where = options.shared.get("where")
     if chosen.where and _has(cache, chosen.where):
         where = f"{where} and {chosen.where}" if where else chosen.where
     evaluation = _evaluation(options, chosen, cache, where)
-    tokens_per_batch = _check_arms(options, arms, cache, where)
+    tokens_per_batch = _check_variants(options, variants, cache, where)
     if chosen.crops:
         _check_crops(options, cache, where)
     if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the report has plots: pip install 'logitcache[plots]'")
-    return Plan(chosen, arms, cache, where, evaluation, _prompts(options), tokens_per_batch)
+        raise InputError("the report's plots need matplotlib: pip install 'logitcache[plots]'")
+    return ExperimentPlan(chosen, variants, cache, where, evaluation, _prompts(options), tokens_per_batch)
 
 
-def _check_shared(options: ExperimentOptions, arms: list[Arm]) -> None:
+def _check_shared(options: ExperimentOptions, variants: list[Variant]) -> None:
     from logitcache.student.training.options import TrainOptions
 
-    good = [f.name for f in fields(TrainOptions) if f.name not in OF_ARM]
+    good = [f.name for f in fields(TrainOptions) if f.name not in PER_RUN]
     for name in options.shared:
         if name not in good:
             near = get_close_matches(name, good, n=1, cutoff=0.0)[0]
-            raise StudentError(f"{name!r} is no training option that arms can share: did you mean {near!r}?")
-        if any(name in arm.set for arm in arms):
-            raise StudentError(f"{name} is what the arms of {options.name} vary: leave it out")
+            raise StudentError(f"unknown training option {name!r}: did you mean {near!r}?")
+        if any(name in variant.set for variant in variants):
+            raise StudentError(f"`{name}`: the variants of {options.name} set it; omit it")
     for name in options.shared.get("set", {}):
-        if name in ("seed", "data_seed") or any(name in arm.set for arm in arms):
-            raise StudentError(f"`set` {name}: it is what the runs of {options.name} vary; leave it out")
+        if name in ("seed", "data_seed") or any(name in variant.set for variant in variants):
+            raise StudentError(f"`set` {name}: the runs of {options.name} set it; omit it")
         if name in good:
-            raise StudentError(f"`set` {name}: it has an option of its own; give `{name}`")
+            raise StudentError(f"`set` {name}: give `{name}` instead, which is an option of its own")
 
 
-def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where: str | None) -> int:
-    """Returns: tokens a batch. Raises: what training would, for the settings that all arms share and for each arm's view."""
+def _check_variants(options: ExperimentOptions, variants: list[Variant], cache: Cache, where: str | None) -> int:
+    """Checks what training would: the shared settings, and each variant's view. Returns: tokens per batch."""
     from logitcache.student.data.dataset import matching
     from logitcache.student.data.held_out import split
     from logitcache.student.data.views import View
@@ -145,36 +109,36 @@ def _check_arms(options: ExperimentOptions, arms: list[Arm], cache: Cache, where
     from logitcache.student.training.options import TrainOptions
 
     config = configure(TrainOptions(caches=[options.cache], student=options.student, out=options.out, **options.shared))
-    for arm in arms:
-        view = View(arm.view, arm.sections)
-        if not arm.crop:
+    for variant in variants:
+        view = View(variant.view, variant.sections)
+        if not variant.crop:
             view.check(cache.identity, str(options.cache))
-    taught = split(cache.prompt_ids, options.held_out)[0]
-    if where and not matching(cache, where)[taught].any():
-        raise StudentError(f"{options.cache}: no trace is left to learn from where {where}")
+    training = split(cache.prompt_ids, options.held_out)[0]
+    if where and not matching(cache, where)[training].any():
+        raise StudentError(f"{options.cache}: no training trace matches `where` {where}")
     if str(options.student).startswith(("/", ".", "~")) and not Path(options.student).exists():
-        raise StudentError(f"{options.student} does not exist: give `student` a model folder or a hub id")
+        raise StudentError(f"`student` {options.student} does not exist: give a model folder or a hub id")
     return config.tokens_per_batch
 
 
 def _check_crops(options: ExperimentOptions, cache: Cache, where: str | None) -> None:
-    """Raises: InputError for conditions that a crop would meet otherwise than its trace, and for another teacher."""
+    """Raises: InputError for a condition on lengths, which a crop changes; IdentityError for another teacher."""
     counted = [c.name for c in Filter.parse(where).clauses if c.name in LENGTHS] if where else []
     if counted:
         raise InputError(
-            f"`where` {where}: {counted[0]} is another number in a crop than in its trace; `logitcache slice` the cache "
-            "by it first"
+            f"`where` {where}: {counted[0]} would count the tokens of the crops; cut the cache with `logitcache slice "
+            "--where` first"
         )
     teacher, identity = Path(options.teacher or ""), cache.identity
     if teacher.is_dir() and (found := weights_fingerprint(teacher)) != identity.teacher_revision:
         raise IdentityError(
-            f"{options.cache} was made by {identity.teacher} @ {identity.teacher_revision}, and `teacher` {teacher} is "
-            f"@ {found}; give the teacher that made it"
+            f"{options.cache} was made by {identity.teacher} @ {identity.teacher_revision}, but `teacher` {teacher} is "
+            f"@ {found}; give the teacher that made the cache"
         )
 
 
 def _has(cache: Cache, where: str) -> bool:
-    """Whether some trace has the column that a condition on metadata is about, with that value."""
+    """Whether some trace has the column of a condition on metadata, and matches it."""
     from logitcache.student.data.dataset import matching
 
     try:
@@ -186,7 +150,7 @@ def _has(cache: Cache, where: str) -> bool:
 def _evaluation(
     options: ExperimentOptions, chosen: Experiment, cache: Cache, where: str | None
 ) -> dict[str, Any] | None:
-    """Arms on crops are evaluated on the whole traces that the others hold out; those of one kind on that kind."""
+    """Crops are evaluated on whole held-out traces; an experiment on traces of one kind, on held-out traces of that kind."""
     from logitcache.student.data.dataset import matching
     from logitcache.student.data.held_out import split
 
@@ -196,7 +160,9 @@ def _evaluation(
     if where is None or not chosen.where:
         return None
     if not matching(cache, where)[split(cache.prompt_ids, options.held_out)[1]].any():
-        raise StudentError(f"{options.cache}: no held-out trace is {where}; hold out more than {options.held_out}")
+        raise StudentError(
+            f"{options.cache}: no held-out trace matches {where}; raise `held_out` above {options.held_out}"
+        )
     return {"held_out": options.held_out, "where": where, **shared}
 
 
@@ -204,21 +170,26 @@ def _prompts(options: ExperimentOptions) -> PromptSet | None:
     if options.prompts is None:
         return None
     if options.shared.get("lora_rank") is not None:
-        raise InputError(
-            "`prompts` needs whole models, and arms with `lora_rank` leave adapters: leave one of the two out"
-        )
-    asked = ("prompts", "model", "out", "budgets", "verifier", "markers")
-    good = [*(f.name for f in fields(BudgetOptions) if f.name not in asked), "reasoning_markers"]
+        raise InputError("`prompts` needs whole models, but with `lora_rank` runs are adapters: omit one of the two")
+    asked = ("prompts", "student", "out", "budgets", "verifier")
+    good = [f.name for f in fields(AccuracyOptions) if f.name not in asked]
     for name in options.answers:
         if name not in good:
             near = get_close_matches(name, good, n=1, cutoff=0.0)[0]
-            raise InputError(f"{name!r} is no option of the answers: did you mean {near!r}?")
-    given = {name: value for name, value in options.answers.items() if name != "reasoning_markers"}
-    if markers := options.answers.get("reasoning_markers"):
-        given["markers"] = Markers.parse(markers)
-    BudgetOptions(options.prompts, options.student, options.out, options.budgets, verifier=options.verifier, **given)
+            raise InputError(f"unknown option of the answers {name!r}: did you mean {near!r}?")
+    given = dict(options.answers)
+    if markers := given.pop("reasoning_markers", None):
+        given["reasoning_markers"] = Markers.parse(markers)
+    AccuracyOptions(
+        prompts=options.prompts,
+        student=options.student,
+        out=options.out,
+        budgets=options.budgets,
+        verifier=options.verifier,
+        **given,
+    )
     found = sources.load(options.prompts, options.answers.get("limit"))
     for prompt in found:
         if options.verifier != "gym" and not (prompt.answer or "").strip():
-            raise PromptsError(f"{options.prompts}: prompt {prompt.id!r} has no `answer` to judge by; give it one")
+            raise PromptsError(f"{options.prompts}: prompt {prompt.id!r} has no gold `answer`; add one")
     return found

@@ -1,85 +1,62 @@
-"""Plots of an experiment's rows, and how rows are read: by arm, over seeds, by budget, relative to an arm."""
+"""Plots of an experiment's results."""
 
 import io
 from statistics import fmean
 from typing import Any
 
 from logitcache.student.experiments.catalog import BEFORE
+from logitcache.student.experiments.results import (
+    COSTS,
+    NATURAL,
+    Rows,
+    budgets,
+    columns,
+    groups,
+    relative,
+    values,
+    variants_of,
+)
 
-Rows = list[dict[str, Any]]
 QUALITY, COST, BUDGETS, LENGTH = FILES = ("quality.png", "cost.png", "budgets.png", "length.png")
-COSTS = {"seconds": "time", "peak_memory": "peak memory", "flops": "FLOPs"}
-NATURAL = "none"
-
-
-def arms_of(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(each["arm"] for each in rows))
-
-
-def values(rows: Rows, arm: str, name: str) -> list[float]:
-    """What the seeds of an arm have in a column."""
-    return [each[name] for each in rows if each["arm"] == arm and each.get(name) is not None]
-
-
-def budgets(rows: Rows) -> list[str]:
-    names = dict.fromkeys(name for each in rows for name in each if name.startswith("accuracy ") and "[" not in name)
-    return [name.removeprefix("accuracy ") for name in names]
-
-
-def groups(rows: Rows) -> list[str]:
-    names = dict.fromkeys(name for each in rows for name in each if name.startswith("accuracy ") and "[" in name)
-    return list(dict.fromkeys(name.partition("[")[2].rstrip("]") for name in names))
-
-
-def relative(rows: Rows, reference: str) -> Rows:
-    """Rows with costs and natural accuracy as shares of the reference's of the same seed.
-
-    Seeds that the reference lacks are left out, and measures that are 0 for one of its seeds, of which nothing is a share.
-    """
-    base = {each["seed"]: each for each in rows if each["arm"] == reference}
-    names = [n for n in dict.fromkeys(n for each in rows for n in each) if n.startswith(f"accuracy {NATURAL}")]
-    names = [n for n in (*names, "tokens_fed", "tokens_taught", *COSTS) if all(each.get(n) for each in base.values())]
-    return [
-        {"arm": each["arm"], "seed": each["seed"], "kept": each["kept"]}
-        | {n: each[n] / base[each["seed"]][n] for n in names if each.get(n) is not None}
-        for each in rows
-        if each["seed"] in base
-    ]
 
 
 def draw(title: str, rows: Rows, reference: str | None) -> dict[str, tuple[bytes, str]]:
-    """The plots that the rows allow: by file name, the PNG and what it shows.
+    """Draws the plots that the rows allow.
 
-    Over the kept share where that is what three arms or more vary, else arm by arm.
+    If three variants or more differ in the share of tokens they keep, the plots are over that share, else by variant.
+    Returns: by file name, the PNG and its caption.
     """
-    trained = [each for each in rows if each["arm"] != BEFORE]
+    trained = [each for each in rows if each["variant"] != BEFORE]
     plots: dict[str, tuple[bytes, str]] = {}
     if not trained:
         return plots
-    where = "by the share of each trace's tokens that is kept" if _by_share(trained) else "by arm"
-    dots = "Dots are runs, lines their means." if _by_share(trained) else "Dots are runs, bars their means."
+    by_share = _by_share(trained)
+    where = "by the share of each trace's tokens that is kept" if by_share else "by variant"
+    dots = f"Dots: runs; {'lines' if by_share else 'bars'}: means."
     natural = f"accuracy {NATURAL}"
-    measures = {"kl": "held-out KL, nats a row"}
+    measures = {"kl": "held-out KL (nats per position)"}
     if any(each.get(natural) is not None for each in rows):
-        measures = {natural: "accuracy, natural completions"} | measures
-    said = " and ".join(measures.values())
-    plots[QUALITY] = _quality(title, rows, measures), f"{said[0].upper()}{said[1:]}, {where}. {dots} Dashed: untrained."
+        measures = {natural: "accuracy, no reasoning budget"} | measures
+    listed = " and ".join(measures.values())
+    plots[QUALITY] = (
+        _quality(title, rows, measures),
+        f"{listed[0].upper()}{listed[1:]}, {where}. {dots} Dashed: untrained.",
+    )
     if reference and (shares := relative(trained, reference)):
-        line = " Dotted: cost in proportion to the tokens kept." if _by_share(trained) else ""
-        line += (
-            " Arms without such a share are in the table." if line and any(r["kept"] is None for r in trained) else ""
-        )
-        plots[COST] = _cost(title, shares, reference), f"Costs of a run relative to {reference}, {where}.{line}"
+        notes = " Dotted: cost in proportion to the tokens kept." if by_share else ""
+        if by_share and any(each["kept"] is None for each in trained):
+            notes += " Variants that do not vary this share are only in the table."
+        plots[COST] = _cost(title, shares, reference), f"Cost of a run relative to {reference}, {where}.{notes}"
     every = budgets(rows)
     if len(every) > 1:
         plots[BUDGETS] = (
             _budgets(title, rows, every),
-            "Accuracy by the budget of reasoning, means over seeds; dashed: untrained.",
+            "Accuracy by reasoning budget, means over seeds. Dashed: untrained.",
         )
-    if f"reasoning tokens {NATURAL}" in {name for each in rows for name in each}:
+    if f"reasoning tokens {NATURAL}" in columns(rows):
         plots[LENGTH] = (
-            _quality(title, rows, {f"reasoning tokens {NATURAL}": "reasoning tokens, natural completions"}),
-            f"Mean length of the reasoning in natural completions, {where}. {dots} Dashed: untrained.",
+            _quality(title, rows, {f"reasoning tokens {NATURAL}": "reasoning tokens, no reasoning budget"}),
+            f"Mean length of the reasoning without a budget, {where}. {dots} Dashed: untrained.",
         )
     return plots
 
@@ -89,9 +66,9 @@ def _by_share(rows: Rows) -> bool:
 
 
 def _quality(title: str, rows: Rows, measures: dict[str, str]) -> bytes:
-    """One panel a measure; arms without a kept share are dashed lines of their own where the others have one."""
-    trained = [each for each in rows if each["arm"] != BEFORE]
-    names = arms_of(trained)
+    """A panel per measure; over shares, a variant without a share is a horizontal line."""
+    trained = [each for each in rows if each["variant"] != BEFORE]
+    names = variants_of(trained)
     by_share = _by_share(trained)
     figure = _figure(title, len(measures), 5.2, 4.4 if by_share else 1.6 + 0.34 * len(names))
     plots = _panels(figure, len(measures), sharey=not by_share)
@@ -99,17 +76,17 @@ def _quality(title: str, rows: Rows, measures: dict[str, str]) -> bytes:
         percent = name.startswith("accuracy")
         if by_share:
             _over_shares(plot, trained, name, "C0", None)
-            others = [arm for arm in names if _kept(trained, arm) is None]
-            for i, arm in enumerate(others, 1):
-                if found := values(trained, arm, name):
-                    plot.axhline(fmean(found), color=f"C{i}", linestyle="-.", linewidth=1.2, label=arm)
+            others = [variant for variant in names if _kept(trained, variant) is None]
+            for i, variant in enumerate(others, 1):
+                if found := values(trained, variant, name):
+                    plot.axhline(fmean(found), color=f"C{i}", linestyle="-.", linewidth=1.2, label=variant)
             plot.set_xlabel("share of the tokens kept")
             plot.set_xlim(0, 1.03)
             plot.set_ylabel(label)
             _percent(plot.yaxis, percent)
         else:
-            for y, arm in enumerate(names):
-                found = values(trained, arm, name)
+            for y, variant in enumerate(names):
+                found = values(trained, variant, name)
                 if found:
                     plot.barh(y, fmean(found), color="C0", alpha=0.35, height=0.6)
                     plot.plot(found, [y] * len(found), "o", color="C0", markersize=4)
@@ -126,7 +103,7 @@ def _quality(title: str, rows: Rows, measures: dict[str, str]) -> bytes:
 
 
 def _cost(title: str, shares: Rows, reference: str) -> bytes:
-    names, by_share = arms_of(shares), _by_share(shares)
+    names, by_share = variants_of(shares), _by_share(shares)
     figure = _figure(f"{title}; cost relative to {reference}", 1, 6.4, 4.4 if by_share else 1.8 + 0.5 * len(names))
     (plot,) = _panels(figure, 1)
     if by_share:
@@ -139,8 +116,8 @@ def _cost(title: str, shares: Rows, reference: str) -> bytes:
         plot.set_ylim(bottom=0)
     else:
         for i, (name, label) in enumerate(COSTS.items()):
-            for y, arm in enumerate(names):
-                if found := values(shares, arm, name):
+            for y, variant in enumerate(names):
+                if found := values(shares, variant, name):
                     place = y + 0.26 * (i - 1)
                     plot.barh(
                         place, fmean(found), color=f"C{i}", alpha=0.35, height=0.24, label=label if y == 0 else None
@@ -155,20 +132,20 @@ def _cost(title: str, shares: Rows, reference: str) -> bytes:
 
 
 def _budgets(title: str, rows: Rows, every: list[str]) -> bytes:
-    """A panel for all prompts and one a group; budgets stand in the order in which they were asked for."""
+    """A panel for all prompts and one per group; budgets in the order in which they were given."""
     parts = {"all prompts": "", **{group: f" [{group}]" for group in groups(rows)}}
-    figure = _figure(f"{title}; accuracy by budget of reasoning", len(parts), 4.2, 4.6)
+    figure = _figure(f"{title}; accuracy by reasoning budget", len(parts), 4.2, 4.6)
     panels, colors = _panels(figure, len(parts), sharey=True), _by_kept(rows)
     for plot, (name, suffix) in zip(panels, parts.items(), strict=True):
-        for i, arm in enumerate(arms_of(rows)):
-            found = [values(rows, arm, f"accuracy {budget}{suffix}") for budget in every]
+        for i, variant in enumerate(variants_of(rows)):
+            found = [values(rows, variant, f"accuracy {budget}{suffix}") for budget in every]
             points = [(x, fmean(each)) for x, each in enumerate(found) if each]
-            style = {"color": colors.get(arm, f"C{i % 10}"), "marker": "os^"[i // 10 % 3]}
-            style = {"color": "black", "linestyle": "--"} if arm == BEFORE else style
+            style = {"color": colors.get(variant, f"C{i % 10}"), "marker": "os^"[i // 10 % 3]}
+            style = {"color": "black", "linestyle": "--"} if variant == BEFORE else style
             if points:
-                plot.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=arm, **style)
+                plot.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=variant, **style)
         plot.set_xticks(range(len(every)), every)
-        plot.set_xlabel("reasoning kept")
+        plot.set_xlabel("reasoning budget")
         plot.set_title(name, fontsize=10)
         _percent(plot.yaxis, True)
         _finish(plot)
@@ -176,26 +153,30 @@ def _budgets(title: str, rows: Rows, every: list[str]) -> bytes:
 
 
 def _over_shares(plot: Any, rows: Rows, name: str, color: str, label: str | None) -> None:
-    placed = sorted((kept, arm) for arm in arms_of(rows) if (kept := _kept(rows, arm)) is not None)
-    means = [(kept, fmean(found)) for kept, arm in placed if (found := values(rows, arm, name))]
-    for kept, arm in placed:
-        found = values(rows, arm, name)
+    placed = sorted((kept, variant) for variant in variants_of(rows) if (kept := _kept(rows, variant)) is not None)
+    means = [(kept, fmean(found)) for kept, variant in placed if (found := values(rows, variant, name))]
+    for kept, variant in placed:
+        found = values(rows, variant, name)
         plot.plot([kept] * len(found), found, "o", color=color, markersize=3.5, alpha=0.6)
     if means:
         plot.plot(*zip(*means, strict=True), color=color, linewidth=1.5, label=label)
 
 
 def _by_kept(rows: Rows) -> dict[str, Any]:
-    """Colours of arms that keep more and more, from dark to light."""
+    """Colours by the share kept: the more, the lighter."""
     from matplotlib import colormaps
 
     if not _by_share(rows):
         return {}
-    return {arm: colormaps["viridis"](0.95 * kept) for arm in arms_of(rows) if (kept := _kept(rows, arm)) is not None}
+    return {
+        variant: colormaps["viridis"](0.95 * kept)
+        for variant in variants_of(rows)
+        if (kept := _kept(rows, variant)) is not None
+    }
 
 
-def _kept(rows: Rows, arm: str) -> float | None:
-    return next((each["kept"] for each in rows if each["arm"] == arm), None)
+def _kept(rows: Rows, variant: str) -> float | None:
+    return next((each["kept"] for each in rows if each["variant"] == variant), None)
 
 
 def _figure(title: str, panels: int, width: float, height: float) -> Any:
@@ -223,7 +204,7 @@ def _finish(plot: Any) -> None:
 
 
 def _png(figure: Any, panels: list[Any]) -> bytes:
-    """With one legend below all panels."""
+    """The figure with one legend below all panels."""
     handles = {name: h for p in panels for h, name in zip(*p.get_legend_handles_labels(), strict=True)}
     if handles:
         columns = min(len(handles), 4 * len(panels))

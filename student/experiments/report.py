@@ -1,84 +1,55 @@
-"""What an experiment found: results.csv, a row an arm and seed, and report.md with its tables and plots.
+"""The report of an experiment, report.md with tables and plots. It says what was measured, not what follows from it."""
 
-A report says what was measured, on what, and how it spreads; what follows from it is the reader's to say.
-"""
-
-import csv
-import io
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
 from typing import Any
 
 from logitcache.runtime.files import publish
 from logitcache.student.experiments import plots
-from logitcache.student.experiments.catalog import ALL, BEFORE, Arm, Experiment
+from logitcache.student.experiments.catalog import ALL, BEFORE, Experiment, Variant
+from logitcache.student.experiments.results import (
+    CSV_FILE,
+    NATURAL,
+    TENTHS,
+    Rows,
+    budgets,
+    columns,
+    groups,
+    relative,
+    spread,
+    to_csv,
+    values,
+    variants_of,
+)
 
-CSV_FILE, REPORT_FILE = "results.csv", "report.md"
-TENTHS = tuple(f"kl {10 * i}-{10 * i + 10}%" for i in range(10))  # of the completion, as `evaluate` has them
-Rows = list[dict[str, Any]]
-
-
-def row(
-    name: str,
-    arm: Arm,
-    seed: int | None,
-    run: dict[str, Any] | None,
-    evaluation: dict[str, Any],
-    accuracy: dict[str, Any],
-    groups: dict[str, Any],
-) -> dict[str, Any]:
-    """One row of results.csv.
-
-    Args:
-        run: run.json; None for the student as it was given.
-        evaluation: as `evaluate` has it. accuracy: by budget, as `budgets.measure` has it. groups: the same by group.
-    """
-    sections = evaluation.get("sections", {})
-    found: dict[str, Any] = {
-        "experiment": name,
-        "arm": arm.name,
-        "seed": seed,
-        "view": arm.view if run else None,
-        "sections": "+".join(run["sections"]) if run else None,
-        "kept": arm.kept,
-        "kl": evaluation.get("kl"),
-        **{f"kl {section}": sections.get(section, {}).get("kl") for section in ALL},
-        "top1": evaluation.get("top1"),
-        **{f"top1 {section}": sections.get(section, {}).get("top1") for section in ALL},
-        "ce": evaluation.get("ce"),
-        "ece": evaluation.get("ece"),
-        "rows": evaluation.get("rows"),
-        **{name: part.get("kl") for name, part in zip(TENTHS, evaluation.get("positions", ()), strict=False)},
-    }
-    found |= {name: part[name] for part in list(accuracy.values())[:1] for name in ("prompts", "samples")}
-    for budget, part in accuracy.items():
-        found |= _accuracy(budget, part)
-        found |= {f"answer tokens {budget}": part["answer_tokens"], f"total tokens {budget}": part["total_tokens"]}
-        found |= {f"ended {budget}": part["ended"]}
-    for group, budgets in groups.items():
-        for budget, part in budgets.items():
-            found |= _accuracy(f"{budget} [{group}]", part)
-    cost = run["cost"] if run else {}
-    found |= {name: run[name] if run else None for name in ("steps", "tokens_fed", "tokens_taught", "seconds")}
-    found |= {name: cost.get(name) for name in ("flops", "peak_memory")}
-    return found | {f"seconds {part}": spent for part, spent in cost.get("seconds", {}).items()}
+REPORT_FILE = "report.md"
 
 
-def _accuracy(label: str, part: dict[str, Any]) -> dict[str, Any]:
-    low, high = part["ci"]
-    return {
-        f"accuracy {label}": part["accuracy"],
-        f"ci low {label}": low,
-        f"ci high {label}": high,
-        f"reasoning tokens {label}": part["reasoning_tokens"],
-    }
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What the report says about an experiment besides its results."""
+
+    teacher: str
+    student: str
+    traces: int  # in the cache
+    prompt_rows: bool  # whether prompt tokens have rows
+    shared: Mapping[str, Any]  # fields of TrainOptions that all variants share
+    seeds: int
+    held_out: float
+    where: str | None  # condition on the training traces
+    evaluated_where: str | None  # condition on the held-out traces
+    verifier: str
+    budgets: list[str]  # empty: no accuracy was asked for
+    machines: list[str]
+    versions: list[str]
+    stopped: str | None = None  # the signal that stopped the experiment
+    failed: list[str] | tuple[str, ...] = ()  # messages of runs that failed
 
 
-def write(
-    out: Path, experiment: Experiment, arms: list[Arm], rows: Rows, about: dict[str, Any], versions: list[str]
-) -> list[str]:
-    """Publishes results.csv, the plots that its rows allow, and report.md. Returns: their paths."""
-    reference = next((name for name in experiment.reference if any(r["arm"] == name for r in rows)), None)
+def write(out: Path, experiment: Experiment, variants: list[Variant], rows: Rows, setup: Setup) -> list[Path]:
+    """Writes results.csv, report.md and the plots that the rows allow. Returns: their paths."""
+    reference = next((name for name in experiment.reference if any(r["variant"] == name for r in rows)), None)
     drawn = plots.draw(experiment.title, rows, reference)
     for stale in plots.FILES:
         if stale not in drawn:
@@ -87,184 +58,151 @@ def write(
         publish(out / name, image)
     publish(out / CSV_FILE, to_csv(rows).encode())
     captions = {name: caption for name, (_, caption) in drawn.items()}
-    publish(out / REPORT_FILE, report(experiment, arms, rows, about, versions, captions, reference).encode())
-    return [str(out / name) for name in (REPORT_FILE, CSV_FILE, *drawn)]
-
-
-def to_csv(rows: Rows) -> str:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns(rows), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
-def from_csv(text: str) -> Rows:
-    """Numbers as numbers, nothing as None."""
-
-    def value(cell: str) -> Any:
-        try:
-            return float(cell) if cell else None
-        except ValueError:
-            return cell
-
-    return [{name: value(cell) for name, cell in each.items()} for each in csv.DictReader(io.StringIO(text))]
-
-
-def columns(rows: Rows) -> list[str]:
-    return list(dict.fromkeys(name for each in rows for name in each))
-
-
-def summary(rows: Rows) -> list[str]:
-    """Lines for a terminal: held-out KL, top-1, natural accuracy where it was measured, and seconds."""
-    names = {
-        "kl": ("KL", "z.4f"),
-        "top1": ("top-1", ".1%"),
-        "accuracy none": ("accuracy", ".1%"),
-        "seconds": ("s", ",.1f"),
-    }
-    chosen = {name: form for name, form in names.items() if any(each.get(name) is not None for each in rows)}
-    table = [["arm", *(label for label, _ in chosen.values())]]
-    for arm in plots.arms_of(rows):
-        table.append([arm, *(spread(plots.values(rows, arm, name), form) for name, (_, form) in chosen.items())])
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in table]
-
-
-def spread(values: list[float], form: str) -> str:
-    """Mean ± standard deviation (n - 1) over seeds, where they differ."""
-    if not values:
-        return "-"
-    return f"{fmean(values):{form}}" + (f" ± {stdev(values):{form}}" if len(set(values)) > 1 else "")
+    publish(out / REPORT_FILE, report(experiment, variants, rows, setup, captions, reference).encode())
+    return [out / name for name in (REPORT_FILE, CSV_FILE, *drawn)]
 
 
 def report(
     experiment: Experiment,
-    arms: list[Arm],
+    variants: list[Variant],
     rows: Rows,
-    about: dict[str, Any],
-    versions: list[str],
+    setup: Setup,
     captions: dict[str, str],
     reference: str | None,
 ) -> str:
-    shared = ", ".join(f"{k} {v}" for k, v in about["shared"].items()) or "none"
-    wanted = {"kl"} | ({f"accuracy {budget}" for budget in about["budgets"]})
-    whole = [each["arm"] for each in rows if all(each.get(name) is not None for name in wanted)]
-    lacking = {arm.name: n for arm in arms if (n := about["seeds"] - whole.count(arm.name)) > 0}
-    parts = [
-        f"# {experiment.title}",
-        f"Every arm trains the same student, {about['student']}, from one cache of {about['traces']:,} traces "
-        f"(teacher {about['teacher']}), {about['seeds']} times with seeds from 0. Settings that all arms share: {shared}; "
-        "all others are the defaults of `logitcache train`."
-        + (f" They learn from traces where {about['where']}." if about["where"] else "")
-        + ("" if about["prompt_rows"] else " The cache has no rows of the prompt, so none of its tokens is taught.")
-        + " In the tables, numbers are means over the seeds ± their standard deviation where they differ; "
-        f"`{BEFORE}` is the student untrained, as it was given.",
-    ]
-    if lacking or about["stopped"] or about["failed"]:
-        said = [f"It was stopped by {about['stopped']}."] if about["stopped"] else []
-        names = ", ".join(f"{name} ({n})" for name, n in lacking.items())
-        said += [f"Runs that are missing, or not yet measured: {names}."] if lacking else []
-        said += [f"Failed: {each}." for each in about["failed"]]
-        parts.append(f"**Not finished.** {' '.join(said)}")
-    parts += ["## Arms", markdown(["arm", "view", "sections", "what it learns from"], _arms(arms, rows))]
-    parts += _fidelity(rows, about) + _answered(rows, about) + _cost(rows, reference)
+    """The text of report.md.
+
+    Args:
+        captions: by file name of a plot.
+        reference: the variant that costs are relative to.
+    """
+    parts = [f"# {experiment.title}", _introduction(setup), *_unfinished(variants, rows, setup)]
+    parts += ["## Variants", markdown(["variant", "view", "sections", "what it trains on"], _variants(variants, rows))]
+    parts += _fidelity(rows, setup) + _accuracy(rows, setup) + _cost(rows, reference)
     parts += ["## Plots"] if captions else []
     for name, caption in captions.items():
         parts.append(f"![{name}]({name})\n\n{caption}")
-    parts += ["## Machine", "\n".join(f"- {line}" for line in (*about["machines"], *versions))]
+    parts += ["## Machine", "\n".join(f"- {line}" for line in (*setup.machines, *setup.versions))]
     return "\n\n".join(parts) + "\n"
 
 
-def _arms(arms: list[Arm], rows: Rows) -> list[list[str]]:
-    taught = {each["arm"]: str(each["sections"]).replace("+", ", ") for each in rows if each["sections"]}
-    return [[arm.name, f"`{arm.view}`", taught.get(arm.name, ", ".join(arm.sections)), arm.about] for arm in arms]
+def _introduction(setup: Setup) -> str:
+    shared = ", ".join(f"{k} {v}" for k, v in setup.shared.items()) or "none"
+    return (
+        f"Every variant trains the same student, {setup.student}, from one cache of {setup.traces:,} traces (teacher "
+        f"{setup.teacher}), with {setup.seeds} seeds from 0. Settings of all variants: {shared}; all others are the "
+        "defaults of `logitcache train`."
+        + (f" They train on traces that match {setup.where}." if setup.where else "")
+        + ("" if setup.prompt_rows else " The cache has no rows for prompt tokens, so the prompt is not supervised.")
+        + " Tables show the mean over the seeds ± the standard deviation, which is omitted if all seeds agree; "
+        f"`{BEFORE}` is the untrained student."
+    )
 
 
-def _fidelity(rows: Rows, about: dict[str, Any]) -> list[str]:
-    evaluation = about["evaluation"] or {}
-    which = f", where {evaluation['where']}" if "where" in evaluation else ""
+def _unfinished(variants: list[Variant], rows: Rows, setup: Setup) -> list[str]:
+    wanted = {"kl"} | {f"accuracy {budget}" for budget in setup.budgets}
+    complete = [each["variant"] for each in rows if all(each.get(name) is not None for name in wanted)]
+    missing = {v.name: n for v in variants if (n := setup.seeds - complete.count(v.name)) > 0}
+    if not (missing or setup.stopped or setup.failed):
+        return []
+    sentences = [f"Stopped by {setup.stopped}."] if setup.stopped else []
+    names = ", ".join(f"{name} ({n})" for name, n in missing.items())
+    sentences += [f"Runs that are missing or not measured yet: {names}."] if missing else []
+    sentences += [f"Failed: {each}." for each in setup.failed]
+    return [f"**Not finished.** {' '.join(sentences)}"]
+
+
+def _variants(variants: list[Variant], rows: Rows) -> list[list[str]]:
+    supervised = {each["variant"]: str(each["sections"]).replace("+", ", ") for each in rows if each["sections"]}
+    return [[v.name, f"`{v.view}`", supervised.get(v.name, ", ".join(v.sections)), v.description] for v in variants]
+
+
+def _fidelity(rows: Rows, setup: Setup) -> list[str]:
+    which = f" that match {setup.evaluated_where}" if setup.evaluated_where else ""
     text = (
-        f"Against the teacher, on whole traces of the {about['held_out']:.3g} of the prompts that no arm learns from{which}: "
-        "bucketed forward KL in nats a row, of all rows and by section, and the share of rows whose likeliest token is "
-        "the teacher's."
+        f"On whole traces{which} of the held-out prompts ({setup.held_out:.3g} of all), on which no variant trains. KL: "
+        "bucketed forward KL from teacher to student, nats per position, of all positions and by section. top-1: share of "
+        "positions where student and teacher have the same most likely token."
     )
     labels = {"kl": "KL", **{f"kl {name}": f"KL {name}" for name in ALL}, "top1": "top-1"}
     forms = {name: ".1%" if name == "top1" else "z.4f" for name in labels}
-    found = ["## Held against the teacher", text, _table(rows, labels, forms)]
+    found = ["## Agreement with the teacher", text, _table(rows, labels, forms)]
     if any(each.get(TENTHS[0]) is not None for each in rows):
         places = {name: name.removeprefix("kl ") for name in TENTHS}
-        found += ["The same KL by place in the completion:", _table(rows, places, dict.fromkeys(places, "z.4f"))]
+        found += ["The same KL by tenths of the completion:", _table(rows, places, dict.fromkeys(places, "z.4f"))]
     return found
 
 
-def _answered(rows: Rows, about: dict[str, Any]) -> list[str]:
-    every = plots.budgets(rows)
+def _accuracy(rows: Rows, setup: Setup) -> list[str]:
+    every = budgets(rows)
     if not every:
         return []
     parts = [
-        "## Held against the answers",
-        f"Share of the test prompts answered rightly (verifier {about['verifier']}), by the budget of reasoning: so many "
-        "tokens of the student's own reasoning, or so large a share of it, is kept before it must answer; `none` lets it "
-        "go on as it likes. results.csv has each run's 95% interval.",
+        "## Accuracy",
+        f"Share of the test prompts answered correctly (verifier {setup.verifier}), by reasoning budget: the student's own "
+        "reasoning is cut after that many tokens, or after that share of it, and the student must answer; with `none` it "
+        "is not cut. results.csv has the 95% confidence interval of each run.",
         _table(rows, {f"accuracy {b}": b for b in every}, {f"accuracy {b}": ".1%" for b in every}),
     ]
-    for group in plots.groups(rows):
+    for group in groups(rows):
         labels = {f"accuracy {b} [{group}]": b for b in every}
-        parts += [f"Of these, the prompts of {group}:", _table(rows, labels, dict.fromkeys(labels, ".1%"))]
-    natural = "none" if "none" in every else every[-1]
+        parts += [f"Prompts of group {group}:", _table(rows, labels, dict.fromkeys(labels, ".1%"))]
+    natural = NATURAL if NATURAL in every else every[-1]
     labels = {f"reasoning tokens {b}": f"reasoning, {b}" for b in every}
     labels |= {f"total tokens {natural}": f"all, {natural}", f"ended {natural}": f"ended, {natural}"}
     forms = {name: ".1%" if name.startswith("ended") else ",.1f" for name in labels}
-    found = [
-        *parts,
+    parts += [
         "## Length",
-        "Tokens of an answer to a test prompt, its reasoning and all that follows the prompt, as means; ended is the "
-        "share of samples that ended by themselves and not by the limit of tokens. A sample that never closes its "
-        "reasoning counts as reasoning up to that limit. A share of the reasoning is of the arm's own: where its reasoning "
-        "is short, so is half of it.",
+        "Mean tokens per sample: of the reasoning, and of everything after the prompt (all). ended: share of samples that "
+        "ended by themselves, not at the token limit. A sample that never closes its reasoning is all reasoning. A share of "
+        "the reasoning is a share of the variant's own reasoning, so it is short if that is short.",
         _table(rows, labels, forms),
     ]
-    if of := {f"reasoning tokens {natural} [{group}]": group for group in plots.groups(rows)}:
-        found += [f"Tokens of the reasoning by group, {natural}:", _table(rows, of, dict.fromkeys(of, ",.1f"))]
-    return found
+    if of := {f"reasoning tokens {natural} [{group}]": group for group in groups(rows)}:
+        parts += [f"Reasoning tokens by group, budget {natural}:", _table(rows, of, dict.fromkeys(of, ",.1f"))]
+    return parts
 
 
 def _cost(rows: Rows, reference: str | None) -> list[str]:
-    labels = {"tokens_fed": "tokens fed", "tokens_taught": "tokens taught", "flops": "FLOPs", "seconds": "seconds"}
+    labels = {
+        "tokens_fed": "input tokens",
+        "tokens_taught": "supervised tokens",
+        "flops": "FLOPs",
+        "seconds": "seconds",
+    }
     labels |= {"peak_memory": "peak memory, MiB"}
     forms = {"tokens_fed": ",.0f", "tokens_taught": ",.0f", "flops": ".3e", "seconds": ",.1f", "peak_memory": ",.1f"}
-    trained = [each for each in rows if each["arm"] != BEFORE]
+    trained = [each for each in rows if each["variant"] != BEFORE]
+    if not trained:
+        return []
     shown = [each | {"peak_memory": each["peak_memory"] and each["peak_memory"] / 2**20} for each in trained]
     parts = [
         "## Cost of training",
-        "Of one run: tokens without padding; FLOPs by formula, of what was fed, padding included; seconds of optimiser "
-        "steps, without evaluations and checkpoints; the peak of memory is on CUDA what the allocator handed out at "
-        "most, weights included, and on a CPU how far the process's resident set grew after the student was loaded.",
+        "Per run. Tokens: without padding. FLOPs: by formula, padding included. Seconds: of optimizer steps, without "
+        "evaluations and checkpoints. Peak memory: on CUDA the allocator's peak, weights included; on a CPU the growth of "
+        "the process's resident set after the student was loaded.",
         _table(shown, labels, forms),
     ]
-    if reference and (relative := plots.relative(trained, reference)):
-        names = {"accuracy none": "accuracy"} | {f"accuracy none [{g}]": f"accuracy, {g}" for g in plots.groups(rows)}
+    if reference and (shares := relative(trained, reference)):
+        names = {"accuracy none": "accuracy"} | {f"accuracy none [{g}]": f"accuracy, {g}" for g in groups(rows)}
         names |= {name: labels[name].removesuffix(", MiB") for name in labels}
         parts += [
-            f"As shares of what {reference} has with the same seed; accuracies are those of natural completions:",
-            _table(relative, names, dict.fromkeys(names, ".1%")),
+            f"Relative to {reference} with the same seed; accuracy is that without a reasoning budget:",
+            _table(shares, names, dict.fromkeys(names, ".1%")),
         ]
     spent = [name for name in columns(trained) if name.startswith("seconds ")]
     parts += [
-        "Where the seconds went; on a GPU, data is the time in which it stood idle for them.",
+        "Where the seconds went. On a GPU, data is the time that it waited for data.",
         _table(trained, {name: name.removeprefix("seconds ") for name in spent}, dict.fromkeys(spent, ",.2f")),
     ]
-    return parts if trained else []
+    return parts
 
 
 def _table(rows: Rows, labels: dict[str, str], forms: dict[str, str]) -> str:
-    """A line an arm; a column for which no arm has a number is left out."""
-    there = [name for name in labels if any(each.get(name) is not None for each in rows)]
-    lines = [
-        [arm, *(spread(plots.values(rows, arm, name), forms[name]) for name in there)] for arm in plots.arms_of(rows)
-    ]
-    return markdown(["arm", *(labels[name] for name in there)], lines)
+    """A line per variant; columns that no variant has are left out."""
+    present = [name for name in labels if any(each.get(name) is not None for each in rows)]
+    lines = [[v, *(spread(values(rows, v, name), forms[name]) for name in present)] for v in variants_of(rows)]
+    return markdown(["variant", *(labels[name] for name in present)], lines)
 
 
 def markdown(head: list[str], lines: list[list[str]]) -> str:

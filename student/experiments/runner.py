@@ -1,19 +1,22 @@
-"""What an experiment makes: crops, runs, evaluations and answers, each by a command, in turn, and never twice.
+"""Runs an experiment's commands: crops, training, evaluations and answers. What is finished is not run again.
 
-What was measured lies beside its run with all that was asked, so that nothing measured otherwise is taken for it.
+Measurements are stored beside their run, together with everything they depend on; a measurement that was made with other
+settings is made again.
 """
 
 import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from logitcache.accuracy.answer_file import AnswerFile, Key
-from logitcache.accuracy.budgets import ANSWERS, RESULTS, Budget, pass_at_1, prompts_digest
+from logitcache.accuracy.budgets import ANSWERS, RESULTS, BudgetResult, pass_at_1, prompts_digest
+from logitcache.accuracy.options import Budget
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, LogitcacheError, NotACacheError, PromptsError
 from logitcache.identity import first_difference
@@ -22,22 +25,56 @@ from logitcache.runtime.console import Stop
 from logitcache.runtime.files import LOGS, publish_json, read_json
 from logitcache.student.data.views import View
 from logitcache.student.experiments import subcommands
-from logitcache.student.experiments.catalog import BEFORE, Arm
-from logitcache.student.experiments.plan import SEED, ExperimentOptions, Plan
+from logitcache.student.experiments.catalog import BEFORE, Variant
+from logitcache.student.experiments.options import ExperimentOptions
+from logitcache.student.experiments.plan import ExperimentPlan
 from logitcache.student.experiments.subcommands import Call
 from logitcache.student.training.checkpoints import RUN_FILE
 
 
-class Work:
-    """The commands of an experiment, one after the other, those left out whose work is done."""
+@dataclass(frozen=True, kw_only=True)
+class GroupResult:
+    """Accuracy and reasoning length on one group of prompts, under one budget."""
 
-    def __init__(self, options: ExperimentOptions, made: Plan, call: Call, stop: Stop, say: Callable[[str], None]):
-        self.options, self.plan, self.call, self.stop, self.say = options, made, call, stop, say
-        self.made, self.stopped = 0, None
+    accuracy: float
+    ci: list[float]  # [low, high], see `pass_at_1`
+    prompts: int
+    reasoning_tokens: float  # mean per sample
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """What was measured of one student; empty for what was not measured."""
+
+    evaluation: dict[str, Any] = field(default_factory=dict)  # the JSON of an Evaluation
+    accuracy: dict[str, BudgetResult] = field(default_factory=dict)  # by budget
+    groups: dict[str, dict[str, GroupResult]] = field(default_factory=dict)  # by group of prompts, then by budget
+
+    def __bool__(self) -> bool:
+        return bool(self.evaluation or self.accuracy)
+
+
+class ExperimentRunner:
+    """Runs an experiment's commands one after the other and skips those whose results exist.
+
+    A student is a variant and a seed; None and None is the untrained student.
+    """
+
+    def __init__(
+        self,
+        options: ExperimentOptions,
+        plan: ExperimentPlan,
+        call: Call,
+        stop: Stop,
+        report: Callable[[str], None],
+    ) -> None:
+        self.options, self.plan, self.call, self.stop, self.report = options, plan, call, stop, report
+        self.commands = 0  # commands run so far
+        self.stopped: str | None = None  # the signal that stopped a command
         self.failed: list[LogitcacheError] = []
 
-    def all(self) -> None:
-        """A seed after the other, so that a stop leaves whole sets of arms; ends early where a signal came."""
+    def run(self) -> None:
+        """Runs seed by seed, so that a stop leaves complete sets of variants. A failed command does not stop the others."""
         for step in self._steps():
             if self.stopped or self.stop.signal:
                 self.stopped = self.stopped or self.stop.signal
@@ -48,126 +85,139 @@ class Work:
                 self.failed.append(e)
 
     def _steps(self) -> Iterator[Callable[[], None]]:
-        for arm in self.plan.arms:
-            if arm.crop:
-                yield lambda arm=arm: self._crop(arm)
-        yield from self._measurements(BEFORE, SEED, self.options.student)
+        for variant in self.plan.variants:
+            if variant.crop:
+                yield lambda variant=variant: self._crop(variant)
+        yield from self._measurements(None, None)
         for seed in range(self.options.seeds):
-            for arm in self.plan.arms:
-                yield lambda arm=arm, seed=seed: self._train(arm, seed)
-                yield from self._measurements(arm, seed, str(self.options.place(arm, seed)))
+            for variant in self.plan.variants:
+                yield lambda variant=variant, seed=seed: self._train(variant, seed)
+                yield from self._measurements(variant, seed)
 
-    def _measurements(self, arm: Arm | str, seed: int, student: str) -> Iterator[Callable[[], None]]:
+    def _measurements(self, variant: Variant | None, seed: int | None) -> Iterator[Callable[[], None]]:
         if self.plan.evaluation is not None:
-            yield lambda: self._evaluate(arm, seed, student)
+            yield lambda: self._evaluate(variant, seed)
         if self.plan.prompts is not None:
-            yield lambda: self._answer(arm, seed, student)
+            yield lambda: self._answer(variant, seed)
 
-    def _run(self, what: str, arguments: list[str]) -> str | None:
-        """What a command printed; None where a signal ended it."""
-        log = self.options.out / LOGS / (what.replace(" ", "-").replace(":", "-").replace("/", "-") + ".log")
+    def _run(self, name: str, arguments: list[str]) -> str | None:
+        """Returns: what the command printed; None if a signal stopped it."""
+        log = self.options.out / LOGS / (name.replace(" ", "-").replace(":", "-").replace("/", "-") + ".log")
         log.parent.mkdir(parents=True, exist_ok=True)
-        self.made += 1
+        self.commands += 1
         code, printed = self.call(arguments, log, self.stop)
-        self.stopped = subcommands.check(code, what, log)
+        self.stopped = subcommands.check(code, name, log)
         if self.stopped:
             return None
-        self.say(what)
+        self.report(name)
         return printed
 
-    def _crop(self, arm: Arm) -> None:
-        options, out = self.options, self.options.crop(arm)
-        assert arm.crop
+    def _crop(self, variant: Variant) -> None:
+        options, out = self.options, self.options.crop(variant)
+        assert variant.crop
         assert options.teacher
-        if self._cropped(arm):
+        if self._is_cropped(variant):
             return
-        engine = options.answers.get("engine_args", {})
+        engine_args = options.answers.get("engine_args", {})
         identity = self.plan.cache.identity
-        self._run(f"crop {arm.crop}", subcommands.crop(options.cache, identity, options.teacher, arm.crop, out, engine))
+        arguments = subcommands.crop(options.cache, identity, options.teacher, variant.crop, out, engine_args)
+        self._run(f"crop {variant.crop}", arguments)
 
-    def _cropped(self, arm: Arm) -> bool:
-        """Raises: IdentityError for a crop that another teacher read."""
-        wanted, out = self.plan.cache, self.options.crop(arm)
+    def _is_cropped(self, variant: Variant) -> bool:
+        """Whether the variant's crops are complete. Raises: IdentityError for crops that another teacher scored."""
+        wanted, out = self.plan.cache, self.options.crop(variant)
         try:
             cache = Cache.open(out)
-        except NotACacheError:  # not begun
+        except NotACacheError:  # not started
             return False
         if (found := cache.identity.teacher_revision) != wanted.identity.teacher_revision:
             raise IdentityError(
-                f"{out} was read by a teacher @ {found}, and {self.options.cache} was made @ "
-                f"{wanted.identity.teacher_revision}; remove {out} and give `teacher` the one that made the cache"
+                f"{out} was scored by a teacher @ {found}, but {self.options.cache} was made @ "
+                f"{wanted.identity.teacher_revision}; remove {out} and set `teacher` to the one that made the cache"
             )
         return len(cache) >= len(wanted)
 
-    def _train(self, arm: Arm, seed: int) -> None:
-        options, place = self.options, self.options.place(arm, seed)
-        if finished(place, arm) or (arm.crop and not self._cropped(arm)):
+    def _train(self, variant: Variant, seed: int) -> None:
+        options, place = self.options, self.options.place(variant, seed)
+        if finished_run(place, variant) or (variant.crop and not self._is_cropped(variant)):
             return
-        if not place.exists():  # what was measured of an earlier run there is not this one's
-            for what in ("evaluation", "accuracy"):
-                _beside(place, what).unlink(missing_ok=True)
+        if not place.exists():  # measurements of an earlier run in this place are not of this run
+            for kind in ("evaluation", "accuracy"):
+                _beside(place, kind).unlink(missing_ok=True)
             shutil.rmtree(_answers(place), ignore_errors=True)
-        settings = {"seed": seed, **options.shared, **self.plan.settings(arm)}
-        cache = options.crop(arm) if arm.crop else options.cache
-        self._run(f"train {_name(arm, seed)}", subcommands.train(cache, options.student, place, settings))
+        settings = {"seed": seed, **options.shared, **self.plan.settings(variant)}
+        cache = options.crop(variant) if variant.crop else options.cache
+        self._run(f"train {_name(variant, seed)}", subcommands.train(cache, options.student, place, settings))
 
-    def _evaluate(self, arm: Arm | str, seed: int, student: str) -> None:
+    def _evaluate(self, variant: Variant | None, seed: int | None) -> None:
         assert self.plan.evaluation is not None
-        file = _beside(self.options.place(arm, seed), "evaluation")
-        asked = _asked_of_teacher(self.plan, student)
-        if _there(file, asked) or not _exists(arm, student):
+        student = student_of(self.options, variant, seed)
+        file = _beside(self.options.place(variant, seed), "evaluation")
+        asked = _evaluation_inputs(self.plan, student)
+        if _stored(file, asked) or not _exists(variant, student):
             return
-        printed = self._run(
-            f"evaluate {_name(arm, seed)}", subcommands.evaluate(self.options.cache, student, self.plan.evaluation)
-        )
+        arguments = subcommands.evaluate(self.options.cache, student, self.plan.evaluation)
+        printed = self._run(f"evaluate {_name(variant, seed)}", arguments)
         if printed is not None:
             publish_json(file, {"asked": asked, "found": json.loads(printed)})
 
-    def _answer(self, arm: Arm | str, seed: int, student: str) -> None:
-        options, place = self.options, self.options.place(arm, seed)
+    def _answer(self, variant: Variant | None, seed: int | None) -> None:
+        options, place = self.options, self.options.place(variant, seed)
         assert options.prompts
         assert self.plan.prompts
-        file, out, asked = _beside(place, "accuracy"), _answers(place), _asked_of_answers(options, self.plan, student)
-        if _there(file, asked) or not _exists(arm, student):
+        student = student_of(options, variant, seed)
+        file, out, asked = _beside(place, "accuracy"), _answers(place), _answer_inputs(options, self.plan, student)
+        if _stored(file, asked) or not _exists(variant, student):
             return
-        arguments = subcommands.answer(student, options.prompts, out, _of_answers(options))
-        if self._run(f"answers of {_name(arm, seed)}", arguments) is None:
+        arguments = subcommands.answer(student, options.prompts, out, _answer_settings(options))
+        if self._run(f"answers of {_name(variant, seed)}", arguments) is None:
             return
         found = read_json(out / RESULTS)
         if found["prompts_digest"] != asked["prompts"]:
-            raise PromptsError(f"{options.prompts} has changed since this call began; run the same command again")
+            raise PromptsError(f"{options.prompts} changed while the experiment ran; run the same command again")
         groups = _by_group(options, self.plan.prompts, out)
-        publish_json(file, {"asked": asked, "found": found["budgets"], "groups": groups})
+        stored = {name: {budget: asdict(part) for budget, part in parts.items()} for name, parts in groups.items()}
+        publish_json(file, {"asked": asked, "found": found["budgets"], "groups": stored})
 
 
-def _asked_of_teacher(made: Plan, student: str) -> dict[str, Any]:
-    """All that an evaluation depends on."""
-    return {"student": _weights(student), **(made.evaluation or {})}
+def student_of(options: ExperimentOptions, variant: Variant | None, seed: int | None) -> str:
+    """What `logitcache eval` takes as the student: the run, or the untrained student."""
+    return options.student if variant is None else str(options.place(variant, seed))
 
 
-def _asked_of_answers(options: ExperimentOptions, made: Plan, student: str) -> dict[str, Any]:
-    """All that answers depend on, as JSON has it."""
-    assert made.prompts
-    own = {"student": _weights(student), "prompts": prompts_digest(made.prompts), "by": options.by}
-    return json.loads(json.dumps(own | _of_answers(options)))
+def measurements(
+    options: ExperimentOptions,
+    plan: ExperimentPlan,
+    variant: Variant | None,
+    seed: int | None,
+    own: dict[str, Any] | None,
+) -> Measurements:
+    """Reads what was measured of a student with the plan's settings.
+
+    Args:
+        own: the evaluation that training itself made; it counts if the plan has no evaluation of its own.
+    """
+    place, student = options.place(variant, seed), student_of(options, variant, seed)
+    if plan.evaluation is not None:
+        stored = _stored(_beside(place, "evaluation"), _evaluation_inputs(plan, student))
+        own = stored and stored["found"]
+    stored = None
+    if plan.prompts is not None:
+        stored = _stored(_beside(place, "accuracy"), _answer_inputs(options, plan, student))
+    if stored is None:
+        return Measurements(own or {})
+    accuracy = {budget: BudgetResult(**part) for budget, part in stored["found"].items()}
+    groups = {
+        name: {budget: GroupResult(**part) for budget, part in parts.items()}
+        for name, parts in stored["groups"].items()
+    }
+    return Measurements(own or {}, accuracy, groups)
 
 
-def _of_answers(options: ExperimentOptions) -> dict[str, Any]:
-    return {"budgets": options.budgets, "verifier": options.verifier, **options.answers}
+def finished_run(place: Path, variant: Variant) -> dict[str, Any] | None:
+    """run.json of a variant's run; None if the run is not finished.
 
-
-def _beside(place: Path, what: str) -> Path:
-    return place.with_name(f"{place.name}-{what}.json")
-
-
-def _answers(place: Path) -> Path:
-    return place.with_name(place.name + "-answers")
-
-
-def finished(place: Path, arm: Arm) -> dict[str, Any] | None:
-    """run.json of an arm's run that is finished.
-
-    Raises: IdentityError for one that an arm of that name made when it meant something else.
+    Raises: IdentityError for a run of a variant that had the same name and other settings.
     """
     try:
         found = json.loads((place / RUN_FILE).read_text())
@@ -175,28 +225,52 @@ def finished(place: Path, arm: Arm) -> dict[str, Any] | None:
         return None
     if found.get("status") != "finished":
         return None
-    view = View(arm.view, arm.sections)
-    wanted = {"view": str(view), "sections": list(view.sections), **arm.set}
+    view = View(variant.view, variant.sections)
+    wanted = {"view": str(view), "sections": list(view.sections), **variant.set}
     if difference := first_difference(found, wanted):
         name, was, here = difference
         raise IdentityError(
-            f"{place} was made with {name} = {was!r}, and arm {arm.name} has {here!r}; remove it, or give `out` a new "
-            "directory"
+            f"{place} was made with {name} = {was!r}, but variant {variant.name} has {here!r}; remove it, or set `out` to "
+            "a new directory"
         )
     return found
 
 
-def _exists(arm: Arm | str, student: str) -> bool:
-    """Whether there is something to measure: the student as it was given, or a run that came to its end."""
-    return not isinstance(arm, Arm) or finished(Path(student), arm) is not None
+def _evaluation_inputs(plan: ExperimentPlan, student: str) -> dict[str, Any]:
+    """Everything an evaluation depends on."""
+    return {"student": _weights(student), **(plan.evaluation or {})}
 
 
-def _name(arm: Arm | str, seed: int) -> str:
-    return f"{arm.name} seed {seed}" if isinstance(arm, Arm) else arm
+def _answer_inputs(options: ExperimentOptions, plan: ExperimentPlan, student: str) -> dict[str, Any]:
+    """Everything that answers depend on, as JSON reads it back."""
+    assert plan.prompts
+    own = {"student": _weights(student), "prompts": prompts_digest(plan.prompts), "by": options.by}
+    return json.loads(json.dumps(own | _answer_settings(options)))
 
 
-def _there(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """What was measured, where it was asked for just so."""
+def _answer_settings(options: ExperimentOptions) -> dict[str, Any]:
+    return {"budgets": options.budgets, "verifier": options.verifier, **options.answers}
+
+
+def _beside(place: Path, kind: str) -> Path:
+    return place.with_name(f"{place.name}-{kind}.json")
+
+
+def _answers(place: Path) -> Path:
+    return place.with_name(place.name + "-answers")
+
+
+def _exists(variant: Variant | None, student: str) -> bool:
+    """Whether there is a student to measure: the untrained one, or a finished run."""
+    return variant is None or finished_run(Path(student), variant) is not None
+
+
+def _name(variant: Variant | None, seed: int | None) -> str:
+    return BEFORE if variant is None else f"{variant.name} seed {seed}"
+
+
+def _stored(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """A stored measurement; None if there is none, or if it was made with other settings."""
     if not file.exists():
         return None
     found = read_json(file)
@@ -204,13 +278,13 @@ def _there(file: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _weights(student: str) -> str:
-    """Changes where a run was made again; a student that is no run goes by its name."""
+    """A key that changes when a run is made again; the name of a student that is not a run."""
     record = Path(student) / RUN_FILE
     return hashlib.blake2b(record.read_bytes()).hexdigest() if record.exists() else student
 
 
-def _by_group(options: ExperimentOptions, prompts: PromptSet, out: Path) -> dict[str, Any]:
-    """Accuracy and length by a column of the prompts, as `measure` has them of all."""
+def _by_group(options: ExperimentOptions, prompts: PromptSet, out: Path) -> dict[str, dict[str, GroupResult]]:
+    """Results by group, a group being the prompts with the same value of the column `by`. Empty for fewer than two groups."""
     groups: dict[str, list[str]] = {}
     for prompt in prompts:
         if options.by in prompt.metadata:
@@ -218,29 +292,16 @@ def _by_group(options: ExperimentOptions, prompts: PromptSet, out: Path) -> dict
     if len(groups) < 2:
         return {}
     answers, samples = AnswerFile(out / ANSWERS).answers, options.answers.get("samples", 1)
-    found: dict[str, Any] = {}
+    found: dict[str, dict[str, GroupResult]] = {}
     for name, ids in groups.items():
         for budget in dict.fromkeys(map(Budget.parse, options.budgets)):
             natural = [answers[Key(i, sample, None)] for i in ids for sample in range(samples)]
             chosen = [answers[a.key._replace(cut=budget.cut(a.reasoning))] for a in natural]
             accuracy, ci = pass_at_1(np.array([a.correct is True for a in chosen]).reshape(-1, samples))
-            lengths = {"reasoning_tokens": float(np.mean([a.reasoning for a in chosen]))}
-            found.setdefault(name, {})[str(budget)] = {"accuracy": accuracy, "ci": ci, "prompts": len(ids), **lengths}
+            found.setdefault(name, {})[str(budget)] = GroupResult(
+                accuracy=accuracy,
+                ci=ci,
+                prompts=len(ids),
+                reasoning_tokens=float(np.mean([a.reasoning for a in chosen])),
+            )
     return found
-
-
-def measured(
-    options: ExperimentOptions, made: Plan, place: Path, student: str, own: dict[str, Any] | None
-) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """The evaluation, the accuracy by budget, and the same by group; {} for what is not there.
-
-    Args:
-        own: what the run itself found, which is the evaluation where arms share none.
-    """
-    if made.evaluation is not None:
-        found = _there(_beside(place, "evaluation"), _asked_of_teacher(made, student))
-        own = found and found["found"]
-    answers = None
-    if made.prompts is not None:
-        answers = _there(_beside(place, "accuracy"), _asked_of_answers(options, made, student))
-    return own or {}, (answers or {}).get("found", {}), (answers or {}).get("groups", {})

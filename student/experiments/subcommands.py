@@ -88,7 +88,7 @@ def evaluate(cache: Path, student: str, settings: dict[str, Any]) -> list[str]:
 
 
 def answer(student: str, prompts: str, out: Path, settings: dict[str, Any]) -> list[str]:
-    """`logitcache eval --prompts` with BudgetOptions' fields as its options, but for `reasoning_markers`, which are text."""
+    """`logitcache eval --prompts` with AccuracyOptions' fields as its options, but for `reasoning_markers`, which are text."""
     return ["eval", "--student", student, "--prompts", prompts, "--out", str(out), *_options(settings), "--json"]
 
 

@@ -1,4 +1,4 @@
-"""Budgets of reasoning, with answers written by hand; the last test has the real engine."""
+"""Reasoning budgets, with answers written by hand; the last test uses the real engine."""
 
 import json
 import os
@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 
 from logitcache.accuracy.answer_file import Answer, AnswerFile, Key
-from logitcache.accuracy.budgets import ANSWERS, RESULTS, Budget, BudgetOptions, measure, pass_at_1
+from logitcache.accuracy.budgets import ANSWERS, RESULTS, AccuracyResult, BudgetResult, measure, pass_at_1
+from logitcache.accuracy.options import AccuracyOptions, Budget
 from logitcache.accuracy.run import Delimiters
-from logitcache.commands.text import describe_budgets
+from logitcache.commands.text_runs import describe_accuracy
 from logitcache.errors import (
     CacheBusyError,
     EngineError,
@@ -95,10 +96,10 @@ def write_prompts(path: Path, texts: list[str]) -> str:
 def run(engine, tmp_path):
     """Measures the prompts of the given texts, by default those of ``NATURAL`` with gold answer w5."""
 
-    def start(*texts: str, **changes) -> dict[str, Any]:
+    def start(*texts: str, **changes) -> AccuracyResult:
         source = write_prompts(tmp_path / "p.jsonl", list(texts) or [f"w5 {name}" for name in NATURAL])
         given: dict[str, Any] = {"budgets": ("0", "25%", "3", "100%", "none"), "max_tokens": 13, "answer_tokens": 3}
-        return measure(BudgetOptions(source, "fake", tmp_path / "out", **given | changes))
+        return measure(AccuracyOptions(prompts=source, student="fake", out=tmp_path / "out", **given | changes))
 
     return start
 
@@ -115,29 +116,29 @@ def test_a_reasoning_is_cut_at_its_token_and_closed(run, engine) -> None:
 
 
 def test_accuracy_and_lengths_are_those_counted_by_hand(run) -> None:
-    found = run()["budgets"]
+    found = run().budgets
     assert list(found) == ["0", "25%", "3", "100%", "none"]
     # Naturally w10 and w12 are right; reasonings are of 4, 2, 8 and 12 tokens, the last one without an end.
-    assert found["none"] == {
-        "accuracy": 0.5,
-        "ci": pytest.approx([0.15004, 0.84996], abs=1e-5),  # Wilson of 2 in 4
-        "prompts": 4,
-        "samples": 1,
-        "reasoning_tokens": (4 + 2 + 8 + 12) / 4,
-        "answer_tokens": (2 + 2 + 2 + 0) / 4,
-        "total_tokens": (8 + 6 + 12 + 13) / 4,
-        "ended": 0.75,
-        "unscored": 0,
-        "no_room": 0,
-    }
-    assert found["0"]["accuracy"] == found["0"]["ended"] == 0
-    assert found["0"]["total_tokens"] == 2 + 3
+    assert found["none"] == BudgetResult(
+        accuracy=0.5,
+        ci=pytest.approx([0.15004, 0.84996], abs=1e-5),  # Wilson of 2 in 4
+        prompts=4,
+        samples=1,
+        reasoning_tokens=6.5,  # (4 + 2 + 8 + 12) / 4
+        answer_tokens=1.5,  # (2 + 2 + 2 + 0) / 4
+        total_tokens=9.75,  # (8 + 6 + 12 + 13) / 4
+        ended=0.75,
+        unscored=0,
+        no_room=0,
+    )
+    assert found["0"].accuracy == found["0"].ended == 0
+    assert found["0"].total_tokens == 2 + 3
     # 25% are 1, 0, 2 and 3 tokens: the last two are right.
-    assert [found["25%"][k] for k in ("accuracy", "reasoning_tokens", "answer_tokens")] == [0.5, 1.5, 2.5]
+    assert [found["25%"].accuracy, found["25%"].reasoning_tokens, found["25%"].answer_tokens] == [0.5, 1.5, 2.5]
     # At most 3: w11's reasoning of 2 stays whole.
-    assert [found["3"][k] for k in ("accuracy", "reasoning_tokens")] == [1, (3 + 2 + 3 + 3) / 4]
+    assert [found["3"].accuracy, found["3"].reasoning_tokens] == [1, (3 + 2 + 3 + 3) / 4]
     # Closing it is all that w13 lacked; w11 was wrong naturally, and is right where the script answers.
-    assert [found["100%"][k] for k in ("accuracy", "reasoning_tokens", "ended")] == [1, 6.5, 1]
+    assert [found["100%"].accuracy, found["100%"].reasoning_tokens, found["100%"].ended] == [1, 6.5, 1]
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_a_budget_is_tokens_a_share_or_none(text, cuts) -> None:
 
 @pytest.mark.parametrize("text", ["", "-1", "101%", "half", "50 %", "1.5", "%"])
 def test_a_budget_that_is_none_of_these_is_refused(text) -> None:
-    with pytest.raises(InputError, match="write tokens such as 128, a share such as 50%, or none"):
+    with pytest.raises(InputError, match="give a number of tokens such as 128, a share such as 50%, or none"):
         Budget.parse(text)
 
 
@@ -175,17 +176,22 @@ def test_the_interval_is_wilsons_of_the_effective_size(right_PS, accuracy, ci) -
 
 def test_the_end_of_sequence_within_a_reasoning_is_not_fed_before_the_closing(run, engine) -> None:
     engine.natural = {"w10": "<think> w1 w2 <eos>"}
-    found = run("w5 w10", budgets=("100%", "none"))["budgets"]
+    found = run("w5 w10", budgets=("100%", "none")).budgets
     assert engine.sent[1][0] == "w5 w10 <think> w1 w2 </think>"
-    assert [found["none"][k] for k in ("accuracy", "ended", "reasoning_tokens", "total_tokens")] == [0, 1, 2, 4]
-    assert found["100%"]["accuracy"] == 1
+    assert [
+        found["none"].accuracy,
+        found["none"].ended,
+        found["none"].reasoning_tokens,
+        found["none"].total_tokens,
+    ] == [0, 1, 2, 4]
+    assert found["100%"].accuracy == 1
 
 
 def test_an_opening_in_the_prompt_stays_there(run, engine) -> None:
     engine.natural = {"w10": "w1 w2 w3 w4 </think> w5 <eos>"}
-    found = run("w5 w10 <think>", budgets=("0", "50%", "none"))["budgets"]
+    found = run("w5 w10 <think>", budgets=("0", "50%", "none")).budgets
     assert [text for text, _ in engine.sent[1:]] == ["w5 w10 <think> </think>", "w5 w10 <think> w1 w2 </think>"]
-    assert found["50%"]["total_tokens"] == 2 + 1 + 2
+    assert found["50%"].total_tokens == 2 + 1 + 2
 
 
 def test_a_model_that_only_closes_gets_no_opening(run, engine, monkeypatch) -> None:
@@ -197,10 +203,10 @@ def test_a_model_that_only_closes_gets_no_opening(run, engine, monkeypatch) -> N
 
 def test_a_sample_without_any_delimiter_is_opened_and_closed(run, engine) -> None:
     engine.natural = NATURAL | {"w11": "w5 <eos>"}
-    found = run("w5 w11", "w5 w10", budgets=("50%", "none"))["budgets"]
+    found = run("w5 w11", "w5 w10", budgets=("50%", "none")).budgets
     assert ("w5 w11 <think> </think>", 3) in engine.sent
-    assert found["none"]["accuracy"] == 1
-    assert found["50%"]["accuracy"] == 0.5
+    assert found["none"].accuracy == 1
+    assert found["50%"].accuracy == 0.5
 
 
 def test_delimiters_are_those_the_model_writes_most_often() -> None:
@@ -228,8 +234,8 @@ def test_delimiters_are_those_the_model_writes_most_often() -> None:
 def test_budgets_that_cut_at_one_token_share_its_answer(run, engine) -> None:
     found = run("w5 w11", budgets=("0", "0%", "10%", "49%", "2", "50", "100%"))
     assert len(engine.sent) == 1 + 2
-    assert found["budgets"]["0"] == found["budgets"]["49%"]
-    assert found["made"] == 3
+    assert found.budgets["0"] == found.budgets["49%"]
+    assert found.made == 3
 
 
 def test_more_budgets_samples_and_prompts_ask_only_for_what_is_missing(run, engine) -> None:
@@ -246,8 +252,8 @@ def test_more_budgets_samples_and_prompts_ask_only_for_what_is_missing(run, engi
         "w5 w11 <think> w1 </think>",
         "w5 w11 <think> w1 </think>",
     ]
-    assert (found["before"], found["made"]) == (2, 6)
-    assert [found["budgets"]["none"][k] for k in ("prompts", "samples", "accuracy")] == [2, 2, 0.5]
+    assert (found.before, found.made) == (2, 6)
+    assert [found.budgets["none"].prompts, found.budgets["none"].samples, found.budgets["none"].accuracy] == [2, 2, 0.5]
     assert len(set(engine.seeds)) == 3, "no two engines start their sampler alike"
     run("w5 w10", budgets=("50%",), temperature=1.0)
     assert engine.started == 3, "nothing was missing"
@@ -261,7 +267,7 @@ def test_a_cut_last_line_is_made_again_and_no_other(run, engine, tmp_path) -> No
     for left in (1, 30, len(data.splitlines()[-1])):  # the newline alone, at most, is missing
         path.write_bytes(data[: len(data) - len(data.splitlines()[-1]) - 1 + left])
         again = run()
-        assert (again["made"], again["budgets"]) == (1, whole["budgets"])
+        assert (again.made, again.budgets) == (1, whole.budgets)
         assert json.loads(path.read_bytes().splitlines()[-1]) == last
         assert path.read_bytes() == data
     assert len(engine.sent) == asked + 3
@@ -297,7 +303,7 @@ def test_a_full_disk_keeps_the_answers_before(tmp_path) -> None:
         ({"answer_tokens": 4}, "answer_tokens = 3"),
         ({"verifier": "math"}, "verifier = 'exact'"),
         ({"seed": 1}, "seed = 0"),
-        ({"markers": Markers("w1", "w2")}, "reasoning_markers"),
+        ({"reasoning_markers": Markers("w1", "w2")}, "reasoning_markers"),
         ({"engine_args": {"max_model_len": 30}}, "engine_args.max_model_len = None"),
         ({"template_args": {"thinking": True}}, "engine_args.template_args"),
     ],
@@ -326,21 +332,23 @@ def test_other_prompts_are_refused(run, engine, tmp_path) -> None:
         run("w5 w10", "w6 w11")
     other = tmp_path / "other.jsonl"
     other.write_text(json.dumps({"id": "x", "prompt": "w5 w10", "answer": "w5"}))
-    with pytest.raises(IdentityError, match="answers to none of these prompts"):
-        measure(BudgetOptions(str(other), "fake", tmp_path / "out", max_tokens=13, answer_tokens=3))
-    assert run("w5 w10")["budgets"]["none"]["prompts"] == 1, "a part of them will do"
+    with pytest.raises(IdentityError, match="answers to other prompts"):
+        measure(
+            AccuracyOptions(prompts=str(other), student="fake", out=tmp_path / "out", max_tokens=13, answer_tokens=3)
+        )
+    assert run("w5 w10").budgets["none"].prompts == 1, "a part of them will do"
     assert engine.started == 1
 
 
 def test_a_prompt_without_a_gold_answer_is_refused_before_anything_is_made(engine, tmp_path, monkeypatch) -> None:
     rows = [{"id": "good", "prompt": "w5 w10", "answer": "w5"}, {"id": "bare", "prompt": "w5 w11"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    options = BudgetOptions(str(tmp_path / "p.jsonl"), "fake", tmp_path / "out", max_tokens=13)
-    with pytest.raises(PromptsError, match=r"p\.jsonl: prompt 'bare' has no `answer` to judge by"):
+    options = AccuracyOptions(prompts=str(tmp_path / "p.jsonl"), student="fake", out=tmp_path / "out", max_tokens=13)
+    with pytest.raises(PromptsError, match=r"p\.jsonl: prompt 'bare' has no gold `answer`"):
         measure(options)
-    assert measure(replace(options, limit=1))["budgets"]["none"]["accuracy"] == 1
+    assert measure(replace(options, limit=1)).budgets["none"].accuracy == 1
     monkeypatch.setattr("logitcache.grading.verdicts.check", lambda kind: None)
-    with pytest.raises(PromptsError, match="'good' is none of reasoning-gym; give `verifier` math or exact"):
+    with pytest.raises(PromptsError, match="'good' is not a reasoning-gym task; set `verifier` to math or exact"):
         measure(replace(options, verifier="gym", out=tmp_path / "gym"))
     assert not (tmp_path / "gym").exists()
 
@@ -349,11 +357,11 @@ def test_a_model_without_markers_can_only_be_measured_naturally(run, engine) -> 
     with pytest.raises(
         InputError, match=r"`student` fake: no reasoning markers .* `reasoning_markers` OPENING,CLOSING"
     ):
-        run("w5 w10", markers=Markers())
+        run("w5 w10", reasoning_markers=Markers())
     assert engine.started == 0
-    found = run("w5 w10", markers=Markers(), budgets=("none",))
-    assert found["budgets"]["none"]["reasoning_tokens"] == 0
-    assert found["delimiters"] is None
+    found = run("w5 w10", reasoning_markers=Markers(), budgets=("none",))
+    assert found.budgets["none"].reasoning_tokens == 0
+    assert found.delimiters is None
 
 
 def test_a_prompt_that_closes_the_reasoning_is_refused(run, engine) -> None:
@@ -362,16 +370,16 @@ def test_a_prompt_that_closes_the_reasoning_is_refused(run, engine) -> None:
         run("w5 w10 <think> </think>")
     assert engine.started == 0
     engine.answer = lambda self, text: "w5 <eos>"
-    found = run("w5 w10 <think> </think>", budgets=("none",))["budgets"]["none"]
-    assert [found[k] for k in ("accuracy", "reasoning_tokens", "total_tokens")] == [1, 0, 2]
+    found = run("w5 w10 <think> </think>", budgets=("none",)).budgets["none"]
+    assert [found.accuracy, found.reasoning_tokens, found.total_tokens] == [1, 0, 2]
 
 
 def test_what_the_context_has_no_room_for_is_wrong_and_counted(run, engine) -> None:
     engine.max_model_len = 16  # of which w13 and its reasoning take 15, and its closing the last
     found = run()
-    assert [part["no_room"] for part in found["budgets"].values()] == [0, 0, 0, 1, 0]
-    assert found["budgets"]["100%"]["accuracy"] == 0.75
-    assert "counted as wrong, since they had no room in the model's context: 1 at 100%" in describe_budgets(found)
+    assert [part.no_room for part in found.budgets.values()] == [0, 0, 0, 1, 0]
+    assert found.budgets["100%"].accuracy == 0.75
+    assert "counted as wrong because they did not fit the model's context: 1 at 100%" in describe_accuracy(found)
 
 
 def test_a_prompt_longer_than_the_model_takes_is_refused(run, engine, tmp_path) -> None:
@@ -391,17 +399,17 @@ def test_a_signal_keeps_what_was_answered_and_can_be_resumed(run, engine, monkey
 
     monkeypatch.setattr(module, "Engine", Signalling)
     stopped = run()
-    assert stopped["stopped"] == number.name
-    assert stopped["budgets"] == {}
+    assert stopped.stopped == number.name
+    assert stopped.budgets == {}
     assert not (tmp_path / "out" / RESULTS).exists()
-    text = describe_budgets(stopped)
-    assert text == f"stopped by {number.name}, {stopped['made']} answers there: run the same command again to go on"
+    text = describe_accuracy(stopped)
+    assert text == f"stopped by {number.name} with {stopped.made} answers saved: run the same command again to resume"
     monkeypatch.setattr(module, "Engine", engine)
     finished = run()
-    assert finished["before"] == stopped["made"] > 0
-    assert finished["made"] > 0
+    assert finished.before == stopped.made > 0
+    assert finished.made > 0
     result = read_json(tmp_path / "out" / RESULTS)
-    assert result == json.loads(json.dumps(finished))
+    assert result == json.loads(json.dumps(finished.to_json()))
 
 
 def test_a_dead_engine_loses_nothing_that_was_answered(run, engine) -> None:
@@ -412,7 +420,7 @@ def test_a_dead_engine_loses_nothing_that_was_answered(run, engine) -> None:
         run()
     made = len(engine.last.made)
     engine.steps_before_failure = None
-    assert run()["before"] == made > 0
+    assert run().before == made > 0
 
 
 def test_a_second_writer_and_a_directory_of_other_things_are_refused(run, tmp_path) -> None:
@@ -422,20 +430,20 @@ def test_a_second_writer_and_a_directory_of_other_things_are_refused(run, tmp_pa
     ):
         run()
     (tmp_path / "out" / "thesis.txt").write_text("mine")
-    with pytest.raises(NotACacheError, match="holds other things than answers"):
+    with pytest.raises(NotACacheError, match="holds files that are not answers"):
         run()
 
 
 def test_adapters_and_unfinished_runs_are_refused(run, engine, tmp_path) -> None:
     source = write_prompts(tmp_path / "p.jsonl", ["w5 w10"])
     for name, message in (
-        ("adapter_config.json", "is a LoRA adapter, and the engine runs whole models; merge it"),
-        ("run.json", "is a run that is not finished"),
+        ("adapter_config.json", "is a LoRA adapter, but vLLM needs a whole model here; merge"),
+        ("run.json", "is an unfinished run"),
     ):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).write_text("{}")
         with pytest.raises(InputError, match=message):
-            measure(BudgetOptions(source, str(tmp_path / name), tmp_path / "out"))
+            measure(AccuracyOptions(prompts=source, student=str(tmp_path / name), out=tmp_path / "out"))
     assert engine.started == 0
 
 
@@ -455,13 +463,13 @@ def test_adapters_and_unfinished_runs_are_refused(run, engine, tmp_path) -> None
 )
 def test_impossible_options_are_refused(tmp_path, changes) -> None:
     with pytest.raises(InputError, match="`"):
-        BudgetOptions("p.jsonl", "fake", tmp_path, **changes)
+        AccuracyOptions(prompts="p.jsonl", student="fake", out=tmp_path, **changes)
 
 
 def test_the_table_names_model_prompts_and_settings(run) -> None:
-    lines = describe_budgets(run()).splitlines()
+    lines = describe_accuracy(run()).splitlines()
     assert lines[0].startswith("fake @ r1 on 4 prompts of ")
-    assert "1 samples each at temperature 0; verifier exact, fake 1, float32; " in lines[0]
+    assert "samples per prompt: 1, temperature 0; verifier exact, fake 1, float32; " in lines[0]
     assert lines[1].split() == [
         "budget",
         "accuracy",
@@ -480,7 +488,8 @@ ASK = """
 import json, sys
 from pathlib import Path
 from logitcache.inference import session as run
-from logitcache.accuracy.budgets import BudgetOptions, measure
+from logitcache.accuracy.budgets import measure
+from logitcache.accuracy.options import AccuracyOptions
 from logitcache.sections import Markers
 
 sent = []
@@ -492,18 +501,18 @@ def spy(self, key, prompt_ids, max_tokens=None):
 
 run.Engine.submit = spy
 engine_args = {"max_num_seqs": 4, "max_model_len": 64, "enforce_eager": True, "kv_cache_memory_bytes": 50_000_000}
-found = measure(BudgetOptions(
-    sys.argv[1], sys.argv[2], Path(sys.argv[3]), budgets=("0", "50%", "100%", "none"), max_tokens=16, answer_tokens=5,
-    markers=Markers("w10", "w11"), dtype="float32", engine_args=engine_args,
+found = measure(AccuracyOptions(
+    prompts=sys.argv[1], student=sys.argv[2], out=Path(sys.argv[3]), budgets=("0", "50%", "100%", "none"), max_tokens=16,
+    answer_tokens=5, reasoning_markers=Markers("w10", "w11"), dtype="float32", engine_args=engine_args,
 ))
-print(json.dumps([sent, found]))
+print(json.dumps([sent, found.to_json()]))
 """
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_the_real_engine_continues_prompt_cut_reasoning_and_closing(tmp_path) -> None:
-    """A random model, held against the greedy continuations that transformers gives of what should have been sent."""
+    """Compares a random model's answers with transformers' greedy continuations of what should have been sent."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -75,7 +75,7 @@ RECORDS = {  # of a directory that a command makes: its name, what publishes it,
     "answers": (
         budgets.SETTINGS,
         lambda out: publish_json(out / budgets.SETTINGS, SETTINGS),
-        lambda out: budgets._match(out, SETTINGS["settings"]),
+        lambda out: budgets._check_directory(out, SETTINGS["settings"]),
         SETTINGS["delimiters"],
     ),
     "run": (

@@ -4,21 +4,22 @@ import math
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from logitcache.commands.text import describe_comparison
+from logitcache.commands.text_runs import describe_comparison
 from logitcache.errors import StudentError, WriteError
 from logitcache.runtime.locks import exclusive
-from logitcache.student.evaluation.compare import compare
+from logitcache.student.evaluation.compare import Comparison, HeldOutCurve, compare
 
 MEANS = {"kl": 4.0, "top1": 0.1, "rows": 100, "ce": 5.0, "ece": 0.2}
 SETTINGS = {"cache": {"teacher": "big", "top_k": 8}, "traces": {"count": 9}, "view": "full", "learning_rate": 1e-3}
 
 
 def history(steps: int, counted: bool) -> list[dict]:
-    """A step of 100 tokens, 90 of them taught, in 2 s; an evaluation every four steps."""
+    """Steps of 100 tokens, 90 of them supervised, in 2 s each; an evaluation every four steps."""
     log = []
     for step in range(1, steps + 1):
         counts = {"tokens_fed": 100 * step, "tokens_taught": 90 * step, "seconds": 2.0 * step, "flops": 7 * step}
@@ -55,7 +56,7 @@ def make(tmp_path):
     return run
 
 
-def table(found: dict) -> dict[str, list[str]]:
+def table(found: Comparison) -> dict[str, list[str]]:
     """The printed rows by their names."""
     rows = (re.split(r" {2,}", line.strip()) for line in describe_comparison(found).splitlines())
     return {name: values for name, *values in rows}
@@ -63,15 +64,15 @@ def table(found: dict) -> dict[str, list[str]]:
 
 def test_runs_stand_side_by_side_and_what_differs_is_named(make):
     found = compare([make("a"), make("b", learning_rate=1e-2, set={"weight_decay": "0.1"}), make("c", view="lsp:0.5")])
-    assert found["differs"] == {
+    assert found.differs == {
         "view": ["full", "full", "lsp:0.5"],
         "learning_rate": [1e-3, 1e-2, 1e-3],
         "set.weight_decay": [None, "0.1", None],
     }
-    assert (found["held_out_differs"], found["loss_differs"]) == ([], ["view"])
-    assert [run["name"] for run in found["runs"]] == ["a", "b", "c"]
+    assert (found.held_out_differs, found.loss_differs) == ([], ["view"])
+    assert [run.name for run in found.runs] == ["a", "b", "c"]
     lines = table(found)
-    assert lines["tokens taught"] == ["720"] * 3
+    assert lines["supervised tokens"] == ["720"] * 3
     assert lines["seconds"] == ["16.0"] * 3
     assert lines["tokens/s"] == ["50"] * 3
     assert lines["FLOPs"] == ["5.600e+15"] * 3
@@ -82,19 +83,19 @@ def test_runs_stand_side_by_side_and_what_differs_is_named(make):
     assert lines["KL of answer"] == ["0.2500"] * 3
     assert lines["set.weight_decay"] == ["-", "0.1", "-"]
     assert lines["KL of prompt"] == ["-"] * 3
-    assert "different objectives: view;" in describe_comparison(found)
+    assert "different objectives (view): " in describe_comparison(found)
 
 
 def test_runs_of_other_traces_are_not_to_be_compared_by_their_kl(make):
     found = compare([make("a"), make("b", cache={"teacher": "bigger", "top_k": 8}, held_out=0.1)])
-    assert found["held_out_differs"] == ["cache.teacher", "held_out"]
-    assert "on different traces: cache.teacher, held_out; `logitcache eval`" in describe_comparison(found)
+    assert found.held_out_differs == ["cache.teacher", "held_out"]
+    assert "on different traces (cache.teacher, held_out): use `logitcache eval`" in describe_comparison(found)
 
 
 def test_one_run_and_equal_runs_are_compared_too(make):
     a = make("a")
-    assert compare([a])["differs"] == {}
-    assert "settings are the same" in describe_comparison(compare([a, make("b")]))
+    assert compare([a]).differs == {}
+    assert "all settings are the same" in describe_comparison(compare([a, make("b")]))
 
 
 @pytest.mark.parametrize("counted", [True, False])
@@ -102,13 +103,13 @@ def test_a_run_that_lasts_or_was_stopped_is_as_its_newest_checkpoint_has_it(make
     path = make("run", "running", counted)
     (path / "checkpoint-12").mkdir()  # cut short
     with exclusive(path / ".lock", "run"):
-        running = compare([path])["runs"][0]
-    stopped = compare([path])["runs"][0]
-    assert (running["status"], stopped["status"]) == ("running", "stopped")
-    assert {**running, "status": "stopped"} == stopped
-    assert (stopped["steps"], stopped["tokens_taught"], stopped["seconds"]) == (8, 720, 16.0)
-    assert (stopped["eval_after"], stopped["eval_step"]) == ({"kl": 0.5, "top1": 0.5}, 8)
-    assert stopped["cost"] == {
+        running = compare([path]).runs[0]
+    stopped = compare([path]).runs[0]
+    assert (running.status, stopped.status) == ("running", "stopped")
+    assert replace(running, status="stopped") == stopped
+    assert (stopped.steps, stopped.tokens_taught, stopped.seconds) == (8, 720, 16.0)
+    assert (stopped.eval_after, stopped.eval_step) == ({"kl": 0.5, "top1": 0.5}, 8)
+    assert stopped.cost == {
         "flops": 56,
         "peak_memory": 9,
         "seconds": {"data": 1.0, "forward": 5.0, "backward": 10.0},
@@ -117,15 +118,15 @@ def test_a_run_that_lasts_or_was_stopped_is_as_its_newest_checkpoint_has_it(make
 
 @pytest.mark.parametrize("counted", [True, False])
 def test_curves_know_tokens_and_seconds_whether_or_not_the_log_does(make, counted):
-    run = compare([make("run", counted=counted)])["runs"][0]
-    training, held_out = run["training"], run["held_out"]
-    assert training["step"] == list(range(1, 9))
-    assert training["loss"] == [4 / step for step in range(1, 9)]
-    assert training["tokens_taught"] == pytest.approx([90 * step for step in range(1, 9)])
-    assert training["seconds"] == pytest.approx([2 * step for step in range(1, 9)])
-    assert held_out["step"] == [0, 4, 8]
-    assert held_out["kl"] == [4.0, 1.0, 0.5]
-    assert held_out["tokens_taught"] == pytest.approx([0, 360, 720])
+    run = compare([make("run", counted=counted)]).runs[0]
+    training, held_out = run.training, run.held_out
+    assert training.step == list(range(1, 9))
+    assert training.loss == [4 / step for step in range(1, 9)]
+    assert training.tokens_taught == pytest.approx([90 * step for step in range(1, 9)])
+    assert training.seconds == pytest.approx([2 * step for step in range(1, 9)])
+    assert held_out.step == [0, 4, 8]
+    assert held_out.kl == [4.0, 1.0, 0.5]
+    assert held_out.tokens_taught == pytest.approx([0, 360, 720])
 
 
 def test_a_run_before_its_first_checkpoint_has_no_curve_yet(make):
@@ -133,28 +134,28 @@ def test_a_run_before_its_first_checkpoint_has_no_curve_yet(make):
     for file in (path / "checkpoint-8").iterdir():
         file.unlink()
     found = compare([path, make("other")])
-    run = found["runs"][0]
-    assert (run["steps"], run["tokens_fed"], run["eval_after"], run["training"]["step"]) == (None, None, None, [])
-    assert run["held_out"] == {"step": [0], "kl": [4.0], "top1": [0.1], "tokens_taught": None, "seconds": None}
+    run = found.runs[0]
+    assert (run.steps, run.tokens_fed, run.eval_after, run.training.step) == (None, None, None, [])
+    assert run.held_out == HeldOutCurve(step=[0], kl=[4.0], top1=[0.1], tokens_taught=None, seconds=None)
     assert table(found)["KL last"] == ["-", "0.5000"]
 
 
 def test_runs_of_one_name_are_told_apart_by_the_directories_above(make):
-    assert [r["name"] for r in compare([make("x/run"), make("y/run")])["runs"]] == ["x/run", "y/run"]
+    assert [r.name for r in compare([make("x/run"), make("y/run")]).runs] == ["x/run", "y/run"]
 
 
 @pytest.mark.slow
 def test_the_picture_is_written_whole_and_wide(make, tmp_path):
     runs = [make("a"), make("b", "stopped", counted=False, learning_rate=1e-2)]
-    found = compare(runs, tmp_path / "out" / "new")
-    (file,) = found["files"]
+    found = compare(runs, out=tmp_path / "out" / "new")
+    (file,) = found.files
     data = Path(file).read_bytes()
     assert data.startswith(b"\x89PNG")
     assert int.from_bytes(data[16:20], "big") >= 1200
     assert [p.name for p in (tmp_path / "out" / "new").iterdir()] == ["curves.png"]
     assert f"curves: {file}" in describe_comparison(found)
     with pytest.raises(WriteError, match=r"curves\.png"):
-        compare(runs, Path(file))
+        compare(runs, out=Path(file))
 
 
 @pytest.mark.slow
@@ -164,15 +165,15 @@ def test_losses_at_zero_and_a_run_without_any_are_drawn_too(make, tmp_path):
     record = json.loads((path / "run.json").read_text())
     record["history"][0]["loss"], record["history"][1]["loss"] = 0.0, math.nan
     (path / "run.json").write_text(json.dumps(record))
-    assert compare([path, young], tmp_path / "out")["files"]
+    assert compare([path, young], out=tmp_path / "out").files
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("nowhere", "nowhere is no run on this disk; give directories that `logitcache train --out` made"),
-        ("empty", r"empty is no run; it has no run\.json"),
-        ("run/checkpoint-8", r"checkpoint-8 is no run; did you mean .*/run\?"),
+        ("nowhere", "nowhere is not a run; no such directory; give directories that `logitcache train --out` made"),
+        ("empty", r"empty is not a run; it has no run\.json"),
+        ("run/checkpoint-8", r"checkpoint-8 is not a run; did you mean .*/run\?"),
         ("other", r"other/run\.json was not written by `logitcache train`"),
         ("list", r"list/run\.json was not written by `logitcache train`"),
     ],
@@ -191,8 +192,8 @@ def test_curves_without_matplotlib_are_refused_and_the_table_is_not(make, tmp_pa
     path = make("run")
     monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
     with pytest.raises(StudentError, match="curves need matplotlib: pip install"):
-        compare([path], tmp_path / "out")
-    assert compare([path])["files"] == []
+        compare([path], out=tmp_path / "out")
+    assert compare([path]).files == []
 
 
 def test_comparing_needs_no_torch(make):

@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from logitcache.cache.reader import Cache
-from logitcache.commands.text import describe_evaluation
+from logitcache.commands.text_runs import describe_evaluation
 from logitcache.errors import InputError, StudentError
 from logitcache.student.data.dataset import TraceDataset
 from logitcache.student.data.held_out import split
-from logitcache.student.evaluation.evaluate_run import EvalOptions, evaluate_run
+from logitcache.student.evaluation.evaluate_run import evaluate_run
+from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.model.metrics import evaluate
 from tests import tiny
 from tests.runs import last_lines
@@ -61,7 +62,7 @@ def home(tmp_path_factory, cache) -> Path:
 
 
 def ask(cache, student, **options):
-    return evaluate_run(EvalOptions(cache.path, str(student), **options))
+    return evaluate_run(EvaluationOptions(cache=cache.path, student=str(student), **options))
 
 
 def test_a_model_is_evaluated_on_the_traces_that_training_holds_out(cache, home):
@@ -139,10 +140,11 @@ def test_a_lora_adapter_is_evaluated_on_its_base(cache, home):
 EVALUATE = """
 import json, sys
 from pathlib import Path
-from logitcache.student.evaluation.evaluate_run import EvalOptions, evaluate_run
-from logitcache.student.training.distributed import end_process_group
+from logitcache.student.evaluation.evaluate_run import evaluate_run
+from logitcache.student.evaluation.options import EvaluationOptions
+from logitcache.student.training.distributed import leave
 cache, student = sys.argv[1:]
-found = evaluate_run(EvalOptions(Path(cache), student, everything=True, tokens_per_batch=100))
+found = evaluate_run(EvaluationOptions(cache=Path(cache), student=student, everything=True, tokens_per_batch=100))
 del found["seconds"]
 print(json.dumps(found))
 end_process_group()

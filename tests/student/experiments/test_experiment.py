@@ -22,17 +22,20 @@ from logitcache.accuracy.budgets import ANSWERS, RESULTS, prompts_digest
 from logitcache.cache.reader import Cache
 from logitcache.capture.score import Crop, _cropped
 from logitcache.cli import app
+from logitcache.commands.text_experiments import describe_estimates, describe_experiment
 from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, PromptsError, TrainingError
 from logitcache.identity import weights_fingerprint
 from logitcache.prompts import load
 from logitcache.runtime.console import Stop
 from logitcache.runtime.files import publish_json
 from logitcache.student.experiments import catalog, report, subcommands
-from logitcache.student.experiments.catalog import EXPERIMENTS, Arm, Facts
-from logitcache.student.experiments.estimate import describe_plan, estimate
-from logitcache.student.experiments.experiment import ExperimentOptions, describe, plan, run
-from logitcache.student.experiments.plots import relative
-from logitcache.student.experiments.runner import finished
+from logitcache.student.experiments.catalog import EXPERIMENTS, CacheFacts, Variant
+from logitcache.student.experiments.estimate import estimate
+from logitcache.student.experiments.experiment import run
+from logitcache.student.experiments.options import ExperimentOptions
+from logitcache.student.experiments.plan import plan_experiment
+from logitcache.student.experiments.results import from_csv, relative, spread
+from logitcache.student.experiments.runner import finished_run
 from logitcache.student.training.options import TrainOptions
 from tests import tiny
 from tests.tiny import one_thread  # noqa: F401
@@ -142,41 +145,41 @@ def table(path: Path) -> list[dict]:
 @pytest.mark.parametrize(
     "name", [name if name == "lsp" else pytest.param(name, marks=pytest.mark.slow) for name in EXPERIMENTS]
 )
-def test_an_experiment_in_miniature_trains_its_arms_and_writes_them_up(options, spy, name):
+def test_an_experiment_in_miniature_trains_its_variants_and_writes_them_up(options, spy, name):
     asked = options(name, teacher="teacher" if name == "halves" else None)
-    catalog = plan(asked)
+    catalog = plan_experiment(asked).variants
     found = run(asked, spy, silent)
-    assert found["status"] == "finished"
+    assert found.signal is None
     assert spy.ran.count("train") == len(catalog)
     rows = table(asked.out)
-    assert [row["arm"] for row in rows] == ["before", *(arm.name for arm in catalog)]
+    assert [row["variant"] for row in rows] == ["before", *(variant.name for variant in catalog)]
     assert all(float(row["kl"]) > 0 for row in rows)
-    assert len({row["rows"] for row in rows}) == 1, "all are held against the same rows"
+    assert len({row["rows"] for row in rows}) == 1, "all are evaluated on the same positions"
     assert all(float(row["flops"]) > 0 and float(row["seconds"]) > 0 for row in rows[1:])
     if name == "halves":  # a step has as many traces, whichever half it is of
         fed = [float(row["tokens_fed"]) for row in rows[1:]]
         assert max(fed) < 1.2 * min(fed)
     assert all(row["kl 0-10%"] and row["kl 90-100%"] for row in rows)
     text = (asked.out / "report.md").read_text()
-    assert "| arm | 0-10% | 10-20% |" in text
-    for arm in catalog:
-        assert f"| {arm.name} | `{arm.view}` |" in text
+    assert "| variant | 0-10% | 10-20% |" in text
+    for variant in catalog:
+        assert f"| {variant.name} | `{variant.view}` |" in text
     assert all(f"]({image.name})" in text for image in asked.out.glob("*.png"))
     assert (asked.out / "quality.png").exists()
     assert "Not finished" not in text
-    assert describe(found).count("\n") >= len(catalog) + 1
+    assert describe_experiment(found).count("\n") >= len(catalog) + 1
 
 
 @pytest.mark.slow
 def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home):
     asked = options("lsp", points=(1.0,))
     run(asked, spy, silent)
-    record = asked.out / "arms" / "lsp-1" / "seed-0" / "run.json"
+    record = asked.out / "variants" / "lsp-1" / "seed-0" / "run.json"
     made = record.stat().st_mtime_ns
     found = run(asked, spy, silent)
     assert spy.ran == ["train"]
-    assert found["made"] == 0
-    assert "nothing to do" in describe(found)
+    assert found.commands == 0
+    assert "nothing to do" in describe_experiment(found)
     more = replace(asked, seeds=2, prompts=str(home / "prompts.jsonl"), budgets=("50%", "none"))
     run(more, spy, silent)
     assert sorted(spy.ran) == ["eval --prompts"] * 3 + ["train"] * 2, "the untrained student answers too"
@@ -184,7 +187,7 @@ def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home
     again = len(spy.ran)
     found = run(more, spy, silent)
     assert len(spy.ran) == again
-    assert [(row["arm"], row["seed"]) for row in found["rows"]] == [("before", None), ("lsp:1", 0), ("lsp:1", 1)]
+    assert [(row["variant"], row["seed"]) for row in found.rows] == [("before", None), ("lsp:1", 0), ("lsp:1", 1)]
     for row in table(asked.out):
         assert (row["accuracy none"], row["accuracy 50%"], row["ci low none"]) == ("0.5", "0.25", "0.2")
         # Of q0, q2 (redundant) one is right, cut or not; of q1, q3 one naturally and none cut.
@@ -192,15 +195,15 @@ def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home
         assert (row["accuracy 50% [redundant]"], row["accuracy 50% [incremental]"]) == ("0.5", "0.0")
         assert (row["reasoning tokens none"], row["reasoning tokens 50% [incremental]"]) == ("8.0", "4.0")
     text = (asked.out / "report.md").read_text()
-    assert "Of these, the prompts of redundant:" in text
+    assert "Prompts of group redundant:" in text
     assert (asked.out / "budgets.png").exists()
     assert (asked.out / "length.png").exists()
     with pytest.raises(IdentityError, match="max_steps = 1, this one has 2"):
         run(replace(more, shared=SHARED | {"max_steps": 2}), spy, silent)
-    with pytest.raises(IdentityError, match=r"holds answers to .*prompts.jsonl, and its report would lose them"):
+    with pytest.raises(IdentityError, match=r"holds answers to .*prompts.jsonl, which the new report would lose"):
         run(asked, spy, silent)
-    with pytest.raises(IdentityError, match=r"was made with view = 'lsp:1', and arm lsp:1 has 'lsp:0.9'"):
-        finished(asked.out / "arms" / "lsp-1" / "seed-0", Arm("lsp:1", "", "lsp:0.9"))
+    with pytest.raises(IdentityError, match=r"was made with view = 'lsp:1', but variant lsp:1 has 'lsp:0.9'"):
+        finished_run(asked.out / "variants" / "lsp-1" / "seed-0", Variant("lsp:1", "", "lsp:0.9"))
 
 
 @pytest.mark.slow
@@ -208,8 +211,8 @@ def test_a_report_never_mixes_what_was_measured_under_other_settings(options, sp
     asked = options("lsp", points=(1.0,), prompts=str(home / "prompts.jsonl"), budgets=("50%", "none"))
     run(asked, spy, silent)
     assert [row["prompts"] for row in table(asked.out)] == ["4", "4"]
-    place = asked.out / "arms" / "lsp-1" / "seed-0"
-    (asked.out / "arms" / "lsp-1" / "seed-0-answers" / "old").touch()
+    place = asked.out / "variants" / "lsp-1" / "seed-0"
+    (asked.out / "variants" / "lsp-1" / "seed-0-answers" / "old").touch()
     shutil.rmtree(place)
     run(asked, spy, silent)
     assert spy.asked[-1] == place.with_name("seed-0-answers"), "a run made anew is asked anew"
@@ -219,8 +222,8 @@ def test_a_report_never_mixes_what_was_measured_under_other_settings(options, sp
         return (143, "")
 
     found = run(replace(asked, answers={"samples": 2, "temperature": 1.0}), stopping, silent)
-    assert all(row.get("accuracy none") is None for row in found["rows"]), "those of one sample are left out"
-    assert "It was stopped by SIGTERM. Runs that are missing" in (asked.out / "report.md").read_text()
+    assert all(row.get("accuracy none") is None for row in found.rows), "those of one sample are left out"
+    assert "Stopped by SIGTERM. Runs that are missing" in (asked.out / "report.md").read_text()
 
 
 @pytest.mark.slow
@@ -232,7 +235,7 @@ def test_prompts_that_change_under_way_are_not_reported(options, spy, home, tmp_
         prompts.write_text((home / "prompts.jsonl").read_text().replace("w7", "w8"))
         return spy(arguments, log, stop)
 
-    with pytest.raises(PromptsError, match=r"prompts.jsonl has changed since this call began; run the same command"):
+    with pytest.raises(PromptsError, match=r"prompts.jsonl changed while the experiment ran; run the same command"):
         run(asked, changing, silent)
     assert all("accuracy none" not in row for row in table(asked.out))
 
@@ -242,15 +245,15 @@ def test_a_run_that_fails_keeps_no_other_from_its_turn(options, spy):
     asked = options("lsp", points=(0.25, 0.5, 1.0))
 
     def failing(arguments, log, stop):
-        log.write_text("logitcache: the loss is no number\n")
+        log.write_text("logitcache: non-finite loss\n")
         return (1, "") if "lsp:0.5" in arguments else spy(arguments, log, stop)
 
-    with pytest.raises(TrainingError, match=r"train lsp:0.5 seed 0: the loss is no number.*written up in .*report.md"):
+    with pytest.raises(TrainingError, match=r"train lsp:0.5 seed 0: non-finite loss.*the report so far: .*report.md"):
         run(asked, failing, silent)
-    assert [row["arm"] for row in table(asked.out)] == ["before", "lsp:0.25", "lsp:1"]
+    assert [row["variant"] for row in table(asked.out)] == ["before", "lsp:0.25", "lsp:1"]
     text = (asked.out / "report.md").read_text()
-    assert "not yet measured: lsp:0.5 (1). Failed: train lsp:0.5 seed 0: the loss is no number" in text
-    assert run(asked, spy, silent)["status"] == "finished"
+    assert "not measured yet: lsp:0.5 (1). Failed: train lsp:0.5 seed 0: non-finite loss" in text
+    assert run(asked, spy, silent).signal is None
     assert "Not finished" not in (asked.out / "report.md").read_text()
 
 
@@ -267,20 +270,20 @@ def test_another_students_weights_are_refused(options, spy, home, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_stopped_experiment_says_what_lacks_and_goes_on(options, spy):
+def test_a_stopped_experiment_reports_what_is_missing_and_resumes(options, spy):
     asked = options("lsp")
 
     def stopping(arguments, log, stop):
         return (143, "") if len(spy.ran) == 1 else spy(arguments, log, stop)
 
     found = run(asked, stopping, silent)
-    assert (found["status"], found["signal"]) == ("stopped", "SIGTERM")
-    assert "stopped by SIGTERM" in describe(found)
-    assert [row["arm"] for row in found["rows"]] == ["before", "lsp:0.5"]
+    assert found.signal == "SIGTERM"
+    assert "stopped by SIGTERM" in describe_experiment(found)
+    assert [row["variant"] for row in found.rows] == ["before", "lsp:0.5"]
     text = (asked.out / "report.md").read_text()
-    assert "**Not finished.** It was stopped by SIGTERM." in text
-    assert "not yet measured: lsp:1 (1)." in text
-    assert run(asked, spy, silent)["status"] == "finished"
+    assert "**Not finished.** Stopped by SIGTERM." in text
+    assert "not measured yet: lsp:1 (1)." in text
+    assert run(asked, spy, silent).signal is None
     assert spy.ran == ["train", "train"]
     assert "Not finished" not in (asked.out / "report.md").read_text()
 
@@ -289,72 +292,84 @@ def test_a_stopped_experiment_says_what_lacks_and_goes_on(options, spy):
 def test_a_dry_run_writes_nothing_and_counts_what_a_run_then_spends(options, spy, home):
     asked = options("lsp")
     before = sorted(home.rglob("*"))
-    expected = estimate(asked, plan(asked))
+    expected = estimate(asked)
     assert not asked.out.exists()
     assert sorted(home.rglob("*")) == before
     half, whole = expected
-    assert (half["arm"], whole["arm"], half["runs"], half["done"], half["seconds"]) == ("lsp:0.5", "lsp:1", 1, 0, None)
-    assert 0.4 < half["tokens_fed"] / whole["tokens_fed"] < 0.5
-    assert half["flops"] < whole["flops"]
-    assert "0/1" in describe_plan(asked, expected)
+    assert (half.variant, whole.variant, half.runs, half.done, half.seconds) == (
+        "lsp:0.5",
+        "lsp:1",
+        1,
+        0,
+        None,
+    )
+    assert 0.4 < half.input_tokens / whole.input_tokens < 0.5
+    assert half.flops < whole.flops
+    assert "0/1" in describe_estimates(asked, expected)
     alone = {"epochs": 2, "tokens_per_batch": 1, "held_out": 0.3}  # a trace a batch: no padding
     epoch = replace(asked, shared=alone)
-    expected = estimate(epoch, plan(epoch))
+    expected = estimate(epoch)
     run(replace(epoch, points=(0.5,)), spy, silent)
-    found = json.loads((asked.out / "arms" / "lsp-0.5" / "seed-0" / "run.json").read_text())
-    assert found["tokens_fed"] == expected[0]["tokens_fed"]
-    assert found["tokens_taught"] == expected[0]["tokens_taught"]
-    assert found["cost"]["flops"] == expected[0]["flops"]
-    half, whole = estimate(epoch, plan(epoch))
-    assert (half["done"], half["seconds"]) == (1, pytest.approx(found["seconds"]))
-    assert whole["seconds"] == pytest.approx(found["seconds"] * whole["flops"] / half["flops"])
+    found = json.loads((asked.out / "variants" / "lsp-0.5" / "seed-0" / "run.json").read_text())
+    assert found["tokens_fed"] == expected[0].input_tokens
+    assert found["tokens_taught"] == expected[0].supervised_tokens
+    assert found["cost"]["flops"] == expected[0].flops
+    half, whole = estimate(epoch)
+    assert (half.done, half.seconds) == (1, pytest.approx(found["seconds"]))
+    assert whole.seconds == pytest.approx(found["seconds"] * whole.flops / half.flops)
 
 
 def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
     asked = options("halves", teacher="teacher")
-    _, middle, right = estimate(asked, plan(asked))
-    assert middle["scored"] == right["scored"] == sum(int(n) // 2 for n in Cache.open(home / "cache").lengths)
-    assert "the teacher reads" in describe_plan(asked, [middle, right])
+    _, middle, right = estimate(asked)
+    assert middle.teacher_tokens == right.teacher_tokens == sum(int(n) // 2 for n in Cache.open(home / "cache").lengths)
+    assert "tokens of crops to be scored by the teacher" in describe_estimates(asked, [middle, right])
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         pytest.param({"name": "lps"}, "did you mean 'lsp'", id="an unknown name"),
-        pytest.param({"name": "halves", "points": None}, "give `teacher`", id="halves without a teacher"),
-        pytest.param({"teacher": "T"}, "lsp learns from the cache alone; leave it out", id="a teacher for nothing"),
+        pytest.param({"name": "halves", "points": None}, "halves needs `teacher`", id="halves without a teacher"),
+        pytest.param({"teacher": "T"}, "lsp uses only the cache; omit it", id="a teacher for nothing"),
         pytest.param({"seeds": 0}, "`seeds` 0", id="no seeds"),
         pytest.param({"points": (0.5, 2.0)}, r"`points` 2.0", id="a point above one"),
-        pytest.param({"name": "trsd"}, "arms of trsd are not shares", id="points of no shares"),
-        pytest.param({"shared": {"set": {"data_seed": 3}}}, "`set` data_seed: .* leave it out", id="one seed for all"),
-        pytest.param({"shared": {"set": {"max_steps": 3}}}, "give `max_steps`", id="an option by another way"),
+        pytest.param({"name": "trsd"}, "variants of trsd are not shares", id="points of no shares"),
+        pytest.param({"shared": {"set": {"data_seed": 3}}}, "`set` data_seed: .* omit it", id="one seed for all"),
+        pytest.param({"shared": {"set": {"max_steps": 3}}}, "give `max_steps` instead", id="an option by another way"),
         pytest.param(
             {"name": "losses", "points": None, "shared": {"set": {"divergence": "jsd"}}},
-            "what the runs of losses vary",
+            "the runs of losses set it",
             id="one divergence for all",
         ),
         pytest.param(
             {"name": "halves", "points": None, "teacher": "T", "shared": {"where": "tokens<=90"}},
-            "tokens is another number in a crop",
+            "tokens would count the tokens of the crops",
             id="a length of crops",
         ),
         pytest.param(
-            {"name": "halves", "points": None, "teacher": "MODEL"}, "was made by tiny @ .*; give", id="another teacher"
+            {"name": "halves", "points": None, "teacher": "MODEL"},
+            "was made by tiny @ .*; give the teacher",
+            id="another teacher",
         ),
         pytest.param({"shared": {"epoch": 1}}, "did you mean 'epochs'", id="an unknown training option"),
-        pytest.param({"shared": {"seed": 1}}, "'seed' is no training option that arms can share", id="a seed"),
-        pytest.param({"shared": {"tokens_per_batch": 0}}, "`tokens_per_batch` 0: give at least 1", id="an empty batch"),
+        pytest.param({"shared": {"seed": 1}}, "unknown training option 'seed'", id="a seed"),
+        pytest.param({"shared": {"tokens_per_batch": 0}}, "tokens_per_batch` 0: give at least 1", id="an empty batch"),
         pytest.param({"shared": {"set": {"weight_dekay": 1}}}, "did you mean 'weight_decay'", id="an unknown argument"),
-        pytest.param({"name": "losses", "shared": {"tail": "support"}}, "leave it out", id="what the arms vary"),
-        pytest.param({"shared": {"where": "tokens<1"}}, "no trace is left to learn from", id="a filter of nothing"),
+        pytest.param(
+            {"name": "losses", "points": None, "shared": {"tail": "support"}},
+            "`tail`: the variants of losses set it",
+            id="what the variants vary",
+        ),
+        pytest.param({"shared": {"where": "tokens<1"}}, "no training trace matches", id="a filter of nothing"),
         pytest.param({"student": "./nowhere"}, "does not exist", id="no student"),
         pytest.param({"cache": Path("nowhere")}, "nowhere", id="no cache"),
-        pytest.param({"prompts": "UNANSWERED"}, "'q' has no `answer`", id="prompts without answers"),
+        pytest.param({"prompts": "UNANSWERED"}, "'q' has no gold `answer`", id="prompts without answers"),
         pytest.param({"prompts": "P", "budgets": ("5x",)}, "`budgets` '5x'", id="a broken budget"),
         pytest.param(
             {"prompts": "P", "answers": {"sample": 2}}, "did you mean 'samples'", id="an unknown answer option"
         ),
-        pytest.param({"prompts": "P", "shared": {"lora_rank": 4}}, "leave adapters", id="adapters with prompts"),
+        pytest.param({"prompts": "P", "shared": {"lora_rank": 4}}, "runs are adapters", id="adapters with prompts"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_anything_runs(options, spy, home, tmp_path, changes, message):
@@ -373,15 +388,18 @@ def test_a_directory_of_other_things_is_left_alone(options, spy):
     asked = options("lsp")
     asked.out.mkdir()
     (asked.out / "letter.txt").touch()
-    with pytest.raises(NotACacheError, match="holds other things"):
+    with pytest.raises(NotACacheError, match="holds files that are not an experiment"):
         run(asked, spy, silent)
     (asked.out / "letter.txt").rename(asked.out / "experiment.json.part")  # what a kill leaves
-    assert run(asked, spy, silent)["status"] == "finished"
+    assert run(asked, spy, silent).signal is None
 
 
-def test_arms_are_those_that_the_cache_can_serve():
+def test_variants_are_those_that_the_cache_can_serve():
     def names(experiment: str, **facts) -> list[str]:
-        return [arm.name for arm in EXPERIMENTS[experiment].arms(Facts(**{"prompt_rows": False, "top_k": 64} | facts))]
+        return [
+            variant.name
+            for variant in EXPERIMENTS[experiment].variants(CacheFacts(**{"prompt_rows": False, "top_k": 64} | facts))
+        ]
 
     assert names("sections") == ["reasoning+answer", "reasoning", "answer"]
     assert names("sections", prompt_rows=True) == ["all", "reasoning+answer", "reasoning", "answer", "prompt+answer"]
@@ -395,7 +413,7 @@ def test_arms_are_those_that_the_cache_can_serve():
     assert losses[0] == "forward_kl,k=64,bucket"
     assert {"forward_kl,k=1,bucket", "forward_kl,k=4,support", "forward_kl,k=64,sampled"} < set(losses)
     assert "forward_kl,k=64,sampled" not in names("losses")
-    folders = [arm.folder for name in EXPERIMENTS for arm in EXPERIMENTS[name].arms(Facts(True, 64))]
+    folders = [variant.folder for name in EXPERIMENTS for variant in EXPERIMENTS[name].variants(CacheFacts(True, 64))]
     assert not any(set(":/ ") & set(folder) for folder in folders)
 
 
@@ -403,14 +421,15 @@ def test_the_first_derivation_is_looked_for_where_the_cache_has_families(options
     text = " ".join(subcommands.train(Path("c"), "s", Path("o"), {"where": "meta.family=redundant"}))
     assert text == "train c --student s --out o --where meta.family=redundant"
     tiny.write_cache(tmp_path / "plain", tiny.traces(8, 8))
-    from logitcache.student.experiments.plan import prepare
-
-    assert prepare(options("first-derivation")).where == "meta.family=redundant"
-    assert prepare(options("first-derivation")).evaluation["where"] == "meta.family=redundant"
+    assert plan_experiment(options("first-derivation")).where == "meta.family=redundant"
+    assert plan_experiment(options("first-derivation")).evaluation["where"] == "meta.family=redundant"
     asked = options("first-derivation", shared=SHARED | {"where": "tokens>1"})
-    assert prepare(asked).where == "tokens>1 and meta.family=redundant"
-    assert [arm.name for arm in prepare(options("lsp", points=(0.5, 0.50, 0.00001))).arms] == ["lsp:0.5", "lsp:0.00001"]
-    plain = prepare(options("first-derivation", cache=tmp_path / "plain"))
+    assert plan_experiment(asked).where == "tokens>1 and meta.family=redundant"
+    assert [variant.name for variant in plan_experiment(options("lsp", points=(0.5, 0.50, 0.00001))).variants] == [
+        "lsp:0.5",
+        "lsp:0.00001",
+    ]
+    plain = plan_experiment(options("first-derivation", cache=tmp_path / "plain"))
     assert (plain.where, plain.evaluation) == (None, None)
 
 
@@ -503,7 +522,7 @@ def rows_by_hand() -> list[dict]:
     def of(name: str, seed: int | None, kl: float, accuracy: float, cost: float | None) -> dict:
         known = {"seconds": cost, "flops": cost, "peak_memory": cost, "tokens_fed": cost, "tokens_taught": cost}
         kept = None if cost is None else float(name.partition(":")[2])
-        row = {"arm": name, "seed": seed, "kept": kept, "sections": None, "kl": kl, "accuracy none": accuracy}
+        row = {"variant": name, "seed": seed, "kept": kept, "sections": None, "kl": kl, "accuracy none": accuracy}
         return row | (known if cost else dict.fromkeys(known))
 
     runs = [
@@ -517,14 +536,13 @@ def rows_by_hand() -> list[dict]:
 
 def test_tables_have_means_and_spread_and_shares_of_the_reference(tmp_path):
     rows = rows_by_hand()
-    about = {
-        "shared": {}, "student": "s", "traces": 9, "teacher": "t", "seeds": 2, "where": None, "evaluation": None,
-        "stopped": None, "failed": [], "machines": ["a machine"], "held_out": 0.05, "verifier": "exact", "prompt_rows": True,
-        "budgets": ["none"],
-    }  # fmt: skip
-    shown = [Arm("lsp:0.5", "half", kept=0.5), Arm("lsp:1", "all", kept=1.0)]
-    files = report.write(tmp_path, EXPERIMENTS["lsp"], shown, rows, about, ["torch 2"])
-    assert [Path(file).name for file in files] == ["report.md", "results.csv", "quality.png", "cost.png"]
+    setup = report.Setup(
+        teacher="t", student="s", traces=9, prompt_rows=True, shared={}, seeds=2, held_out=0.05, where=None,
+        evaluated_where=None, verifier="exact", budgets=["none"], machines=["a machine"], versions=["torch 2"],
+    )  # fmt: skip
+    shown = [Variant("lsp:0.5", "half", kept=0.5), Variant("lsp:1", "all", kept=1.0)]
+    files = report.write(tmp_path, EXPERIMENTS["lsp"], shown, rows, setup)
+    assert [file.name for file in files] == ["report.md", "results.csv", "quality.png", "cost.png"]
     text = (tmp_path / "report.md").read_text()
     assert "| before | 3.0000 |" in text
     assert "| lsp:0.5 | 1.5000 ± 0.7071 |" in text
@@ -534,30 +552,30 @@ def test_tables_have_means_and_spread_and_shares_of_the_reference(tmp_path):
     assert "- a machine" in text
     assert "- torch 2" in text
     assert "Not finished" not in text
-    assert report.from_csv((tmp_path / "results.csv").read_text()) == rows
-    assert report.spread([-1e-9], "z.4f") == "0.0000"
+    assert from_csv((tmp_path / "results.csv").read_text()) == rows
+    assert spread([-1e-9], "z.4f") == "0.0000"
     rows[-1]["accuracy none"] = 0.0
     assert all("accuracy none" not in each for each in relative(rows[1:], "lsp:1")), "of nothing, nothing is a share"
 
 
 @pytest.mark.slow
-def test_arms_are_trained_in_processes_of_their_own(options):
+def test_variants_are_trained_in_processes_of_their_own(options):
     asked = options("lsp", points=(0.5,))
-    found = run(asked, say=silent)
-    assert found["status"] == "finished"
-    assert [row["arm"] for row in found["rows"]] == ["before", "lsp:0.5"]
+    found = run(asked, progress=silent)
+    assert found.signal is None
+    assert [row["variant"] for row in found.rows] == ["before", "lsp:0.5"]
     assert (asked.out / "logs" / "train-lsp-0.5-seed-0.log").exists()
     other = tiny.save_model(asked.out.parent / "other", prefix="other")
     with pytest.raises(InputError, match="train lsp:0.5 seed 0: .*has tokenizer") as raised:
-        run(replace(asked, out=asked.out.parent / "out2", student=str(other)), say=silent)
+        run(replace(asked, out=asked.out.parent / "out2", student=str(other)), progress=silent)
     assert "\n" not in str(raised.value)
 
 
 @pytest.mark.engine
 @pytest.mark.timeout(600)
 def test_the_real_engine_scores_a_crop_and_answers_prompts(options, home, tmp_path, monkeypatch):
-    right = EXPERIMENTS["halves"].arms(Facts(True, 8))[2:]
-    monkeypatch.setitem(EXPERIMENTS, "halves", replace(EXPERIMENTS["halves"], arms=lambda facts: right))
+    right = EXPERIMENTS["halves"].variants(CacheFacts(True, 8))[2:]
+    monkeypatch.setitem(EXPERIMENTS, "halves", replace(EXPERIMENTS["halves"], variants=lambda facts: right))
     model = str(tiny.save_model(tmp_path / "model", hidden_size=64, num_key_value_heads=2))
     engine = {"max_model_len": 128, "enforce_eager": True}
     answers = {"max_tokens": 16, "answer_tokens": 5, "reasoning_markers": "w10,w11", "engine_args": engine}
@@ -566,10 +584,10 @@ def test_the_real_engine_scores_a_crop_and_answers_prompts(options, home, tmp_pa
         "halves", cache=tmp_path / "cache", student=model, teacher=model, prompts=str(home / "prompts.jsonl"),
         budgets=("50%", "none"), answers=answers | {"dtype": "float32"},
     )  # fmt: skip
-    found = run(asked, say=silent)
-    assert [row["arm"] for row in found["rows"]] == ["before", "right"]
-    assert all(row["reasoning tokens 50%"] <= row["reasoning tokens none"] for row in found["rows"])
+    found = run(asked, progress=silent)
+    assert [row["variant"] for row in found.rows] == ["before", "right"]
+    assert all(row["reasoning tokens 50%"] <= row["reasoning tokens none"] for row in found.rows)
     cache = Cache.open(asked.out / "crops" / "right-0.5")
     assert len(cache) == 8
     assert cache.identity.derived[-1].endswith("--crop right:0.5")
-    assert run(asked, say=silent)["made"] == 0
+    assert run(asked, progress=silent).commands == 0
