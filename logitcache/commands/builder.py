@@ -218,6 +218,7 @@ class Command:
 
     handler: Handler
     declared: tuple[Any, ...]
+    also: tuple[tuple[Any, tuple[str, ...]], ...] = ()  # declarations of which some options are taken, and which
     choose: Choose | None = None
     more: Callable[[], str] | None = None  # text that --help adds
 
@@ -230,7 +231,12 @@ class Command:
                 required = p.default is _REQUIRED and all(p.name in {q.name for q in other} for other in lists)
                 default = None if p.default is _REQUIRED and not required else p.default
                 found.setdefault(p.name, replace(p, default=default))
-        return _in_order((found | {p.name: p for p in parameters(self.handler)}).values())
+        return _in_order((found | {p.name: p for p in self.own()}).values())
+
+    def own(self) -> list[Parameter]:
+        """The options that the command has beside those of its declarations."""
+        taken = [p for declared, names in self.also for p in parameters(declared) if p.name in names]
+        return [*taken, *parameters(self.handler)]
 
     def run(self, context: typer.Context) -> int | None:
         """Calls the handler with what the command line and a ``--config`` file say.
@@ -242,7 +248,7 @@ class Command:
             values = Values({p.name: p.value(context.params[p.name]) for p in options if _is_given(context, p.name)})
             declared = self._chosen(values, options)
             if context.params[PRINT_CONFIG]:
-                typer.echo(dump(_settings([*parameters(declared), *parameters(self.handler)], values)))
+                typer.echo(dump(_settings([*parameters(declared), *self.own()], values)))
                 return 0
             own = {p.name: values.given.get(p.name, p.default) for p in parameters(self.handler)}
             extra = {"values": values} if "values" in inspect.signature(self.handler).parameters else {}
@@ -257,7 +263,7 @@ class Command:
             (declared,) = self.declared
             return declared
         declared, why = self.choose(values)
-        known = {p.name for p in (*parameters(declared), *parameters(self.handler))}
+        known = {p.name for p in (*parameters(declared), *self.own())}
         values.refuse([p.name for p in options if p.name not in known], why)
         return declared
 
@@ -282,16 +288,21 @@ class Command:
 
 
 def command(
-    *declared: Any, choose: Choose | None = None, more: Callable[[], str] | None = None
+    *declared: Any,
+    also: Mapping[Any, tuple[str, ...]] | None = None,
+    choose: Choose | None = None,
+    more: Callable[[], str] | None = None,
 ) -> Callable[[Handler], Command]:
     """Makes a `Command` of a function, which is called with what the declaration returns.
 
     Args:
         declared: a dataclass or a function. Of several, ``choose`` returns the one that counts, and why an option of
             another has no effect.
+        also: further declarations, and the names of the options to take from them; a handler with a parameter ``values``
+            finds them there.
         more: text that --help adds to the docstring.
     """
-    return lambda handler: Command(handler, declared, choose, more)
+    return lambda handler: Command(handler, declared, tuple((also or {}).items()), choose, more)
 
 
 def _config_parameters(options: list[Parameter]) -> list[inspect.Parameter]:

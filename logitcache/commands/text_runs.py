@@ -6,50 +6,58 @@ from typing import Any
 from logitcache.accuracy.budgets import AccuracyResult
 from logitcache.commands.text import columns, shown
 from logitcache.student.evaluation.compare import Comparison
+from logitcache.student.evaluation.evaluate_run import StudentEvaluation
+from logitcache.student.model.measures import Measures
+from logitcache.student.training.run_record import RunRecord, Spent
 
 # What an evaluation measures, as tables call it, and how they write it.
 _MEASURES = {"kl": ("KL", ",.4f"), "top1": ("top-1", ".2%"), "ce": ("CE", ",.4f"), "ece": ("ECE", ".2%")}
 
 
-def describe_run(run: dict[str, Any], out: Path) -> str:
-    """The closing lines of ``logitcache train``, from what its ``run.json`` holds."""
-    if run["status"] == "stopped":
-        return f"stopped by {run['signal']} at step {run['steps']}: run the same command again to go on"
-    before, after = run["eval_before"], run["eval_after"]
-    return (
-        ("nothing to do, this run is finished\n" if run.get("again") else "")
-        + f"{out}: held-out KL {before['kl']:.4f} -> {after['kl']:.4f} nats a row, "
-        f"top-1 agreement {before['top1']:.1%} -> {after['top1']:.1%}; {run['steps']} steps, "
-        f"{run['tokens_fed']:,} tokens in {run['seconds']:.1f} s, {run['tokens_per_second']:,.0f} tokens/s\n"
-        + _spent(run["cost"])
+def describe_run(run: RunRecord, out: Path) -> str:
+    """The closing lines of ``logitcache train``."""
+    if run.status == "stopped":
+        return f"stopped by {run.signal} at step {run.steps}: run the same command to resume"
+    before, after, spent = run.eval_before, run.eval_after, run.spent
+    assert before is not None
+    assert after is not None
+    assert spent is not None
+    tokens, seconds = spent.counts.input_tokens, spent.total_seconds
+    lines = ["nothing to do, this run is finished"] if run.again else []
+    lines.append(
+        f"{out}: held-out KL {shown(before.kl, '.4f')} -> {shown(after.kl, '.4f')} nats per row, "
+        f"top-1 agreement {shown(before.top1, '.1%')} -> {shown(after.top1, '.1%')}; {run.steps} steps, "
+        f"{tokens:,} input tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s"
     )
+    return "\n".join([*lines, _spent(spent)])
 
 
-def _spent(cost: dict[str, Any]) -> str:
-    together = max(sum(cost["seconds"].values()), 1e-9)
-    parts = ", ".join(f"{name} {seconds / together:.1%}" for name, seconds in cost["seconds"].items())
-    peak = cost["peak_memory"]
-    return f"{cost['flops']:.3g} FLOPs; " + (f"peak memory {peak / 2**30:.2f} GiB; " if peak else "") + f"time: {parts}"
+def _spent(spent: Spent) -> str:
+    together = max(sum(spent.seconds.values()), 1e-9)
+    parts = ", ".join(f"{name} {seconds / together:.1%}" for name, seconds in spent.seconds.items())
+    peak = f"peak memory {spent.peak_memory / 2**30:.2f} GiB; " if spent.peak_memory else ""
+    return f"{spent.counts.flops:.3g} FLOPs; {peak}time: {parts}"
 
 
-def describe_evaluation(found: dict[str, Any]) -> str:
-    """The text of ``logitcache eval``, from what ``evaluate_run`` returns."""
-    which = "all" if found["held_out"] is None else f"held out: {found['held_out']:.3g} of the prompts"
-    which += f", where {found['where']}" if found["where"] else ""
-    step = "" if found["step"] is None else f" at step {found['step']:,}"
+def describe_evaluation(evaluation: StudentEvaluation) -> str:
+    """The text of ``logitcache eval CACHE``."""
+    e = evaluation
+    which = "all" if e.held_out is None else f"held out: {e.held_out:.3g} of the prompts"
+    which += f", where {e.where}" if e.where else ""
+    step = "" if e.step is None else f" at step {e.step:,}"
     head = (
-        f"{found['student']}{step} on {found['traces']:,} traces of {found['cache']} ({which}); view {found['view']} on "
-        f"{', '.join(found['taught'])}; {found['dtype']}, {found['seconds']:.1f} s"
+        f"{e.student}{step} on {e.traces:,} traces of {e.cache} ({which}); view {e.view} on "
+        f"{', '.join(e.sections)}; {e.dtype}, {e.seconds:.1f} s"
     )
-    parts = {"all": found} | found["sections"]
-    parts |= {f"{10 * i}-{10 * i + 10}%": part for i, part in enumerate(found["positions"])}
+    parts: dict[str, Measures] = {"all": e.found, **e.found.sections}
+    parts |= {f"{10 * i}-{10 * i + 10}%": part for i, part in enumerate(e.found.positions)}
     table = [["", "rows", *(name for name, _ in _MEASURES.values()), "tail of teacher", "of student"]]
     for name, part in parts.items():
-        if part["rows"] or part["ce"] is not None:
-            measured = [shown(part[key], form) for key, (_, form) in _MEASURES.items()]
-            tails = [shown(part["tail"][side], ".2%") for side in ("teacher", "student")]
-            table.append([name, f"{part['rows']:,}", *measured, *tails])
-    legend = "KL, CE in nats; tail: mean mass outside the teacher's support; 0-10%: tenths of the completion"
+        if part.rows or part.ce is not None:
+            measured = [shown(getattr(part, key), form) for key, (_, form) in _MEASURES.items()]
+            tails = [shown(mass, ".2%") for mass in (part.tail.teacher, part.tail.student)]
+            table.append([name, f"{part.rows:,}", *measured, *tails])
+    legend = "KL, CE in nats; tail: mean mass outside the teacher's ids; 0-10%: tenths of the completion"
     return "\n".join([head, *columns(table), legend])
 
 

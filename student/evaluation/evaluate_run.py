@@ -1,8 +1,9 @@
-"""How far a student is from its teacher on cached traces: exact over all taught rows, on any number of ranks."""
+"""A student compared with its teacher on cached traces, on any number of ranks."""
 
 import contextlib
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,42 @@ from logitcache.student.data.views import View
 from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.model.head import find_head
 from logitcache.student.model.load import load_student, quiet
+from logitcache.student.model.measures import Evaluation
 from logitcache.student.model.metrics import evaluate
 from logitcache.student.training.checkpoints import find_run, newest_checkpoint, run_status
 from logitcache.student.training.config import wants_bf16
 from logitcache.student.training.options import TrainOptions
 
 
-def evaluate_run(options: EvaluationOptions) -> dict[str, Any]:
+@dataclass(frozen=True, kw_only=True)
+class StudentEvaluation:
+    """A student beside its teacher, and on which traces."""
+
+    student: str  # as it was given
+    weights: str  # where its weights are
+    step: int | None  # of a checkpoint
+    cache: str
+    traces: int
+    held_out: float | None  # share of the prompts; None: all of them
+    where: str | None
+    view: str
+    sections: list[str]  # evaluated ones
+    dtype: str
+    seconds: float
+    found: Evaluation
+
+    def to_json(self) -> dict[str, Any]:
+        """What `logitcache eval --json` prints: the settings, and the evaluation beside them."""
+        settings = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("sections", "found")
+        }
+        return settings | {"taught": self.sections} | self.found.to_json()
+
+
+def evaluate_run(options: EvaluationOptions) -> StudentEvaluation:
     """Evaluates `options.student` on a cache's held-out traces, the same that training with that share holds out.
 
     Works under torchrun; every rank returns the same.
-    Returns: what `evaluate` does, and which traces, weights and view it was: "student" as given, "weights" where they
-        lie, "step" of a checkpoint or None, "cache", "traces", "held_out" (None: all), "where", "view", "taught" (the
-        sections), "dtype", "seconds".
     Raises: StudentError for a student, a view or a choice of traces that leaves nothing to evaluate; InputError for
         `where`; CacheError.
     """
@@ -62,29 +86,29 @@ def evaluate_run(options: EvaluationOptions) -> dict[str, Any]:
         )
     if found.kl is None and found.ce is None:
         raise StudentError(
-            f"{options.cache}: view {view} teaches nothing on {len(data)} traces; choose other `sections`, or generate "
-            "with `prompt_logits` for those of the prompt"
+            f"{options.cache}: view {view} supervises no token of {len(data)} traces; choose other `sections`, or "
+            "generate with `prompt_logits` for rows of the prompt"
         )
-    return {
-        "student": options.student,
-        "weights": weights,
-        "step": step,
-        "cache": str(options.cache),
-        "traces": len(data),
-        "held_out": held_out,
-        "where": options.where,
-        "view": str(view),
-        "taught": list(view.sections),
-        "dtype": "bf16" if bf16 else "fp32",
-        "seconds": time.monotonic() - began,
-        **found.to_json(),
-    }
+    return StudentEvaluation(
+        student=options.student,
+        weights=weights,
+        step=step,
+        cache=str(options.cache),
+        traces=len(data),
+        held_out=held_out,
+        where=options.where,
+        view=str(view),
+        sections=list(view.sections),
+        dtype="bf16" if bf16 else "fp32",
+        seconds=time.monotonic() - began,
+        found=found,
+    )
 
 
 def _choose(options: EvaluationOptions, cache: Cache, run: dict[str, Any]) -> tuple[np.ndarray, float | None]:
-    """Indices of the traces to evaluate on, and the share that was held out, None for all."""
+    """Indices of the traces to evaluate on, and the share held out; None for all."""
     if options.everything and options.held_out is not None:
-        raise StudentError("give either `everything` or `held_out`, which is a part")
+        raise StudentError("give either `everything` or `held_out`, not both")
     held_out = run.get("held_out", TrainOptions.held_out) if options.held_out is None else options.held_out
     held_out = None if options.everything else held_out
     indices = np.arange(len(cache)) if held_out is None else split(cache.prompt_ids, held_out)[1]
@@ -92,15 +116,15 @@ def _choose(options: EvaluationOptions, cache: Cache, run: dict[str, Any]) -> tu
         indices = indices[matching(cache, options.where)[indices]]
     if not len(indices):
         which = "no trace" if held_out is None else f"no held-out trace of a share of {held_out}"
-        where = f" is {options.where}" if options.where else ""
-        raise StudentError(f"{options.cache}: {which}{where}; ask for less, hold out more, or take `everything`")
+        where = f" matches `where` {options.where}" if options.where else ""
+        raise StudentError(f"{options.cache}: {which}{where}; loosen the condition, hold out more, or set `everything`")
     return indices, held_out
 
 
 def _weights(student: str) -> tuple[str, dict[str, Any], int | None]:
-    """Where the student's weights lie, run.json of the run they are of ({} for none), and the step of a checkpoint.
+    """The folder of the student's weights, the run.json of their run ({} for none), and the step of a checkpoint.
 
-    Raises: StudentError for a run that has no weights yet.
+    Raises: StudentError for a run without weights.
     """
     path = Path(student)
     home, run = find_run(path)
@@ -114,9 +138,9 @@ def _weights(student: str) -> tuple[str, dict[str, Any], int | None]:
     checkpoint, state = newest_checkpoint(home)
     if checkpoint is None:
         now = run_status(home, run)
-        way_out = "wait for one" if now == "running" else "run its command again"
+        way_out = "wait for one" if now == "running" else "run its command again to resume it"
         raise StudentError(
-            f"{student} is a run that is {now} and has no checkpoint; {way_out}, or give `student` {run.get('student')}, "
-            "what it began with"
+            f"`student` {student}: this run is {now} and has no checkpoint; {way_out}, or give {run.get('student')}, the model "
+            "that it started from"
         )
     return str(checkpoint), run, state["global_step"]

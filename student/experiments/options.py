@@ -2,29 +2,44 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from logitcache.accuracy.options import DEFAULT_BUDGETS
-from logitcache.student.experiments.catalog import BEFORE, Variant
+from logitcache.runtime.options import Option
+from logitcache.student.experiments.catalog import BEFORE, EXPERIMENTS, Variant
+
+# Options of every run and of its answers, declared by the commands that an experiment calls.
+OF_TRAINING = ("where", "held_out", "epochs", "max_steps", "learning_rate", "tokens_per_batch", "dtype", "set")
+OF_ANSWERS = ("samples", "temperature", "max_tokens", "answer_tokens", "reasoning_markers", "engine_args")
+_ANSWERS = "Answers to prompts"  # a group of options
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ExperimentOptions:
     """One call of ``logitcache experiment``."""
 
-    name: str
-    cache: Path
-    student: str
-    out: Path
-    seeds: int = 3  # runs of each variant
-    points: tuple[float, ...] | None = None  # shares of lsp and first-derivation; None: those of variants.py
-    prompts: str | None = None  # questions with answers; None: no accuracy
-    verifier: str = "exact"
-    budgets: tuple[str, ...] = DEFAULT_BUDGETS
-    by: str = "family"  # accuracy is told by this column of the prompts too, where they have it
-    teacher: str | None = None  # for halves: it reads the crops
+    name: Annotated[str, Option(f"The experiment: {', '.join(EXPERIMENTS)}.", positional=True)]
+    cache: Annotated[Path, Option("Cache that all variants learn from.")]
+    student: Annotated[str, Option("Model that every run starts from: a folder or hub id.")]
+    out: Annotated[Path, Option("Directory of the experiment: a new one, or one to resume.")]
+    seeds: Annotated[int, Option("Runs of each variant.")] = 3
+    points: Annotated[
+        tuple[float, ...] | None,
+        Option("Shares of the tokens for lsp and first-derivation, such as 0.25,0.5,1.", default="theirs"),
+    ] = None
+    teacher: Annotated[str | None, Option("For halves: the model that scores the crops.")] = None
+    prompts: Annotated[
+        str | None, Option("Questions with a gold `answer`, which every run answers through vLLM.", _ANSWERS)
+    ] = None
+    verifier: Annotated[str, Option("How to grade an answer: math, exact or gym.", _ANSWERS)] = "exact"
+    budgets: Annotated[tuple[str, ...], Option("Reasoning budgets to measure, as in `logitcache eval`.", _ANSWERS)] = (
+        DEFAULT_BUDGETS
+    )
+    by: Annotated[str, Option("Report accuracy by this column of the prompts too, where they have it.", _ANSWERS)] = (
+        "family"
+    )
     shared: dict[str, Any] = field(default_factory=dict)  # fields of TrainOptions, the same for every variant
-    # Further fields of AccuracyOptions, such as samples and engine_args; reasoning_markers "OPENING,CLOSING" for its markers.
+    # Further fields of AccuracyOptions, such as samples and engine_args.
     answers: dict[str, Any] = field(default_factory=dict)
 
     @property

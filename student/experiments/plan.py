@@ -13,7 +13,6 @@ from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError, StudentError
 from logitcache.identity import weights_fingerprint
 from logitcache.prompts import PromptSet
-from logitcache.sections import Markers
 from logitcache.student.experiments.catalog import CacheFacts, Experiment, Variant, get_experiment
 from logitcache.student.experiments.options import ExperimentOptions
 
@@ -177,16 +176,13 @@ def _prompts(options: ExperimentOptions) -> PromptSet | None:
         if name not in good:
             near = get_close_matches(name, good, n=1, cutoff=0.0)[0]
             raise InputError(f"unknown option of the answers {name!r}: did you mean {near!r}?")
-    given = dict(options.answers)
-    if markers := given.pop("reasoning_markers", None):
-        given["reasoning_markers"] = Markers.parse(markers)
     AccuracyOptions(
         prompts=options.prompts,
         student=options.student,
         out=options.out,
         budgets=options.budgets,
         verifier=options.verifier,
-        **given,
+        **options.answers,
     )
     found = sources.load(options.prompts, options.answers.get("limit"))
     for prompt in found:
