@@ -17,7 +17,7 @@ LogitcacheError                 all of them; the CLI prints its text as one line
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class LogitcacheError(Exception):
@@ -94,3 +94,12 @@ def with_flags(text: str, flags: Mapping[str, str]) -> str:
 def first_line(error: BaseException) -> str:
     """Kind and first line of someone else's exception, to be quoted in a message of ours."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known name, or all of them if none is near."""
+    from difflib import get_close_matches
+
+    names = list(known)
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"give one of {', '.join(names)}"

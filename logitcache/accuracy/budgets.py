@@ -73,7 +73,7 @@ class BudgetOptions:
     temperature: float = 0.0
     max_tokens: int = 2048  # of a natural completion
     answer_tokens: int = 256  # after a forced closing
-    verifier: str = "exact"  # one of verdicts.KINDS
+    verifier: str = "exact"  # one of verdicts.GRADERS
     limit: int | None = None
     seed: int = 0
     markers: Markers | None = None  # None: found in the tokenizer or the chat template

@@ -1,17 +1,38 @@
-"""Whether two answers are one text or one number."""
+"""The grader ``exact``: answers compared as texts and as numbers."""
 
 import re
 import unicodedata
 from fractions import Fraction
+from typing import Any
+
+from logitcache.grading.final_answer import find_final, marked_answers
 
 LONGEST = 20_000  # characters of a final answer
 
 
+def grade(answer_text: str, gold: str | None, metadata: dict[str, Any]) -> bool | None:
+    """Right where the final answer (see ``final_answer``) and the gold answer are the same number, or the same text apart
+    from case, white space, Unicode form, a closing full stop, and wrapping in Markdown, LaTeX or "The answer is".
+
+    Returns: None without a gold answer.
+    """
+    if gold is None or not gold.strip():
+        return None
+    gold = gold_answer(gold)
+    final, marked = find_final(answer_text)
+    return any(same_answer(text, gold) for text in ([final] if marked else [final, answer_text]))
+
+
+def gold_answer(gold: str) -> str:
+    """The final answer of a worked solution, else the gold answer itself."""
+    return next(iter(marked_answers(gold)), gold)
+
+
 def same_answer(text: str, gold: str) -> bool:
-    """One text, or one number."""
-    said, wanted = plain_text(text), plain_text(gold)
-    number = number_value(said)
-    return said != "" and (said == wanted or (number is not None and number == number_value(wanted)))
+    """Whether two answers are the same text or the same number."""
+    given, wanted = plain_text(text), plain_text(gold)
+    number = number_value(given)
+    return given != "" and (given == wanted or (number is not None and number == number_value(wanted)))
 
 
 # Minus, dashes, hyphens, quotes, fraction slash.
@@ -32,7 +53,7 @@ _WRAPS = [re.compile(pattern, re.DOTALL) for pattern in (
 
 
 def plain_text(text: str) -> str:
-    """A text without what tells no two answers apart; "" where it is too long to be one."""
+    """A text normalised for comparison; "" where it is too long to be an answer."""
     if len(text) > LONGEST:
         return ""
     for pattern, by in _REPLACED:
@@ -64,6 +85,6 @@ def number_value(text: str) -> Fraction | None:
 
 
 def is_words(gold: str) -> bool:
-    """Words are products of symbols to a computer algebra: Siarp would be Paris."""
+    """Whether it is words, which computer algebra takes for products of symbols: Siarp would equal Paris."""
     plain = plain_text(gold)
     return re.search(r"[^\W\d_]{3}", plain) is not None and re.search(r"[\d\\^=+*/()<>]", plain) is None

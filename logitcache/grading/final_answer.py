@@ -1,11 +1,11 @@
-"""What a text gives as its answer: what it boxes, tags or announces, else its last line."""
+"""The final answer of a text: what it boxes, tags or announces, else its last line."""
 
 import re
 from collections.abc import Callable
 
 
 def final_answer(text: str) -> str:
-    r"""What a text gives as its answer; "" for an empty text. The first of these that there is:
+    r"""The final answer of a text; "" for an empty text. The first of these that is there:
 
     1. what the last closed ``\boxed{...}`` holds;
     2. what the last closed ``<answer>...</answer>`` holds;
@@ -16,14 +16,14 @@ def final_answer(text: str) -> str:
 
 
 def find_final(text: str) -> tuple[str, bool]:
-    """The final answer, and whether something marked it."""
+    """The final answer, and whether it was marked."""
     for answer in marked_answers(text):
         return answer, True
     return (text.strip().splitlines() or [""])[-1].strip(), False
 
 
 def marked_answers(text: str) -> list[str]:
-    """The final answers that something marks, best first."""
+    """The marked final answers, best first."""
     return [found for find in (boxed, tagged, _announced) if (found := find(text))]
 
 

@@ -64,7 +64,7 @@ def slice_cache(
         where: which traces stay, a `filters.Filter`; it sees the verdicts of ``verifier``.
         limit: so many prompts stay, of those that ``where`` leaves, with all traces of theirs that it leaves. A sample
             without bias, the same in every cache of the same prompts; a smaller limit's lies in a larger one's.
-        verifier: judges answers anew, one of `verdicts.KINDS`.
+        verifier: judges answers anew, one of `verdicts.GRADERS`.
         workers: processes; None takes the machine's cores. Memory: a shard each.
     Raises: InputError for what the cache cannot give and for a slice that leaves nothing; CacheError for a damaged
         shard, naming it; WriteError. Nothing is left at ``out`` then.
