@@ -42,9 +42,9 @@ GOOD = '{"id": "a", "prompt": "w3 w4"}'
 @pytest.mark.parametrize(
     ("lines", "options", "message"),
     [
-        pytest.param([GOOD, "{oops"], [], r"p\.jsonl:2: not a line of JSON", id="a broken line"),
-        pytest.param([""], [], "no prompts in it", id="an empty file"),
-        pytest.param([GOOD, GOOD], [], r"p\.jsonl:2: id 'a' is taken already by .*p\.jsonl:1", id="a duplicate id"),
+        pytest.param([GOOD, "{oops"], [], r"p\.jsonl:2: not valid JSON", id="a broken line"),
+        pytest.param([""], [], "contains no prompts", id="an empty file"),
+        pytest.param([GOOD, GOOD], [], r"p\.jsonl:2: id 'a' is already used by .*p\.jsonl:1", id="a duplicate id"),
         pytest.param([GOOD], ["--teacher", "./nowhere"], "no such folder; give a model", id="a missing model"),
         pytest.param([GOOD], ["--teacher", "tests"], "cannot be read as a model folder", id="a folder of other things"),
         pytest.param([GOOD], ["--top-k", "65"], "vocabulary has 64 tokens", id="k above the vocabulary"),
