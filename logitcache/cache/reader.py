@@ -3,7 +3,6 @@
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,9 +11,11 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.cache import manifest, schema, shard
+from logitcache.cache.info import CacheInfo
+from logitcache.cache.options import CachePath
 from logitcache.cache.shard import Shard, ShardIndex
 from logitcache.identity import Identity
-from logitcache.sections import SPANS, Sections
+from logitcache.sections import Sections
 from logitcache.trace import Trace
 
 _MAPPED = 256  # shards mapped at once
@@ -29,7 +30,7 @@ class Cache:
 
     def __init__(self, path: Path, identity: Identity, shards: list[ShardIndex]) -> None:
         self.path, self.identity, self.shards = path, identity, shards
-        self._starts = np.cumsum([0, *(s.rows for s in shards)])
+        self._starts = np.cumsum([0, *(s.trace_count for s in shards)])
         self._mapped: OrderedDict[int, Shard] = OrderedDict()
         self._checked: set[int] = set()
 
@@ -113,27 +114,14 @@ class Cache:
         # A mapping does not survive pickling; it is made again on touch.
         return self.__dict__ | {"_mapped": OrderedDict(), "_checked": set()}
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> CacheInfo:
         """Identity, counts and sizes, from the indexes alone."""
-        totals = {
-            name: sum(getattr(s, name) for s in self.shards)
-            for name in ("bytes", "taught_rows", "entries", "block_bytes", "tail_mass")
-        }
-        rows = totals["taught_rows"] or 1
-        tokens = {name: sum(s.section_tokens[name] for s in self.shards) for name in SPANS}
-        return {
-            "path": str(self.path),
-            "identity": asdict(self.identity),
-            "shards": len(self.shards),
-            "traces": len(self),
-            "prompts": len(set(self.prompt_ids)),
-            "tokens": int(self.lengths.sum()),
-            "section_tokens": tokens,
-            "taught_rows": totals["taught_rows"],
-            "bytes": totals["bytes"],
-            "bytes_per_token": totals["bytes"] / rows,
-            "block_bytes_per_token": totals["block_bytes"] / rows,
-            "mean_support": totals["entries"] / rows,
-            "mean_tail_mass": totals["tail_mass"] / rows,
-            "verdicts": {name: sum(s.verdicts[name] for s in self.shards) for name in ("correct", "incorrect")},
-        }
+        return CacheInfo.of(self.path, self.identity, self.shards)
+
+
+def info(cache: CachePath) -> CacheInfo:
+    """What the cache in the directory ``cache`` contains.
+
+    Raises: as ``Cache.open``.
+    """
+    return Cache.open(cache).info()

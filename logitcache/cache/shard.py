@@ -26,19 +26,23 @@ TABLE_KEY = b"logitcache.table"  # in the Arrow schema's metadata
 _TABLE_ROWS = 4096  # a table takes up to 36 KB of its shard and saves about 16 bytes a row
 
 
+# Fields of an index that have another name in its file.
+_ON_DISK = {"trace_count": "rows", "row_count": "taught_rows"}
+
+
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
     """What a reader knows of a shard without touching it. A shard exists once its index does."""
 
     name: str
-    rows: int  # traces
+    trace_count: int
     bytes: int
     sha256: str
     trace_ids: list[str]
     prompt_ids: list[str]
     token_lengths: list[int]
-    taught_rows: int  # top-k rows, one a token that has one
-    entries: int  # kept ids
+    row_count: int  # top-k rows: tokens with the teacher's distribution
+    entries: int  # ids stored in all rows
     block_bytes: int  # of the top-k blocks
     tail_mass: float  # sum over rows
     section_tokens: dict[str, int]
@@ -49,13 +53,24 @@ class ShardIndex:
     def number(self) -> int:
         return int(self.name.removeprefix("unit-"))
 
+    def to_json(self) -> dict[str, Any]:
+        return {_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "ShardIndex":
+        """Raises: ValueError for other fields than those of an index."""
+        names = {_ON_DISK.get(f.name, f.name): f.name for f in fields(cls)}
+        if found.keys() != names.keys():
+            raise ValueError(f"fields {sorted(found)} are not those of a shard index")
+        return cls(**{names[name]: value for name, value in found.items()})
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedTrace:
     """A trace ready to be written: its record, and the counts that its index adds up."""
 
     record: dict[str, Any]
-    taught_rows: int
+    row_count: int
     entries: int
     tail_mass: float
 
@@ -116,13 +131,13 @@ def index_of(
     """The index of shard ``number``, whose Arrow file has the bytes ``data``."""
     return ShardIndex(
         name=f"unit-{number:06d}",
-        rows=len(traces),
+        trace_count=len(traces),
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         trace_ids=[t.record["trace_id"] for t in traces],
         prompt_ids=[t.record["prompt_id"] for t in traces],
         token_lengths=[len(t.record["token_ids"]) for t in traces],
-        taught_rows=sum(t.taught_rows for t in traces),
+        row_count=sum(t.row_count for t in traces),
         entries=sum(t.entries for t in traces),
         block_bytes=sum(len(t.record["topk"]) for t in traces),
         tail_mass=sum(t.tail_mass for t in traces),
@@ -140,7 +155,7 @@ def publish_index(directory: Path, index: ShardIndex) -> None:
 
     Raises: WriteError.
     """
-    publish_json(directory / f"{index.name}.json", {"format": FORMAT_VERSION} | asdict(index))
+    publish_json(directory / f"{index.name}.json", {"format": FORMAT_VERSION} | index.to_json())
 
 
 def _share_table(traces: list[EncodedTrace], identity: Identity) -> FrequencyTable | None:
@@ -148,7 +163,7 @@ def _share_table(traces: list[EncodedTrace], identity: Identity) -> FrequencyTab
 
     Measured at k = 64: 116 bytes a row without a table, 104 with one of other prompts, 101 with the shard's own.
     """
-    if sum(t.taught_rows for t in traces) < _TABLE_ROWS:
+    if sum(t.row_count for t in traces) < _TABLE_ROWS:
         return None
     counts_V = np.zeros(identity.vocab_size, np.int64)
     for trace in traces:  # one at a time: decoded, a shard of long traces takes gigabytes
@@ -171,9 +186,10 @@ def read_index(path: Path) -> ShardIndex:
     entries = read_json(path)
     if entries.pop("format", None) != FORMAT_VERSION:
         raise FormatVersionError(f"{path}: written by a newer logitcache; upgrade with `pip install -U logitcache`")
-    if set(entries) != {f.name for f in fields(ShardIndex)}:
-        raise ShardCorruptError(f"{path}: fields {sorted(entries)} are not those of a shard index")
-    return ShardIndex(**entries)
+    try:
+        return ShardIndex.from_json(entries)
+    except ValueError as e:
+        raise ShardCorruptError(f"{path}: {e}") from None
 
 
 def read(directory: Path, index: ShardIndex, checked: bool = False) -> Shard:

@@ -54,7 +54,7 @@ class CacheWriter:
         except OSError:  # another file system, or one without links
             publish(target, source.read_bytes())
         shard.publish_index(self.directory, replace(index, name=name))
-        self._count(index.rows)
+        self._count(index.trace_count)
 
     def _count(self, traces: int) -> None:
         self.shards += 1

@@ -7,11 +7,12 @@ import warnings
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from logitcache.errors import InputError, did_you_mean
 from logitcache.grading import exact, formula, gym
 from logitcache.grading.sandbox import Unscored
+from logitcache.runtime.options import Option
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,15 @@ GRADERS = {
         Grader("gym", gym.grade, "reasoning_gym", "reasoning-gym"),
     )
 }
+
+Verifier = Annotated[  # the option of commands that grade answers
+    str | None,
+    Option(
+        f"Grade each answer against the prompt's `answer`: {', '.join(GRADERS)}.",
+        group="Grading",
+        default="no verdicts",
+    ),
+]
 
 unscored: Counter[str] = Counter()  # by grader: answers without a verdict because their grader failed
 

@@ -106,7 +106,7 @@ def whole_directory(out: Path) -> Iterator[Path]:
     Raises: NotACacheError where ``out`` holds something; CacheBusyError where another process makes it.
     """
     if taken(out):
-        raise NotACacheError(f"{out} holds something already; give `out` a new directory")
+        raise NotACacheError(f"{out} is not an empty directory; give `out` a new directory")
     place = out.absolute()
     part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")
     with exclusive(lock, str(out)), contextlib.ExitStack() as stack:

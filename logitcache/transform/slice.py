@@ -1,7 +1,7 @@
-"""A part of a cache as a cache of its own, without the teacher.
+"""A part of a cache as a cache of its own: fewer ids, fewer rows or fewer traces, without the teacher.
 
-Nothing is computed that the teacher did not say. What stays as it is keeps its bytes; what is cut is decoded and encoded
-again, which loses no more than the codec's rounding. Trace ids stay what they were.
+Shards that stay as they are keep their bytes. What is cut is decoded and encoded again, which loses no more than the
+codec's rounding. Trace ids stay the same.
 """
 
 import json
@@ -9,16 +9,19 @@ import shlex
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from logitcache.cache.filters import Filter
+from logitcache.cache.options import CachePath, NewDirectory, Processes
 from logitcache.cache.reader import Cache
 from logitcache.cache.writer import new_cache
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
+from logitcache.grading.verdicts import Verifier
 from logitcache.identity import Identity
+from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS, Sections, answer_text
 from logitcache.transform.compatibility import ends_of, narrowed
 from logitcache.transform.rewrite import Cut, Each, Piece, processes, write
@@ -27,46 +30,58 @@ from logitcache.transform.source import CacheSize, open_source, pieces_of, promp
 
 @dataclass(frozen=True, slots=True)
 class SliceReport:
-    """What a slice left, and where."""
+    """What a slice kept."""
 
     out: Path
     before: CacheSize
     after: CacheSize
-    verdicts: dict[str, int]  # traces found correct and incorrect, of those left
-    unjudged: int  # of those left, traces that the verifier gave no verdict; 0 without one
-
-    def text(self) -> str:
-        counts = self.verdicts | {"without a verdict": self.unjudged}
-        judged = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
-        return f"{self.out}: {self.before} -> {self.after}" + (f" ({judged})" if judged else "")
+    verdicts: dict[str, int]  # kept traces "correct" and "incorrect"
+    unjudged: int  # kept traces without a verdict of the verifier; 0 without a verifier
 
 
 def slice_cache(
-    cache: Path,
-    out: Path,
+    cache: CachePath,
+    out: NewDirectory,
     *,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_k: int | None = None,
-    sections: tuple[str, ...] | None = None,
-    where: str | None = None,
-    limit: int | None = None,
-    verifier: str | None = None,
-    workers: int | None = None,
+    top_k: Annotated[
+        int | None, Option("Ids kept per row; the mass of the others is added to the tail.", default="all")
+    ] = None,
+    top_p: Annotated[
+        float | None, Option("Trim each row to the ids that hold this share of its mass.", default="not trimmed")
+    ] = None,
+    min_k: Annotated[int | None, Option("Fewest ids that a trimmed row keeps.", default="as in CACHE")] = None,
+    sections: Annotated[
+        tuple[str, ...] | None,
+        Option("Keep only rows of these adjacent sections: any of prompt,reasoning,answer.", default="all"),
+    ] = None,
+    where: Annotated[
+        str | None,
+        Option(
+            "Keep only traces that meet conditions such as correct, finish_reason=stop, tokens<=4096, "
+            "reasoning<=2048, sample_index<2 or meta.level>=3, joined by `and`.",
+            group="Which traces",
+            default="all",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, Option("Keep the traces of at most so many prompts, an unbiased sample.", group="Which traces")
+    ] = None,
+    verifier: Verifier = None,
+    workers: Processes = None,
 ) -> SliceReport:
-    """Writes a part of ``cache`` as the cache ``out``: fewer ids a row, fewer rows a trace, fewer traces.
+    """Writes a part of ``cache`` as the cache ``out``: fewer ids per row, fewer rows per trace, or fewer traces.
 
     Args:
-        top_k: ids a row keeps besides pinned ones; the rest joins the tail, as if captured so. Of ids that tie for the
-            last place the smallest stay, where an engine takes any.
-        top_p, min_k: rows are trimmed further, as `generate` trims them.
-        sections: of prompt, reasoning (with its delimiters) and answer; rows of other tokens go, their tokens stay.
-        where: which traces stay, a `filters.Filter`; it sees the verdicts of ``verifier``.
-        limit: so many prompts stay, of those that ``where`` leaves, with all traces of theirs that it leaves. A sample
-            without bias, the same in every cache of the same prompts; a smaller limit's lies in a larger one's.
-        verifier: judges answers anew, one of `verdicts.GRADERS`.
-        workers: processes; None takes the machine's cores. Memory: a shard each.
-    Raises: InputError for what the cache cannot give and for a slice that leaves nothing; CacheError for a damaged
+        top_k: the slice has what a capture at this ``top_k`` would have; pinned ids stay besides these. Of ids that tie
+            for the last place the smallest stay, where an engine may take any.
+        top_p, min_k: trim rows further, as ``generate`` trims them.
+        sections: reasoning includes its delimiters. Tokens stay; rows of tokens outside these sections are dropped.
+        where: a ``filters.Filter``; it sees the verdicts of ``verifier``.
+        limit: applies to the prompts that ``where`` leaves. The same prompts in every cache of the same prompts, and a
+            smaller limit takes a subset of a larger one.
+        verifier: grades answers again; one of ``verdicts.GRADERS``.
+        workers: each holds one shard in memory.
+    Raises: InputError for what the cache cannot give and for a slice that would be empty; CacheError for a damaged
         shard, naming it; WriteError. Nothing is left at ``out`` then.
     """
     opened = open_source(cache, out)
@@ -74,17 +89,17 @@ def slice_cache(
     identity, words = narrowed(opened.identity, top_k, top_p, min_k)
     chosen = Filter.parse(where) if where is not None else None
     if limit is not None and limit < 1:
-        raise InputError(f"`limit` {limit}: a slice of at least 1 prompt")
+        raise InputError(f"`limit` {limit}: give at least 1")
     if verifier is not None:
         verdicts.check(verifier)
     elif chosen and chosen.asks_verdict and not any(sum(s.verdicts.values()) for s in opened.shards):
-        raise InputError(f"`where` {chosen}: no trace of {cache} has a verdict; give `verifier` too")
+        raise InputError(f"`where` {chosen}: no trace of {cache} has a verdict; give `verifier` to grade them")
     if ends:
         words += ["--sections", ",".join(name for name in SECTIONS if name in (sections or ()))]
         identity = replace(identity, prompt_logits=identity.prompt_logits and ends[0] == "prompt")
     cut = None
     if words:
-        # What is stored is rounded: trimmed to the same share again, a row might lose an entry more.
+        # Stored values are rounded: a row trimmed to the same share again might lose one more entry.
         trims = not {"--top-p", "--min-k"}.isdisjoint(words)
         cut = Cut(identity.top_k, identity.top_p if trims else None, identity.min_k, identity.pin_tokens, ends)
     words += ["--where", str(chosen)] if chosen else []
@@ -94,7 +109,7 @@ def slice_cache(
         identity = replace(identity, derived=[*identity.derived, shlex.join(["slice", *words])])
     elif verifier is None:
         raise InputError(
-            f"nothing is cut from {cache}; give a smaller `top_k` or `top_p`, `sections`, `where` or `limit`"
+            f"the slice would be all of {cache}; give a smaller `top_k` or `top_p`, `sections`, `where` or `limit`"
         )
 
     with new_cache(out, identity, str(cache)) as writer, processes(workers, opened.shards) as each:
@@ -102,20 +117,22 @@ def slice_cache(
         made = write(writer, pieces, each, cut)
         after = CacheSize.of(made)
         if not after.rows:
-            what = f"rows of {', '.join(sections or ())} in the {after.traces:,} traces" if after.traces else "traces"
-            raise InputError(f"{cache}: the slice leaves no {what}; loosen {shlex.join(words)}")
+            empty = f"the {after.traces:,} traces have no rows there" if after.traces else "no trace is left"
+            given = {"sections": ",".join(sections or ()), "where": chosen, "limit": limit}
+            asked = " and ".join(f"`{name}` {value}" for name, value in given.items() if value)
+            raise InputError(f"{cache}: the slice would be empty, {empty}; change {asked}")
     judged = {name: sum(s.verdicts[name] for s in made) for name in ("correct", "incorrect")}
     unjudged = after.traces - sum(judged.values()) if verifier else 0
     return SliceReport(out, CacheSize.of(opened.shards), after, judged, unjudged)
 
 
 def _choose(cache: Cache, chosen: Filter | None, limit: int | None, verifier: str | None, each: Each) -> list[Piece]:
-    """The traces of a slice, judged anew where there is a verifier."""
-    whole = [Piece(cache.path, index, list(range(index.rows))) for index in cache.shards]
+    """The traces of a slice, graded again if there is a verifier."""
+    whole = [Piece(cache.path, index, list(range(index.trace_count))) for index in cache.shards]
     judged: list[Any] = [None] * len(whole)
     if verifier:
         judged = list(each(partial(_judge, verifier=verifier, identity=cache.identity), whole))
-    masks = [np.ones(index.rows, bool) for index in cache.shards]
+    masks = [np.ones(index.trace_count, bool) for index in cache.shards]
     if chosen:
         seen = (replace(piece, correct=correct) for piece, correct in zip(whole, judged, strict=True))
         masks = chosen.select(piece.batch(piece.open()) for piece in seen)

@@ -1,55 +1,64 @@
-"""One cache as several, parted by prompt."""
+"""A cache as several, split by prompt, without the teacher."""
 
-from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 
+from logitcache.cache.options import CachePath, Processes
 from logitcache.cache.writer import new_cache
 from logitcache.errors import InputError
+from logitcache.runtime.options import Option
 from logitcache.transform.rewrite import processes, write
 from logitcache.transform.source import CacheSize, open_source, pieces_of, prompt_position
 
 
 @dataclass(frozen=True, slots=True)
 class SplitReport:
-    """The parts of a cache."""
+    """What a split wrote."""
 
     before: CacheSize
     parts: dict[Path, CacheSize]
     prompts: dict[Path, int]
 
-    def text(self) -> str:
-        lines = [f"{path}: {self.prompts[path]:,} prompts, {size}" for path, size in self.parts.items()]
-        left = self.before.traces - sum(size.traces for size in self.parts.values())
-        return "\n".join([*lines, *([f"{left:,} traces are in no part: the shares leave them out"] if left else [])])
 
+def split(
+    cache: CachePath,
+    into: Annotated[
+        dict[str, float],
+        Option(
+            "Directory of a part and its share of the prompts, such as train=0.95. Repeatable.", metavar="DIR=SHARE"
+        ),
+    ],
+    *,
+    workers: Processes = None,
+) -> SplitReport:
+    """Writes each part of ``cache`` as a cache of its own; all traces of a prompt are in one part.
 
-def split(cache: Path, parts: Sequence[tuple[Path, float]], *, workers: int | None = None) -> SplitReport:
-    """Writes a cache for each part, so that all traces of a prompt are in one of them.
+    A prompt's id and the shares alone decide its part: another cache of the same prompts is split the same way. Of a
+    shard that is copied only the checksum is verified: ``verify`` checks its traces.
 
-    Where a prompt goes depends on its id and the shares alone: another cache of the same prompts is split alike. Whole
-    shards are held against their checksum only: `verify` looks into their traces.
-
-    Each part appears whole or not at all, once all are written, the last one first: after a stop just then, such as a
-    kill, the last few may stand. They are whole; to go on, remove them or give new names.
+    Each part is written atomically, when all are complete, the last one first. After a kill at that moment some of the
+    last parts may exist. They are complete; remove them or give new names before the next run.
 
     Args:
-        parts: where each goes and its share of the prompts, about; shares that sum to less than 1 leave some out.
-            Directories lie beside each other, none in another.
+        into: directories, none inside another, and their approximate shares. Shares that sum to less than 1 leave some
+            prompts out.
         workers: as for ``slice_cache``.
-    Raises: InputError for shares that are none, and for a part that gets no prompt; else as ``slice_cache``.
+    Raises: InputError for impossible shares and for a part without prompts; else as ``slice_cache``.
     """
-    outs, shares = [out for out, _ in parts], [share for _, share in parts]
-    if not parts or len({out.resolve() for out in outs}) < len(outs):
-        raise InputError("give split a directory and a share for each part, no directory twice")
+    outs, shares = [Path(name) for name in into], list(into.values())
     places = {out.resolve() for out in outs}
+    if not outs or len(places) < len(outs):
+        raise InputError("`into`: give a directory and a share for each part, and each directory once")
     if inner := [out for out in outs if not places.isdisjoint(out.resolve().parents)]:
-        raise InputError(f"{inner[0]} lies in another part; give each a directory outside the others")
+        raise InputError(f"`into` {inner[0]}: it is inside another part; give each part a directory outside the others")
     if not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
-        raise InputError(f"shares {', '.join(f'{s:g}' for s in shares)}: each above 0, and 1 at most together")
+        raise InputError(
+            f"`into` {', '.join(f'{share:g}' for share in shares)}: give shares above 0 that sum to at most 1"
+        )
     opened = open_source(cache, *outs)
     bounds = np.cumsum([0, *shares])
     bounds[-1] = 1 if bounds[-1] > 1 - 1e-9 else bounds[-1]
@@ -58,10 +67,10 @@ def split(cache: Path, parts: Sequence[tuple[Path, float]], *, workers: int | No
         for prompt in opened.prompt_ids
     }
     prompts = {out: sum(p == i for p in found.values()) for i, out in enumerate(outs)}
-    for out, share in parts:
+    for out, share in zip(outs, shares, strict=True):
         if not prompts[out]:
             raise InputError(
-                f"{out}: its share of {share:g} gets none of the {len(found):,} prompts; give it a larger one"
+                f"`into` {out}: a share of {share:g} gets none of the {len(found):,} prompts; give it a larger one"
             )
     with ExitStack() as stack:
         writers = []

@@ -76,7 +76,7 @@ def test_pandas_opens_the_files(cache, tmp_path) -> None:
 def test_a_directory_that_holds_something_is_refused(cache, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with pytest.raises(NotACacheError, match="holds something already"):
+    with pytest.raises(NotACacheError, match="is not an empty directory"):
         export_parquet(cache.path, tmp_path / "out")
 
 

@@ -5,6 +5,7 @@ import pytest
 from logitcache.cache import manifest
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
+from logitcache.commands.text_caches import describe_merge
 from logitcache.errors import IdentityError, InputError
 from logitcache.transform.merge import merge
 from logitcache.transform.slice import slice_cache
@@ -22,8 +23,8 @@ def test_a_merge_takes_shards_byte_for_byte_with_where_they_came_from(tmp_path) 
     assert out.trace_ids == [t.trace_id for t in made]
     assert [s.sha256 for s in out.shards] == [s.sha256 for s in (*a.shards, *b.shards)]
     assert [s.provenance["source"] for s in out.shards] == ["a.jsonl"] * 2 + ["b.jsonl"] * 2
-    assert (report.taken, report.rewritten, report.repeated) == (4, 0, 0)
-    assert "24 traces" in report.text()
+    assert (report.copied, report.rewritten, report.repeated) == (4, 0, 0)
+    assert "24 traces" in describe_merge(report)
     assert verify(out.path, workers=1) == []
 
 
@@ -38,8 +39,8 @@ def test_a_trace_that_stands_in_several_is_kept_once_as_the_first_has_it(tmp_pat
     assert {t.trace_id: t.finish_reason for t in out} == {
         t.trace_id: "stop" if i < 12 else "length" for i, t in enumerate(made)
     }
-    assert (report.taken, report.rewritten, report.repeated) == (4, 1, 3)
-    assert "3 traces stood in several" in report.text()
+    assert (report.copied, report.rewritten, report.repeated) == (4, 1, 3)
+    assert "3 traces were in several caches and are stored once" in describe_merge(report)
     assert {s.provenance["source"] for s in out.shards} == {"a", "b"}
     whole = {t.trace_id: t for t in b}
     for trace in out:

@@ -25,15 +25,15 @@ from tests.transform.caches import files
 def test_inputs_are_never_touched(tmp_path, path) -> None:
     before = files(path)
     slice_cache(path, tmp_path / "s", top_k=4, where="correct")
-    split(path, [(tmp_path / "a", 0.5), (tmp_path / "b", 0.5)])
+    split(path, {str(tmp_path / "a"): 0.5, str(tmp_path / "b"): 0.5})
     merge([path, tmp_path / "a"], tmp_path / "m", allow=[])
     assert files(path) == before
     for run in (
         lambda out: slice_cache(path, out, top_k=4),
         lambda out: merge([tmp_path / "a", path], out),
-        lambda out: split(path, [(out, 0.5)]),
+        lambda out: split(path, {str(out): 0.5}),
     ):
-        with pytest.raises(NotACacheError, match="holds something already"):
+        with pytest.raises(NotACacheError, match="is not an empty directory"):
             run(tmp_path / "s")
         for inside in (path, path / "part"):
             with pytest.raises(InputError, match="give a directory outside it"):
@@ -56,7 +56,7 @@ def test_a_damaged_shard_is_named_and_nothing_is_left(tmp_path, path, workers) -
         lambda out: slice_cache(path, out, where="tokens>0", workers=workers),
         lambda out: slice_cache(path, out, verifier="exact", workers=workers),
         lambda out: merge([tmp_path / "d", path], out, workers=workers),
-        lambda out: split(path, [(out, 0.5), (tmp_path / "other", 0.5)], workers=workers),
+        lambda out: split(path, {str(out): 0.5, str(tmp_path / "other"): 0.5}, workers=workers),
     ):
         with pytest.raises(ShardCorruptError, match=r"unit-000002\.arrow"):
             run(tmp_path / "out")
@@ -136,7 +136,7 @@ def running(pid: int) -> bool:
         "slice_cache(Path('c'), Path('out'), top_k=4)",
         pytest.param("slice_cache(Path('c'), Path('out'), top_k=4, workers=2)", marks=pytest.mark.slow),
         pytest.param("merge([Path('d'), Path('c')], Path('out'))", marks=pytest.mark.slow),
-        pytest.param("split(Path('c'), [(Path('out'), 0.9), (Path('other'), 0.1)])", marks=pytest.mark.slow),
+        pytest.param("split(Path('c'), {'out': 0.9, 'other': 0.1})", marks=pytest.mark.slow),
     ],
 )
 def test_a_kill_leaves_no_cache_and_the_next_run_makes_it(tmp_path, verb) -> None:

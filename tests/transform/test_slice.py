@@ -7,6 +7,7 @@ import pytest
 from logitcache.cache import shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
+from logitcache.commands.text_caches import describe_slice
 from logitcache.errors import InputError
 from logitcache.sparse_rows import bucketed_kl, trim
 from logitcache.transform.slice import slice_cache
@@ -123,9 +124,9 @@ def test_where_keeps_traces_with_their_rows_as_they_were(tmp_path, path) -> None
     for trace in out:
         assert_same_rows(trace, whole[trace.trace_id])
     assert len(out.shards) == 1, "six traces a shard were; the six that are left share one"
-    assert "24 traces" in report.text()
-    assert "-> 6 traces" in report.text()
-    assert "(6 correct)" in report.text()
+    assert "24 traces" in describe_slice(report)
+    assert "-> 6 traces" in describe_slice(report)
+    assert "(6 correct)" in describe_slice(report)
     assert verify(out.path, workers=1) == []
 
 
@@ -152,7 +153,15 @@ def test_shards_that_lose_a_trace_keep_the_blocks_and_the_table_of_the_others(tm
         ]
         encoded = [shard.EncodedTrace.of(t, cache.identity) for t in map(after.trace, range(4))]
         written, index = shard.write(tmp_path / "w", number, encoded, cache.identity, {}), out.shards[number]
-        for name in ("rows", "trace_ids", "prompt_ids", "token_lengths", "taught_rows", "entries", "section_tokens"):
+        for name in (
+            "trace_count",
+            "trace_ids",
+            "prompt_ids",
+            "token_lengths",
+            "row_count",
+            "entries",
+            "section_tokens",
+        ):
             assert getattr(index, name) == getattr(written, name), name
         assert index.verdicts == written.verdicts
         assert index.tail_mass == pytest.approx(written.tail_mass)
@@ -164,7 +173,7 @@ def test_what_two_shards_leave_joins_under_one_table(tmp_path) -> None:
     cache = with_tables(tmp_path / "c")
     slice_cache(cache.path, tmp_path / "out", where="sample_index<2")
     out, whole = Cache.open(tmp_path / "out"), {t.trace_id: t for t in cache}
-    assert [s.rows for s in out.shards] == [4]
+    assert [s.trace_count for s in out.shards] == [4]
     for trace in out:
         assert_same_rows(trace, whole[trace.trace_id])
     assert verify(out.path, workers=1) == []
@@ -207,15 +216,17 @@ def test_a_verifier_judges_anew_and_where_sees_it(tmp_path, path) -> None:
 def test_traces_that_a_verifier_cannot_judge_are_counted(tmp_path, path) -> None:
     made = [replace(t, text="The answer is 7", answer="7" if i % 3 else None) for i, t in enumerate(Cache.open(path))]
     write(tmp_path / "c", made, tiny.identity())
-    assert "(16 correct, 8 without a verdict)" in slice_cache(tmp_path / "c", tmp_path / "a", verifier="exact").text()
-    assert "without" not in slice_cache(tmp_path / "c", tmp_path / "b", top_k=4).text(), "nobody was asked"
+    assert "(16 correct, 8 without a verdict)" in describe_slice(
+        slice_cache(tmp_path / "c", tmp_path / "a", verifier="exact")
+    )
+    assert "without" not in describe_slice(slice_cache(tmp_path / "c", tmp_path / "b", top_k=4)), "nobody was asked"
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({}, "nothing is cut"),
-        ({"top_k": 8}, "nothing is cut"),
+        ({}, "the slice would be all of"),
+        ({"top_k": 8}, "the slice would be all of"),
         ({"top_k": 9}, "`top_k` 9: the cache keeps 8 ids a row; give 1 to 8"),
         ({"top_k": 0}, "`top_k` 0"),
         ({"top_p": 0.95}, r"`top_p` 0.95: rows were trimmed to 0.9; give more than 0 and at most 0.9"),
@@ -228,7 +239,7 @@ def test_traces_that_a_verifier_cannot_judge_are_counted(tmp_path, path) -> None
         ({"sections": ("prompt",)}, "the cache has no rows of prompts"),
         ({"where": "corect"}, "did you mean correct"),
         ({"where": "correct"}, "no trace of .* has a verdict; give `verifier`"),
-        ({"where": "tokens<0"}, "leaves no traces; loosen --where 'tokens<0'"),
+        ({"where": "tokens<0"}, "the slice would be empty, no trace is left; change `where` tokens<0"),
         ({"where": "meta.level>1"}, "no trace has it"),
         ({"limit": 0}, "`limit` 0"),
         ({"verifier": "exakt"}, "did you mean exact"),
@@ -251,7 +262,9 @@ def test_min_k_alone_says_nothing_of_rows_that_are_not_trimmed(tmp_path, path) -
 
 def test_rows_of_a_section_that_an_earlier_slice_took_cannot_be_had(tmp_path, path) -> None:
     slice_cache(path, tmp_path / "answers", sections=("answer",))
-    with pytest.raises(InputError, match="leaves no rows of reasoning in the 24 traces"):
+    with pytest.raises(
+        InputError, match="would be empty, the 24 traces have no rows there; change `sections` reasoning"
+    ):
         slice_cache(tmp_path / "answers", tmp_path / "out", sections=("reasoning",))
     slice_cache(tmp_path / "answers", tmp_path / "out", top_k=2)
     assert Cache.open(tmp_path / "out").identity.derived == ["slice --sections answer", "slice --top-k 2"]
