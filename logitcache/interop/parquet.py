@@ -17,7 +17,7 @@ from logitcache.cache.schema import SCHEMA
 from logitcache.cache.shard import Shard
 from logitcache.errors import InputError, WriteError
 from logitcache.interop.formats import ExportReport
-from logitcache.runtime.files import whole_directory
+from logitcache.runtime.files import atomic_directory
 from logitcache.sparse_rows import SparseRows
 
 PLAIN = [field for field in SCHEMA if field.name != "topk"]
@@ -49,7 +49,7 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
     if out.resolve().is_relative_to(cache.resolve()):
         raise InputError(f"{out} lies in the cache {cache}; give `out` a directory outside it")
     size = 0
-    with whole_directory(out) as part:
+    with atomic_directory(out) as part:
         for index in opened.shards:
             source = shard.read(cache / shard.DIRECTORY, index)
             try:

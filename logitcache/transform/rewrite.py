@@ -120,7 +120,7 @@ def write(
     """
     whole = [piece for piece in pieces if piece.whole and cut is None]
     for piece, _ in zip(whole, each(_hold, whole), strict=True):
-        writer.take(Cache(piece.cache, writer.identity, [piece.index]), piece.index)
+        writer.copy_shard(Cache(piece.cache, writer.identity, [piece.index]), piece.index)
     rest = [piece for piece in pieces if not piece.whole or cut is not None]
     groups = _groups(rest) if join else [[piece] for piece in rest]
     make = partial(_rewrite, writer=writer, cut=cut)

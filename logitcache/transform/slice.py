@@ -92,7 +92,7 @@ def slice_cache(
         raise InputError(f"`limit` {limit}: give at least 1")
     if verifier is not None:
         verdicts.check(verifier)
-    elif chosen and chosen.asks_verdict and not any(sum(s.verdicts.values()) for s in opened.shards):
+    elif chosen and chosen.needs_verdicts and not any(sum(s.verdicts.values()) for s in opened.shards):
         raise InputError(f"`where` {chosen}: no trace of {cache} has a verdict; give `verifier` to grade them")
     if ends:
         words += ["--sections", ",".join(name for name in SECTIONS if name in (sections or ()))]

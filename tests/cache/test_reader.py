@@ -118,7 +118,7 @@ def test_a_truncated_or_missing_shard_is_named_with_the_way_out(path) -> None:
     ):
         Cache.open(path)[0]
     file.unlink()
-    with pytest.raises(ShardCorruptError, match="is missing, its index is there"):
+    with pytest.raises(ShardCorruptError, match="is missing, but its index exists"):
         Cache.open(path)[0]
     assert Cache.open(path)[3].prompt_id == "p3", "other shards stay readable"
 

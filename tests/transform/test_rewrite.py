@@ -40,7 +40,7 @@ def test_inputs_are_never_touched(tmp_path, path) -> None:
                 run(inside)
         with (
             exclusive(tmp_path / ".new.lock", "new"),
-            pytest.raises(CacheBusyError, match="is written by another process"),
+            pytest.raises(CacheBusyError, match="is being written by another process"),
         ):
             run(tmp_path / "new")
 
