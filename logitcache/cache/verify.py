@@ -59,6 +59,7 @@ def verify_cache(
 
     Raises: as ``verify`` and ``set_aside_damage``.
     """
+    cache = Path(cache)  # a script may give text
     if repair:
         return set_aside_damage(cache, workers)
     return VerifyReport(cache, verify(cache, workers), [])

@@ -111,11 +111,11 @@ def import_capture(
     """
     run: Import = _find(IMPORTERS, "tool", tool).load()
     return run(
-        source,
-        out,
+        Path(source),  # a script may give text
+        Path(out),
         tokenizer=tokenizer,
         teacher=teacher,
-        config=config,
+        config=Path(config) if config else None,
         vocab_size=vocab_size,
         exact_part_only=exact_part_only,
     )
@@ -132,7 +132,7 @@ def export(
     Raises: InputError for an unknown ``format``, else as the exporter: see ``parquet.export_parquet``.
     """
     run: Export = _find(EXPORTERS, "format", format).load()
-    return run(cache, out)
+    return run(Path(cache), Path(out))
 
 
 def _find(formats: Mapping[str, Format], field: str, name: str) -> Format:

@@ -93,6 +93,7 @@ def push(
         InputError for a cache without traces, where ``public`` disagrees and where the hub refuses, LogitcacheError where
         it cannot be reached.
     """
+    cache = Path(cache)  # a script may give text
     opened = Cache.open(cache)
     if not len(opened):
         raise InputError(f"{cache} has no traces yet; run `logitcache generate` first")
@@ -139,6 +140,7 @@ def pull(
         ShardCorruptError for a repository with damaged files, FormatVersionError for one of a newer logitcache, WriteError
         where the disk refuses, LogitcacheError where the hub cannot be reached.
     """
+    out = Path(out)  # a script may give text
     if taken(out):
         raise InputError(f"{out} is not an empty directory; give `out` a new directory")
     api = _api(token)

@@ -54,6 +54,7 @@ def merge(
     """
     if len(caches) < 2:
         raise InputError("give at least two caches to merge")
+    out = Path(out)  # a script may give text
     opened = [open_source(path, out) for path in caches]
     identity = common(opened, allow or ())
     seen: set[str] = set()

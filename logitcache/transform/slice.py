@@ -84,6 +84,7 @@ def slice_cache(
     Raises: InputError for what the cache cannot give and for a slice that would be empty; CacheError for a damaged
         shard, naming it; WriteError. Nothing is left at ``out`` then.
     """
+    cache, out = Path(cache), Path(out)  # a script may give text
     opened = open_source(cache, out)
     ends = ends_of(sections, opened.identity)
     identity, words = narrowed(opened.identity, top_k, top_p, min_k)

@@ -29,6 +29,7 @@ class CacheSize:
 
 def open_source(cache: Path, *outs: Path) -> Cache:
     """Opens a cache, after checking that no output lies inside it."""
+    cache = Path(cache)
     for out in outs:
         if cache.resolve() in (out.resolve(), *out.resolve().parents):
             raise InputError(f"{out} is inside the cache {cache}; give a directory outside it")

@@ -96,7 +96,9 @@ def test_the_same_worker_twice_and_another_count_are_refused_while_one_runs(run,
     with Worker(1, 3).alone(tmp_path / "c"):
         with pytest.raises(CacheBusyError, match="worker 1/3, is being written by another process"):
             run(Worker(1, 3))
-        with pytest.raises(CacheBusyError, match=r"worker 1/3 is running \(pid \d+ on .*\), and worker 0/2 would generate"):
+        with pytest.raises(
+            CacheBusyError, match=r"worker 1/3 is running \(pid \d+ on .*\), and worker 0/2 would generate"
+        ):
             run(Worker(0, 2))
         with pytest.raises(CacheBusyError, match=r"worker 1/3 is running"):
             run(Worker())

@@ -4,7 +4,14 @@ from pathlib import Path
 
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.verify import Problem, VerifyReport
-from logitcache.commands.text_caches import describe_import, describe_info, describe_merge, describe_slice, describe_split, describe_verify
+from logitcache.commands.text_caches import (
+    describe_import,
+    describe_info,
+    describe_merge,
+    describe_slice,
+    describe_split,
+    describe_verify,
+)
 from logitcache.interop.formats import ImportReport
 from logitcache.transform.merge import MergeReport
 from logitcache.transform.slice import SliceReport
