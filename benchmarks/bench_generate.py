@@ -247,7 +247,7 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
         prompt = Prompt(completion.key, "")
         request = Request(completion.key, prompt.id, 0, prompt)
         trace = trace_of(request, prompt, completion, identity, facts, None)
-        return EncodedTrace.of(trace, identity).taught_rows
+        return EncodedTrace.of(trace, identity).row_count
 
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     ends = 1 if together else traces

@@ -78,10 +78,10 @@ def table(seconds: dict[str, float]) -> str:
     speed = sum(c["tokens"] for c in calls) / sum(c["seconds"] for c in calls)
     before, after = run["eval_before"], run["eval_after"]
     rows = [
-        ("teacher", f"{info['identity']['teacher_revision'][:8]} SmolLM2-135M-Instruct, {info['identity']['engine']}"),
-        ("traces", f"{info['traces']:,}"),
-        ("tokens", f"{info['tokens']:,} ({', '.join(f'{n:,} {k}' for k, n in info['section_tokens'].items() if n)})"),
-        ("bytes a token", f"{info['bytes_per_token']:.1f} ({info['block_bytes_per_token']:.1f} of them top-64)"),
+        ("teacher", f"{info.identity.teacher_revision[:8]} SmolLM2-135M-Instruct, {info.identity.engine}"),
+        ("traces", f"{info.traces:,}"),
+        ("tokens", f"{info.tokens:,} ({', '.join(f'{n:,} {k}' for k, n in info.section_tokens.items() if n)})"),
+        ("bytes a token", f"{info.bytes_per_row:.1f} ({info.block_bytes_per_row:.1f} of them top-64)"),
         ("teacher tokens/s", f"{speed:,.0f}"),
         ("held-out KL, nats", f"{before['kl']:.3f} -> {after['kl']:.3f} ({after['kl'] / before['kl']:.0%})"),
         ("held-out top-1", f"{before['top1']:.1%} -> {after['top1']:.1%}"),

@@ -1,4 +1,4 @@
-"""logitcache: run the teacher once, keep what it thought at every token, train students from disk."""
+"""logitcache: run a teacher once, store its top-k log-probabilities for every token, and train students from disk."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +15,7 @@ _HOMES = {"Cache": "cache.reader", "Trace": "trace", "Sections": "sections", "Sp
 
 
 def __getattr__(name: str) -> Any:
-    # On demand: the kernels import this package on machines that have no pyarrow and no zstandard.
+    # Lazy: the kernels import this package on machines without numpy, pyarrow or zstandard.
     if name not in _HOMES:
         raise AttributeError(f"module 'logitcache' has no attribute {name!r}")
     from importlib import import_module

@@ -1,29 +1,29 @@
-"""Every deliberate exception of logitcache.
+"""The exceptions of logitcache.
 
-LogitcacheError                 all of them; the CLI prints its text as one line
+LogitcacheError                 base class; the command line prints the message as one line
 ├── InputError                  the user's input is wrong: exit code 2
-│   ├── PromptsError            a prompts file: names file and line
+│   ├── PromptsError            a prompts file is wrong: names file and line
 │   ├── ModelError              the model cannot be used as asked
-│   └── StudentError            the student cannot learn from this cache
+│   └── StudentError            the student cannot be trained on this cache
 ├── CacheError                  a cache cannot be used: exit code 2
-│   ├── NotACacheError          the directory is something else
+│   ├── NotACacheError          the directory is not a cache
 │   ├── FormatVersionError      written by a newer logitcache
-│   ├── IdentityError           the cache holds another teacher, or another setting
-│   ├── CacheBusyError          another process writes to it
-│   └── ShardCorruptError       bytes on disk are not the bytes that were written
-├── EngineError                 the inference engine died: exit code 1, run again to resume
-├── WriteError                  the disk refused a shard: exit code 1, run again to resume
+│   ├── IdentityError           the cache was made with another teacher or other settings
+│   ├── CacheBusyError          another process is writing to it
+│   └── ShardCorruptError       the bytes on disk do not match their checksum
+├── EngineError                 the inference engine failed: exit code 1, run again to resume
+├── WriteError                  a file could not be written: exit code 1, run again to resume
 └── TrainingError               training stopped: exit code 1
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 
 class LogitcacheError(Exception):
-    """Base of every deliberate exception; its text is one line with what, where and the way out.
+    """Base class. A message is one line: where, what is wrong, and how to fix it.
 
-    Options stand in it by their field's name, in backquotes: ``top_k``. The command line shows the flag instead.
+    Messages name options by their field in backquotes, as in "`top_k` 9"; the command line shows the flag instead.
     """
 
     exit_code = 1
@@ -92,5 +92,14 @@ def with_flags(text: str, flags: Mapping[str, str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Kind and first line of someone else's exception, to be quoted in a message of ours."""
+    """Type and first line of another library's exception, for a message."""
     return f"{type(error).__name__}: {(str(error).strip() or 'no reason given').splitlines()[0]}"
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: the nearest known name, or all of them if none is near."""
+    from difflib import get_close_matches
+
+    names = list(known)
+    near = get_close_matches(name, names, n=1)
+    return f"did you mean {near[0]}?" if near else f"give one of {', '.join(names)}"

@@ -1,21 +1,25 @@
-"""Prompt sources -> prompts: JSONL, Parquet, or ``gym:NAME?size=..&seed=..``."""
+"""Reads prompts from a source: JSON lines, Parquet, or a reasoning-gym task.
+
+A kind of source is one entry of ``SOURCES``.
+"""
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl
 
-from logitcache.errors import PromptsError
+from logitcache.errors import PromptsError, did_you_mean
 
 Messages = list[dict[str, Any]]
+Rows = Iterator[tuple[str, dict[str, Any]]]  # each row with its place in the source, for messages
 
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """What the teacher is asked: plain text, or messages that the chat template renders."""
+    """One prompt: plain text, or messages that the chat template renders."""
 
     id: str
     content: str | Messages
@@ -32,7 +36,7 @@ class PromptSet:
     """Prompts in source order, each id once."""
 
     prompts: list[Prompt]
-    repeated: int = 0  # rows dropped because their content, and no id of their own, stood there before
+    repeated: int = 0  # rows dropped: they have no id and the content of an earlier row
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -42,81 +46,95 @@ class PromptSet:
 
 
 def load(source: str, limit: int | None = None) -> PromptSet:
-    """Reads a prompt source.
+    """Reads the prompts of a source.
 
     Args:
-        source: a ``.jsonl`` or ``.parquet`` file with a column ``prompt`` (text) or ``messages`` (chat), optional
-            ``id`` and ``answer``; every other column is kept as metadata. Or ``gym:NAME?size=100&seed=1`` for a
+        source: a ``.jsonl`` or ``.parquet`` file with a column ``prompt`` (text) or ``messages`` (chat), and optionally
+            ``id`` and ``answer``; every other column becomes metadata. Or ``gym:NAME?size=100&seed=1`` for a
             reasoning-gym task.
-        limit: read at most so many prompts.
+        limit: the most prompts to read.
     Raises: PromptsError naming file and row.
     """
-    found = rows(source)
     prompts: list[Prompt] = []
-    seen: dict[str, str] = {}
+    places: dict[str, str] = {}
     repeated = 0
-    for where, row in found:
-        prompt, own_id = parse(where, row)
-        if prompt.id not in seen:
-            seen[prompt.id] = where
+    for place, row in rows(source):
+        prompt, has_id = parse(place, row)
+        if prompt.id not in places:
+            places[prompt.id] = place
             prompts.append(prompt)
-        elif own_id:
+        elif has_id:
             raise PromptsError(
-                f"{where}: id {prompt.id!r} is taken already by {seen[prompt.id]}; give each prompt its own"
+                f"{place}: id {prompt.id!r} is already used by {places[prompt.id]}; give each prompt its own id"
             )
         else:
             repeated += 1
         if len(prompts) == limit:
             break
     if not prompts:
-        raise PromptsError(f"{source}: no prompts in it; give one JSON object a line with `prompt` or `messages`")
+        raise PromptsError(f"{source}: contains no prompts; give one JSON object per line, with `prompt` or `messages`")
     return PromptSet(prompts, repeated)
 
 
-def rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Each row of a source with where it stands, for messages."""
-    if source.startswith("gym:"):
-        return _gym_rows(source)
+def rows(source: str) -> Rows:
+    """The rows of a source, not parsed yet.
+
+    Raises: PromptsError if no entry of ``SOURCES`` reads it, and while reading.
+    """
+    return _find(source).read(source)
+
+
+def _find(source: str) -> "PromptSource":
+    """The entry of ``SOURCES`` that reads a source."""
+    prefix, colon, _ = source.partition(":")
+    by_prefix = {kind.prefix: kind for kind in SOURCES if kind.prefix}
+    if prefix + colon in by_prefix:
+        return by_prefix[prefix + colon]
     path = Path(source)
-    if not path.is_file():
-        raise PromptsError(f"{source}: no such file; give a .jsonl or .parquet file, or gym:NAME?size=100&seed=1")
-    if path.suffix in (".jsonl", ".json", ".ndjson"):
-        return _jsonl_rows(path)
-    if path.suffix == ".parquet":
-        return _parquet_rows(path)
-    raise PromptsError(f"{source}: neither .jsonl nor .parquet; convert it, or rename it if it is JSON lines")
+    if path.is_file():
+        by_suffix = {suffix: kind for kind in SOURCES for suffix in kind.suffixes}
+        if path.suffix in by_suffix:
+            return by_suffix[path.suffix]
+        found = f"unknown file type {path.suffix!r}" if path.suffix else "a file without a suffix"
+        raise PromptsError(f"{source}: {found}; {did_you_mean(path.suffix, by_suffix)}")
+    if colon and "/" not in prefix:
+        raise PromptsError(f"{source}: no such file or kind of source; {did_you_mean(prefix + colon, by_prefix)}")
+    raise PromptsError(f"{source}: no such file; give {', '.join(kind.example for kind in SOURCES)}")
 
 
-def _jsonl_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _jsonl_rows(source: str) -> Rows:
+    path = Path(source)
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
-            where = f"{path}:{number}"
+            place = f"{path}:{number}"
             try:
                 row = json.loads(line)
             except ValueError as e:  # JSON and UTF-8 errors alike
-                raise PromptsError(f"{where}: not a line of JSON ({e}); repair or remove the line") from None
+                raise PromptsError(f"{place}: not valid JSON ({e}); fix or remove the line") from None
             if not isinstance(row, dict):
-                raise PromptsError(f"{where}: a {type(row).__name__}, expected an object with `prompt` or `messages`")
-            yield where, row
+                raise PromptsError(f"{place}: a {type(row).__name__}, expected an object with `prompt` or `messages`")
+            yield place, row
 
 
-def _parquet_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _parquet_rows(source: str) -> Rows:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    number = 0
+    path, number = Path(source), 0
     try:
         for batch in pq.ParquetFile(path).iter_batches():
             for row in batch.to_pylist():
                 yield f"{path} row {number}", row
                 number += 1
     except (pa.ArrowInvalid, OSError) as e:
-        raise PromptsError(f"{path}: not a whole Parquet file, from row {number} on ({e}); make it again") from None
+        raise PromptsError(
+            f"{path}: damaged Parquet file, unreadable from row {number} on ({e}); write it again"
+        ) from None
 
 
-def _gym_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _gym_rows(source: str) -> Rows:
     try:
         import reasoning_gym
     except ImportError:
@@ -130,7 +148,7 @@ def _gym_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
         dataset = reasoning_gym.create_dataset(name, **{"seed": 0} | options)
     except (ValueError, TypeError, AssertionError) as e:
         raise PromptsError(f"{source}: reasoning-gym refuses it: {_nearest_task(name, str(e))}") from None
-    # An entry is a function of (task, its options, seed, position), so its place makes a stable id.
+    # (task, options, seed, position) determines an entry, so they make a stable id.
     seed, others = dataset.seed, {k: v for k, v in sorted(options.items()) if k not in ("seed", "size")}
     prefix = name + (f"[{json.dumps(others, sort_keys=True)}]" if others else "") + f":{seed}"
     for i, entry in enumerate(dataset):
@@ -140,6 +158,29 @@ def _gym_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
             f"{source} entry {i}",
             row | {"answer": gold, "gym": json.loads(json.dumps(entry["metadata"], default=str))},
         )
+
+
+@dataclass(frozen=True, slots=True)
+class PromptSource:
+    """One kind of source, known by the suffix of its files or by a prefix.
+
+    Attributes:
+        read: called with the source; yields each row with its place, such as "p.jsonl:3", for messages. Raises
+            PromptsError.
+        example: how to write such a source, for messages.
+    """
+
+    read: Callable[[str], Rows]
+    example: str
+    suffixes: tuple[str, ...] = ()
+    prefix: str | None = None
+
+
+SOURCES = (
+    PromptSource(_jsonl_rows, "FILE.jsonl", suffixes=(".jsonl", ".json", ".ndjson")),
+    PromptSource(_parquet_rows, "FILE.parquet", suffixes=(".parquet",)),
+    PromptSource(_gym_rows, "gym:NAME?size=100&seed=1", prefix="gym:"),
+)
 
 
 def _nearest_task(name: str, reason: str) -> str:
@@ -153,32 +194,34 @@ def _nearest_task(name: str, reason: str) -> str:
     return f"no task {name!r}" + (f"; did you mean {near[0]!r}?" if near else "")
 
 
-def parse(where: str, row: dict[str, Any]) -> tuple[Prompt, bool]:
-    """The prompt of a row, and whether it had an id of its own.
+def parse(place: str, row: dict[str, Any]) -> tuple[Prompt, bool]:
+    """The prompt of a row, and whether the row has an id.
 
+    Args:
+        place: of the row in its source, for messages.
     Raises: PromptsError.
     """
     text, messages = row.pop("prompt", None), row.pop("messages", None)
     if (text is None) == (messages is None):
         found = "both `prompt` and" if text is not None else "neither `prompt` nor"
-        raise PromptsError(f"{where}: {found} `messages`; give one of the two")
+        raise PromptsError(f"{place}: {found} `messages`; give exactly one of them")
     content: str | Messages = text if text is not None else messages
     if text is not None and not isinstance(text, str):
-        raise PromptsError(f"{where}: `prompt` is a {type(text).__name__}, expected text")
+        raise PromptsError(f"{place}: `prompt` is a {type(text).__name__}, expected text")
     if messages is not None and not _are_messages(messages):
-        raise PromptsError(f"{where}: `messages` must be a list of objects with `role` and `content`, at least one")
-    if isinstance(content, list):  # Parquet fills fields that a message lacks with null
+        raise PromptsError(f"{place}: `messages` must be a list of objects with `role` and `content`, at least one")
+    if isinstance(content, list):  # Parquet fills missing fields of a message with null
         content = [{k: v for k, v in message.items() if v is not None} for message in content]
     if not content:
-        raise PromptsError(f"{where}: an empty prompt; remove the row")
+        raise PromptsError(f"{place}: the prompt is empty; remove the row")
     given, answer = row.pop("id", None), row.pop("answer", None)
     try:
         identifier = str(given) if given is not None else _digest(content)
-        metadata = json.loads(json.dumps(row, default=str))  # dates, decimals and the like become text
+        metadata = json.loads(json.dumps(row, default=str))  # dates, decimals and such become text
         prompt = Prompt(identifier, content, None if answer is None else _text(answer), metadata)
         json.dumps([identifier, content, prompt.answer, metadata], ensure_ascii=False).encode()
     except (TypeError, UnicodeEncodeError) as e:
-        raise PromptsError(f"{where}: holds what is no text ({e}); remove it") from None
+        raise PromptsError(f"{place}: not valid Unicode, or not a JSON value ({e}); fix or remove the row") from None
     return prompt, given is not None
 
 

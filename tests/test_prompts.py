@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from logitcache import prompts
 from logitcache.errors import PromptsError
-from logitcache.prompts import load
+from logitcache.prompts import PromptSource, load
 
 
 def jsonl(path, *rows) -> str:
@@ -56,17 +57,17 @@ def test_the_limit_stops_before_what_it_leaves_out(tmp_path) -> None:
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{"prompt": "a"}, '{"prompt": '], r"p\.jsonl:2: not a line of JSON"),
+        ([{"prompt": "a"}, '{"prompt": '], r"p\.jsonl:2: not valid JSON"),
         ([{"prompt": "a"}, "[1]"], r"p\.jsonl:2: a list, expected an object"),
         ([{"text": "a"}], r"p\.jsonl:1: neither `prompt` nor `messages`"),
         ([{"prompt": "a", "messages": []}], r"p\.jsonl:1: both"),
         ([{"prompt": 3}], r"p\.jsonl:1: `prompt` is a int, expected text"),
         ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: `messages` must be"),
-        ([{"prompt": ""}], r"p\.jsonl:1: an empty prompt"),
-        (['{"prompt": "half a \\ud83d"}'], r"p\.jsonl:1: holds what is no text"),
-        (['{"prompt": "a", "id": "\\ud83d"}'], r"p\.jsonl:1: holds what is no text"),
-        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], r"p\.jsonl:2: id '1' is taken already by .*p\.jsonl:1"),
-        ([], r"p\.jsonl: no prompts"),
+        ([{"prompt": ""}], r"p\.jsonl:1: the prompt is empty"),
+        (['{"prompt": "half a \\ud83d"}'], r"p\.jsonl:1: not valid Unicode"),
+        (['{"prompt": "a", "id": "\\ud83d"}'], r"p\.jsonl:1: not valid Unicode"),
+        ([{"prompt": "a", "id": 1}, {"prompt": "b", "id": 1}], r"p\.jsonl:2: id '1' is already used by .*p\.jsonl:1"),
+        ([], r"p\.jsonl: contains no prompts"),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, rows, message) -> None:
@@ -78,6 +79,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, rows, message) -> None:
     ("source", "message"),
     [
         ("nowhere.jsonl", "no such file"),
+        ("gim:gsm_symbolic?size=2", "no such file or kind of source; did you mean gym:"),
         ("gym:gsm_simbolic?size=2", "did you mean 'gsm_symbolic'"),
         ("gym:gsm_symbolic?size", "cannot read the options"),
         ("gym:gsm_symbolic?sice=3", "refuses it"),
@@ -96,10 +98,12 @@ def test_a_file_of_another_kind_is_named(tmp_path) -> None:
     with pytest.raises(PromptsError, match="no such file"):
         load(str(tmp_path))
     (tmp_path / "p.csv").write_text("prompt\nhi")
-    with pytest.raises(PromptsError, match=r"neither \.jsonl nor \.parquet"):
+    with pytest.raises(
+        PromptsError, match=r"unknown file type '\.csv'; give one of \.jsonl, \.json, \.ndjson, \.parquet"
+    ):
         load(str(tmp_path / "p.csv"))
     (tmp_path / "p.parquet").write_text("prompt\nhi")
-    with pytest.raises(PromptsError, match="not a whole Parquet file, from row 0 on"):
+    with pytest.raises(PromptsError, match="damaged Parquet file, unreadable from row 0 on"):
         load(str(tmp_path / "p.parquet"))
 
 
@@ -108,3 +112,17 @@ def test_gym_prompts_are_the_same_each_time_and_keep_their_ids_when_the_size_gro
     assert [p.id for p in large][:2] == [p.id for p in small] == ["gsm_symbolic:3:0", "gsm_symbolic:3:1"]
     assert large.prompts[0].digest() == small.prompts[0].digest()
     assert small.prompts[0].answer
+
+
+def test_a_source_is_one_entry_of_the_table(tmp_path, monkeypatch) -> None:
+    def lines(source):
+        with open(source) as file:
+            for number, line in enumerate(file, 1):
+                yield f"{source}:{number}", {"prompt": line.strip()}
+
+    monkeypatch.setattr(prompts, "SOURCES", (*prompts.SOURCES, PromptSource(lines, "FILE.txt", suffixes=(".txt",))))
+    (tmp_path / "p.txt").write_text("one\ntwo\n")
+    assert [p.content for p in load(str(tmp_path / "p.txt"))] == ["one", "two"]
+    (tmp_path / "p.text").write_text("one")
+    with pytest.raises(PromptsError, match=r"unknown file type '\.text'; did you mean \.txt"):
+        load(str(tmp_path / "p.text"))

@@ -1,1 +1,1 @@
-"""The cache on disk: schema, manifest, shards, reading, writing and verification. FORMAT.md is the contract."""
+"""The cache on disk: schema, manifest, shards, reading, writing and verification. FORMAT.md specifies the format."""

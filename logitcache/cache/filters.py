@@ -1,15 +1,15 @@
-"""``--where``: which traces, said of their plain columns. No block is decoded, and nothing is evaluated as code.
+"""Filters: conditions on the plain columns of traces. Rows are not decoded, and nothing is evaluated as code.
 
     clause { and clause }       clause = [not] NAME [OP VALUE]       OP = one of  = != < <= > >=
 
-    correct                     the verdict; `not correct` is a verdict of wrong
-    tokens, rows, sample_index  numbers: tokens of the trace, its top-k rows, which completion of its prompt
-    prompt, opening, reasoning, closing, answer     numbers: tokens of that section
-    finish_reason, prompt_id, trace_id, gold        text; gold is the prompt's gold answer
-    meta.NAME, meta.NAME.NAME   what the prompt's other columns hold, as deep as they go
+    correct                     the verdict is correct; `not correct`: the verdict is incorrect
+    tokens, rows, sample_index  numbers: tokens of the trace, its top-k rows, which completion of its prompt it is
+    prompt, opening, reasoning, closing, answer     numbers: tokens of that span
+    finish_reason, prompt_id, trace_id, gold        text; gold: the prompt's gold answer
+    meta.NAME, meta.NAME.NAME   the prompt's other columns, nested objects by dotted names
 
-A trace that lacks a value is kept by no clause on it, negated or not; `NAME=none` and `NAME!=none` ask just for that.
-A value with spaces, or one such as none that is meant as text, stands in quotes.
+A trace without a value does not meet a clause on it, negated or not; `NAME=none` and `NAME!=none` test for that.
+Quote a value with spaces, and a word such as none that is meant as text.
 """
 
 import difflib
@@ -30,7 +30,7 @@ from logitcache.sections import SPANS
 
 # N traces of a shard.
 
-_OPERATORS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {  # Arrow's name, and ours
+_OPERATORS: dict[str, tuple[str, Callable[[Any, Any], bool]]] = {  # Arrow's name, and Python's function
     "=": ("equal", operator.eq),
     "!=": ("not_equal", operator.ne),
     "<": ("less", operator.lt),
@@ -52,11 +52,11 @@ _NOTHING = object()  # null is a value
 
 @dataclass(frozen=True, slots=True)
 class Clause:
-    """One condition; ``op`` None asks for the truth of a value."""
+    """One condition. Without ``op``: the value itself is true."""
 
     name: str
     op: str | None = None
-    value: str | float | bool | None = None  # None asks whether there is a value
+    value: str | float | bool | None = None  # None: no value
     negated: bool = False
 
     def __str__(self) -> str:
@@ -64,13 +64,13 @@ class Clause:
 
     @property
     def path(self) -> str | None:
-        """Where in the metadata; None for a column."""
+        """The dotted name in the metadata; None for a column."""
         return self.name.removeprefix("meta.") if self.name.startswith("meta.") else None
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """Clauses that a trace must meet, all of them."""
+    """Clauses that a trace must all meet."""
 
     clauses: tuple[Clause, ...]
 
@@ -78,8 +78,8 @@ class Filter:
         return " and ".join(map(str, self.clauses))
 
     @property
-    def asks_verdict(self) -> bool:
-        """Whether it keeps traces that have a verdict, and no others."""
+    def needs_verdicts(self) -> bool:
+        """Whether only traces with a verdict can meet it."""
         return any(c.name == "correct" and (c.op, c.value) != ("=", None) for c in self.clauses)
 
     @property
@@ -88,13 +88,14 @@ class Filter:
 
     @classmethod
     def parse(cls, text: str) -> "Filter":
-        """Raises: InputError for what is no clause, an unknown name with the nearest one, a value of another kind."""
+        """Raises: InputError for a syntax error, for an unknown name with the nearest known one, and for a value of the
+        wrong type."""
         clauses, place, text = [], 0, text.strip()
         while True:
             match = _CLAUSE.match(text, place)
             if not match or match["name"] in ("and", "not", "or"):
                 raise InputError(
-                    f"`where` {text!r}: no condition at {text[place:]!r}; write some such as correct, not correct, "
+                    f"`where` {text!r}: no condition at {text[place:]!r}; write conditions such as correct, not correct, "
                     "finish_reason=stop, tokens<=4096 or meta.level>=3, joined by `and`"
                 )
             clauses.append(_clause(text, match))
@@ -102,15 +103,13 @@ class Filter:
             if not rest:
                 return cls(tuple(clauses))
             if not re.match(r"and(\s|\Z)", rest):
-                raise InputError(
-                    f"`where` {text!r}: `and` joins conditions, {rest!r} does not; quote a value with spaces"
-                )
+                raise InputError(f"`where` {text!r}: expected `and`, found {rest!r}; quote values with spaces")
             place = len(text) - len(rest[3:].lstrip())
 
     def keeps(self, batch: pa.RecordBatch) -> np.ndarray:
-        """bool [N], for a shard's batch or any other with its plain columns.
+        """Which traces of a batch with a shard's plain columns meet it: bool [N].
 
-        Raises: InputError where metadata is compared that has no order, or no truth.
+        Raises: InputError for a comparison that the metadata of a trace does not support.
         """
         return self._keeps(batch, _metadata(batch) if self._paths else [])
 
@@ -123,9 +122,9 @@ class Filter:
         return kept
 
     def select(self, batches: Iterable[pa.RecordBatch]) -> list[np.ndarray]:
-        """``keeps`` of each of all batches of a cache.
+        """``keeps`` for each batch of a cache.
 
-        Raises: as ``keeps``, and for a metadata name that no trace has, with the nearest.
+        Raises: as ``keeps``, and InputError for a metadata name that no trace has, with the nearest known one.
         """
         masks, wanted, there = [], self._paths, set()
         for batch in batches:
@@ -147,13 +146,13 @@ def _clause(text: str, match: re.Match[str]) -> Clause:
         raise InputError(f"{where} is unknown; " + _nearest(name, _ALL, "there are"))
     if op is None:
         if name != "correct" and not name.startswith("meta."):
-            raise InputError(f"{where} says nothing by itself; compare it, as in {name}{_example(name)}")
+            raise InputError(f"{where} is not a condition; compare it, as in {name}{_example(name)}")
         return Clause(name, negated=negated)
     op, literal = "=" if op == "==" else op, _literal(value)
     if op in ("=", "!=") and literal is None:
         return Clause(name, op, None, negated)
     if name in _NUMBERS and (isinstance(literal, str | bool) or literal is None):
-        raise InputError(f"{where} is a number, {value} is none")
+        raise InputError(f"{where} is a number, {value} is not")
     if name == "correct" and (op not in ("=", "!=") or not isinstance(literal, bool)):
         raise InputError(f"{where} is true, false or none; write correct, not correct or correct=none")
     if name in _TEXTS:
@@ -161,7 +160,7 @@ def _clause(text: str, match: re.Match[str]) -> Clause:
             raise InputError(f"{where} is text and has no order; compare it with = or !=")
         literal = _unquoted(value)
     if op not in ("=", "!=") and (isinstance(literal, str | bool) or literal is None):
-        raise InputError(f"{where} is ordered by numbers, {value} is none")
+        raise InputError(f"{where} can only be ordered by numbers, {value} is not one")
     return Clause(name, op, literal, negated)
 
 
@@ -182,7 +181,7 @@ def _literal(value: str) -> str | float | bool | None:
 
 
 def _shown(value: str | float | bool | None) -> str:
-    """As ``parse`` reads it back."""
+    """A value as ``parse`` reads it."""
     if isinstance(value, str):
         plain = isinstance(_literal(value or "''"), str) and re.fullmatch(r"""[^\s<>=!"']+""", value)
         return value if plain else f'"{value}"' if '"' not in value else f"'{value}'"
@@ -209,7 +208,7 @@ def _on_column(clause: Clause, batch: pa.RecordBatch) -> Any:
 
 
 def _column(name: str, batch: pa.RecordBatch) -> Any:
-    """Arrow array [N] of what a name means."""
+    """The values of a name, Arrow array [N]."""
     if name == "correct" or name == "sample_index":
         return batch.column(name)
     if name in _TEXTS:
@@ -229,7 +228,7 @@ def _metadata(batch: pa.RecordBatch) -> list[dict[str, Any]]:
 
 
 def _dig(metadata: dict[str, Any], path: str, nothing: Any = None) -> Any:
-    """What stands at a dotted path; ``nothing`` where nothing does."""
+    """The value at a dotted path, or ``nothing``."""
     if path in metadata:
         return metadata[path]
     name, _, rest = path.partition(".")
@@ -248,17 +247,21 @@ def _on_metadata(clause: Clause, metadata: list[dict[str, Any]]) -> Any:
 def _holds(clause: Clause, found: Any) -> bool:
     if clause.op is None:
         if not isinstance(found, bool):
-            raise InputError(f"`where` {clause}: it is {found!r} in a trace; compare it, as in {clause.name}=...")
+            raise InputError(
+                f"`where` {clause}: {found!r} in a trace is not true or false; compare it, as in {clause.name}=..."
+            )
         return found
     compare, wanted = _OPERATORS[clause.op][1], clause.value
     if isinstance(wanted, float):
         try:
-            # An integer stays one: it may be too large for a float, and compares with any.
+            # An integer stays an integer: it may be too large for a float, and compares with floats.
             found = None if isinstance(found, bool) else found if isinstance(found, int) else float(found)
         except (TypeError, ValueError):
             found = None
         if found is None and clause.op not in ("=", "!="):
-            raise InputError(f"`where` {clause}: a trace holds what is no number there; compare it with = or !=")
+            raise InputError(
+                f"`where` {clause}: a trace has a value there that is not a number; compare it with = or !="
+            )
     elif isinstance(wanted, str):
         found = found if isinstance(found, str) else json.dumps(found)
     elif not isinstance(found, bool):

@@ -1,4 +1,4 @@
-"""What makes two caches comparable, written once beside the shards and held against every later run."""
+"""The manifest of a cache: its identity, written once and compared with that of every later run."""
 
 from dataclasses import asdict, fields
 from datetime import UTC, datetime
@@ -14,7 +14,7 @@ FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
 
 
-# The options that set a field: the way out of a refusal.
+# Field of an identity -> the options that set it, for messages.
 _SETTINGS = {
     "sampling": "`temperature`, `max_tokens`, `seed` or `sampling`",
     "engine_args": "`engine_args` or `template_args`",
@@ -29,14 +29,14 @@ _SETTINGS |= {
 
 
 def read(cache: Path) -> Identity:
-    """The identity of the cache in the directory ``cache``.
+    """Reads the identity of the cache in the directory ``cache``.
 
     Raises: NotACacheError, FormatVersionError, ShardCorruptError.
     """
     path = cache / FILE_NAME
     if not path.is_file():
         what = "no such directory" if not cache.exists() else f"no {FILE_NAME} in it"
-        raise NotACacheError(f"{cache} is not a cache: {what}; make one with `logitcache generate ... --out {cache}`")
+        raise NotACacheError(f"{cache} is not a cache: {what}; create one with `logitcache generate ... --out {cache}`")
     found = read_json(path)
     if found.get("format") != FORMAT_VERSION:
         raise FormatVersionError(
@@ -44,14 +44,16 @@ def read(cache: Path) -> Identity:
             f"{FORMAT_VERSION}; upgrade with `pip install -U logitcache`"
         )
     if unknown := set(found["identity"]) - {f.name for f in fields(Identity)}:
-        raise FormatVersionError(f"{path}: written by a newer logitcache, by its {', '.join(sorted(unknown))}; upgrade")
+        raise FormatVersionError(
+            f"{path}: written by a newer logitcache (fields {', '.join(sorted(unknown))}); upgrade"
+        )
     return Identity(**found["identity"])
 
 
 def match(cache: Path, identity: Identity) -> Identity | None:
-    """The identity that the cache was made with, held against this one; None for a directory that is yet to become one.
+    """Compares the identity of an existing cache with ``identity`` and returns it; None if there is no cache yet.
 
-    Raises: IdentityError naming the first field that differs, NotACacheError for a directory of other things.
+    Raises: IdentityError naming the first field that differs, NotACacheError for a directory with other files.
     """
     foreign = taken(cache, left_behind)
     if (cache / FILE_NAME).exists():
@@ -59,36 +61,36 @@ def match(cache: Path, identity: Identity) -> Identity | None:
         refuse_difference(cache, found, identity)
         return found
     if foreign:
-        raise NotACacheError(f"{cache} exists and is not a cache; give `out` an empty or a new directory")
+        raise NotACacheError(f"{cache} exists and is not a cache; give `out` an empty or new directory")
     return None
 
 
 def create_or_match(cache: Path, identity: Identity) -> Identity:
-    """Makes ``cache`` a cache of ``identity``, or holds it against the one that stands there, and returns that.
+    """Creates a cache of ``identity``, or compares it with an existing cache; returns the identity on disk.
 
     Raises: as ``match``.
     """
     if found := match(cache, identity):
         return found
-    with exclusive(cache / LOCK, str(cache), wait=True):  # several workers may come to this together
+    with exclusive(cache / LOCK, str(cache), wait=True):  # several workers may do this at once
         if not match(cache, identity):
             write(cache, identity)
     return read(cache)
 
 
 def write(cache: Path, identity: Identity) -> None:
-    """Publishes the manifest of a cache that has none."""
+    """Writes the manifest of a new cache."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {"format": FORMAT_VERSION, "created": created, "logitcache": logitcache.__version__}
     publish_json(cache / FILE_NAME, facts | {"identity": asdict(identity)})
 
 
 def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
-    """Raises: IdentityError naming the field, both values and the way out."""
+    """Raises: IdentityError naming the first field that differs, both values and the way out."""
     if difference := first_difference(asdict(found), as_json(asdict(wanted))):
         name, there, here = difference
         option = _SETTINGS.get(name.partition(".")[0])
-        undo = f"set {option} as it was" if option else "go back to what it was made with"
+        undo = f"use the same {option}" if option else "use what it was made with"
         if name == "derived":
             raise IdentityError(
                 f"{cache} holds traces {', '.join(there) or 'as generated'}, this run would add traces "

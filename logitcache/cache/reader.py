@@ -1,9 +1,8 @@
-"""A cache on disk: open, index, random access."""
+"""Opens a cache on disk: indexes, random access to traces, columns."""
 
 import hashlib
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,30 +11,31 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.cache import manifest, schema, shard
+from logitcache.cache.info import CacheInfo
+from logitcache.cache.options import CachePath
 from logitcache.cache.shard import Shard, ShardIndex
 from logitcache.identity import Identity
-from logitcache.sections import SPANS, Sections
+from logitcache.sections import Sections
 from logitcache.trace import Trace
 
 _MAPPED = 256  # shards mapped at once
 
 
 class Cache:
-    """Traces in shard order, read-only; safe to pickle into worker processes.
+    """Traces in shard order, read-only; can be pickled into worker processes.
 
-    Every shard's bytes are held against their checksum when this process first touches them: damage raises, and never
-    becomes numbers.
+    A shard's checksum is verified when this process first reads it: damage raises ShardCorruptError.
     """
 
     def __init__(self, path: Path, identity: Identity, shards: list[ShardIndex]) -> None:
         self.path, self.identity, self.shards = path, identity, shards
-        self._starts = np.cumsum([0, *(s.rows for s in shards)])
+        self._starts = np.cumsum([0, *(s.trace_count for s in shards)])
         self._mapped: OrderedDict[int, Shard] = OrderedDict()
         self._checked: set[int] = set()
 
     @classmethod
     def open(cls, path: str | Path) -> "Cache":
-        """Opens the cache in the directory ``path``, reading its indexes only.
+        """Opens the cache in the directory ``path``; reads only its manifest and indexes.
 
         Raises: NotACacheError, FormatVersionError, ShardCorruptError.
         """
@@ -44,11 +44,11 @@ class Cache:
         return cls(path, identity, [shard.read_index(p) for p in sorted((path / shard.DIRECTORY).glob("unit-*.json"))])
 
     def __len__(self) -> int:
-        """Traces."""
+        """Number of traces."""
         return int(self._starts[-1])
 
     def __getitem__(self, i: int) -> Trace:
-        """Trace ``i``; decodes that trace and no other.
+        """Decodes trace ``i``, and no other.
 
         Raises: IndexError, ShardCorruptError.
         """
@@ -64,7 +64,7 @@ class Cache:
         return number, i - int(self._starts[number])
 
     def tokens(self, i: int) -> tuple[np.ndarray, Sections]:
-        """int32 [L] and the sections of trace ``i``; decodes no block."""
+        """Token ids, int32 [L], and sections of trace ``i``, without decoding its rows."""
         number, row = self._place(i)
         batch = self.shard(number).batch
         token_ids = batch.column("token_ids")[row].values.to_numpy()
@@ -88,18 +88,20 @@ class Cache:
 
     @cached_property
     def traces_digest(self) -> str:
-        """Hash of which traces it holds, in whatever order and shards."""
+        """Hash of the set of traces, whatever their order and shards."""
         return hashlib.blake2b("\n".join(sorted(self.trace_ids)).encode(), digest_size=16).hexdigest()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A plain column of all traces, in order, without decoding a block."""
+        """A plain column of all traces, in order, without decoding rows."""
         return pa.chunked_array(
             [self.shard(i).batch.column(name) for i in range(len(self.shards))], type=schema.SCHEMA.field(name).type
         )
 
     def shard(self, number: int) -> Shard:
-        """Shard ``number`` of ``shards``, mapped; its bytes are checked on the first touch, and not again when it was let
-        go meanwhile: a shard takes 0.3 MB with its frequency table, of which no more than a few hundred are kept."""
+        """Shard ``number`` of ``shards``, mapped into memory; its checksum is verified the first time.
+
+        A mapped shard takes 0.3 MB with its frequency table; at most 256 stay mapped.
+        """
         if number not in self._mapped:
             directory, index = self.path / shard.DIRECTORY, self.shards[number]
             self._mapped[number] = shard.read(directory, index, checked=number in self._checked)
@@ -110,30 +112,17 @@ class Cache:
         return self._mapped[number]
 
     def __getstate__(self) -> dict[str, Any]:
-        # A mapping does not survive pickling; it is made again on touch.
+        # Mappings cannot be pickled; they are made again when needed.
         return self.__dict__ | {"_mapped": OrderedDict(), "_checked": set()}
 
-    def info(self) -> dict[str, Any]:
+    def info(self) -> CacheInfo:
         """Identity, counts and sizes, from the indexes alone."""
-        totals = {
-            name: sum(getattr(s, name) for s in self.shards)
-            for name in ("bytes", "taught_rows", "entries", "block_bytes", "tail_mass")
-        }
-        rows = totals["taught_rows"] or 1
-        tokens = {name: sum(s.section_tokens[name] for s in self.shards) for name in SPANS}
-        return {
-            "path": str(self.path),
-            "identity": asdict(self.identity),
-            "shards": len(self.shards),
-            "traces": len(self),
-            "prompts": len(set(self.prompt_ids)),
-            "tokens": int(self.lengths.sum()),
-            "section_tokens": tokens,
-            "taught_rows": totals["taught_rows"],
-            "bytes": totals["bytes"],
-            "bytes_per_token": totals["bytes"] / rows,
-            "block_bytes_per_token": totals["block_bytes"] / rows,
-            "mean_support": totals["entries"] / rows,
-            "mean_tail_mass": totals["tail_mass"] / rows,
-            "verdicts": {name: sum(s.verdicts[name] for s in self.shards) for name in ("correct", "incorrect")},
-        }
+        return CacheInfo.of(self.path, self.identity, self.shards)
+
+
+def info(cache: CachePath) -> CacheInfo:
+    """What the cache in the directory ``cache`` contains.
+
+    Raises: as ``Cache.open``.
+    """
+    return Cache.open(cache).info()

@@ -1,4 +1,4 @@
-"""The on-disk contract: the columns of a shard, and a trace in memory. FORMAT.md says it for other readers."""
+"""The columns of a shard, and conversion between its rows and traces. FORMAT.md specifies them."""
 
 import json
 from typing import Any
@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 
 
 def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
-    """One row of a shard, its rows already encoded as ``block``."""
+    """A trace as one record of a shard; ``block``: its rows, encoded."""
     bounds = trace.sections.bounds()
     return {
         "trace_id": trace.trace_id,
@@ -54,9 +54,9 @@ def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
 
 
 def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) -> Trace:
-    """The trace at ``row`` of a shard; decodes its block, with the shard's table, and no other.
+    """The trace in record ``row`` of a shard; decodes that record's rows with the shard's frequency table.
 
-    Raises: ShardCorruptError if the block is not what an encoder wrote.
+    Raises: ShardCorruptError for a damaged block.
     """
 
     def cell(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""One shard: an Arrow IPC file of traces and, published after it, the JSON that describes it."""
+"""A shard: an Arrow IPC file of traces, and its index, a JSON file written after it."""
 
 import base64
 import hashlib
@@ -23,51 +23,66 @@ from logitcache.trace import Trace
 
 DIRECTORY = "shards"
 TABLE_KEY = b"logitcache.table"  # in the Arrow schema's metadata
-_TABLE_ROWS = 4096  # a table takes up to 36 KB of its shard and saves about 16 bytes a row
+_TABLE_ROWS = 4096  # rows from which on a shard has a table: it takes up to 36 KB and saves about 16 bytes per row
+
+
+# Fields of an index that have another name in its file.
+_ON_DISK = {"trace_count": "rows", "row_count": "taught_rows"}
 
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """What a reader knows of a shard without touching it. A shard exists once its index does."""
+    """What a reader knows of a shard without reading it. A shard counts once its index exists."""
 
     name: str
-    rows: int  # traces
+    trace_count: int
     bytes: int
     sha256: str
     trace_ids: list[str]
     prompt_ids: list[str]
     token_lengths: list[int]
-    taught_rows: int  # top-k rows, one a token that has one
-    entries: int  # kept ids
+    row_count: int  # top-k rows: tokens with the teacher's distribution
+    entries: int  # ids stored in all rows
     block_bytes: int  # of the top-k blocks
     tail_mass: float  # sum over rows
     section_tokens: dict[str, int]
-    verdicts: dict[str, int]  # traces found correct and incorrect
+    verdicts: dict[str, int]  # traces "correct" and "incorrect"
     provenance: dict[str, Any]
 
     @property
     def number(self) -> int:
         return int(self.name.removeprefix("unit-"))
 
+    def to_json(self) -> dict[str, Any]:
+        return {_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, found: dict[str, Any]) -> "ShardIndex":
+        """Raises: ValueError for other fields than those of an index."""
+        names = {_ON_DISK.get(f.name, f.name): f.name for f in fields(cls)}
+        if found.keys() != names.keys():
+            raise ValueError(f"fields {sorted(found)} are not those of a shard index")
+        return cls(**{names[name]: value for name, value in found.items()})
+
 
 @dataclass(frozen=True, slots=True)
 class EncodedTrace:
-    """A trace ready to be written: its record, and the counts that its index adds up."""
+    """A trace ready to be written: its record, and its part of the counts in the index."""
 
     record: dict[str, Any]
-    taught_rows: int
+    row_count: int
     entries: int
     tail_mass: float
 
     @classmethod
     def of(cls, trace: Trace, identity: Identity) -> "EncodedTrace":
-        """Encodes a trace the moment it ends: its rows take about a fifth of what they did."""
+        """Encodes a trace, which makes its rows five times smaller in memory."""
         block = codec.encode(trace.rows, exact=identity.exact, pinned=identity.pin_tokens)
         return cls.counted(to_record(trace, block), trace)
 
     @classmethod
     def counted(cls, record: dict[str, Any], trace: Trace) -> "EncodedTrace":
-        """A trace whose record there is already."""
+        """A trace whose record exists already."""
         tail_mass = float(np.exp(trace.log_tail.astype(np.float64)).sum())
         return cls(record, len(trace.rows), len(trace.ids), tail_mass)
 
@@ -81,7 +96,10 @@ class Shard:
     table: FrequencyTable | None
 
     def trace(self, row: int) -> Trace:
-        """Raises: ShardCorruptError, or FormatVersionError, naming the shard and the trace."""
+        """Decodes the trace in record ``row``.
+
+        Raises: ShardCorruptError or FormatVersionError, naming the shard and the trace.
+        """
         try:
             return from_batch(self.batch, row, self.table)
         except (LogitcacheError, ValueError) as e:
@@ -92,12 +110,12 @@ class Shard:
 def write(
     directory: Path, number: int, traces: list[EncodedTrace], identity: Identity, provenance: dict[str, Any]
 ) -> ShardIndex:
-    """Publishes shard ``number``: the Arrow file first, then its index.
+    """Writes shard ``number``: the Arrow file first, then its index.
 
-    Raises: WriteError where the disk refuses; nothing of the shard is left then.
+    Raises: WriteError; then the shard does not count, since it has no index.
     """
     table = _share_table(traces, identity)
-    # Metadata is text to strict readers of Arrow.
+    # Base64: strict readers of Arrow expect metadata to be text.
     schema = SCHEMA.with_metadata({TABLE_KEY: base64.b64encode(table.to_bytes())} if table else None)
     arrow = pa.Table.from_pylist([t.record for t in traces], schema=schema).combine_chunks()
     buffer = io.BytesIO()
@@ -113,16 +131,16 @@ def write(
 def index_of(
     number: int, data: bytes | memoryview, traces: Sequence[EncodedTrace], provenance: dict[str, Any]
 ) -> ShardIndex:
-    """The index of shard ``number``, whose Arrow file has the bytes ``data``."""
+    """The index of shard ``number`` with the Arrow file ``data``."""
     return ShardIndex(
         name=f"unit-{number:06d}",
-        rows=len(traces),
+        trace_count=len(traces),
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
         trace_ids=[t.record["trace_id"] for t in traces],
         prompt_ids=[t.record["prompt_id"] for t in traces],
         token_lengths=[len(t.record["token_ids"]) for t in traces],
-        taught_rows=sum(t.taught_rows for t in traces),
+        row_count=sum(t.row_count for t in traces),
         entries=sum(t.entries for t in traces),
         block_bytes=sum(len(t.record["topk"]) for t in traces),
         tail_mass=sum(t.tail_mass for t in traces),
@@ -136,24 +154,24 @@ def index_of(
 
 
 def publish_index(directory: Path, index: ShardIndex) -> None:
-    """Makes a shard of an Arrow file that lies there.
+    """Writes the index of an Arrow file that is already in ``directory``.
 
     Raises: WriteError.
     """
-    publish_json(directory / f"{index.name}.json", {"format": FORMAT_VERSION} | asdict(index))
+    publish_json(directory / f"{index.name}.json", {"format": FORMAT_VERSION} | index.to_json())
 
 
 def _share_table(traces: list[EncodedTrace], identity: Identity) -> FrequencyTable | None:
-    """Encodes the blocks of a shard again, with the frequencies of the shard's own ids; loses nothing more.
+    """Encodes the blocks of a shard again, with a table of the frequencies of its own ids, without further loss.
 
-    Measured at k = 64: 116 bytes a row without a table, 104 with one of other prompts, 101 with the shard's own.
+    Measured at k = 64: 116 bytes per row without a table, 104 with a table of other prompts, 101 with the shard's own.
     """
-    if sum(t.taught_rows for t in traces) < _TABLE_ROWS:
+    if sum(t.row_count for t in traces) < _TABLE_ROWS:
         return None
     counts_V = np.zeros(identity.vocab_size, np.int64)
-    for trace in traces:  # one at a time: decoded, a shard of long traces takes gigabytes
+    for trace in traces:  # one trace at a time: a decoded shard of long traces takes gigabytes
         counts_V += np.bincount(codec.decode(trace.record["topk"]).ids, minlength=identity.vocab_size)
-    counts_V[identity.pin_tokens] = 0  # stored apart
+    counts_V[identity.pin_tokens] = 0  # stored separately
     table = build_table(counts_V)
     for trace in traces:
         rows = codec.decode(trace.record["topk"])
@@ -171,25 +189,28 @@ def read_index(path: Path) -> ShardIndex:
     entries = read_json(path)
     if entries.pop("format", None) != FORMAT_VERSION:
         raise FormatVersionError(f"{path}: written by a newer logitcache; upgrade with `pip install -U logitcache`")
-    if set(entries) != {f.name for f in fields(ShardIndex)}:
-        raise ShardCorruptError(f"{path}: fields {sorted(entries)} are not those of a shard index")
-    return ShardIndex(**entries)
+    try:
+        return ShardIndex.from_json(entries)
+    except ValueError as e:
+        raise ShardCorruptError(f"{path}: {e}") from None
 
 
 def read(directory: Path, index: ShardIndex, checked: bool = False) -> Shard:
-    """Maps a shard into memory, after holding all its bytes against the index's checksum.
+    """Maps a shard into memory and verifies its checksum.
 
     Args:
-        checked: they were, by this process.
+        checked: this process has verified it before.
     Raises: ShardCorruptError naming the shard and the way out.
     """
     path = directory / f"{index.name}.arrow"
-    way_out = f"`logitcache verify --repair {directory.parent}` sets it aside; then make its traces again, or copy them"
+    way_out = (
+        f"`logitcache verify --repair {directory.parent}` sets it aside; then generate its traces again, or copy them"
+    )
     try:
-        with pa.memory_map(str(path)) as source:  # the buffer outlives the file: no descriptor stays open
+        with pa.memory_map(str(path)) as source:  # the buffer stays valid after the file is closed
             data = source.read_buffer()
     except FileNotFoundError:
-        raise ShardCorruptError(f"{path} is missing, its index is there; {way_out}") from None
+        raise ShardCorruptError(f"{path} is missing, but its index exists; {way_out}") from None
     if data.size != index.bytes:
         raise ShardCorruptError(f"{path}: {data.size:,} bytes, its index says {index.bytes:,}; {way_out}")
     if not checked and hashlib.sha256(data).hexdigest() != index.sha256:
@@ -197,12 +218,12 @@ def read(directory: Path, index: ShardIndex, checked: bool = False) -> Shard:
     reader = pa.ipc.open_file(pa.BufferReader(data))
     if reader.schema != SCHEMA or reader.num_record_batches != 1:
         raise ShardCorruptError(
-            f"{path}: {reader.num_record_batches} batches of columns {reader.schema.names}, expected one of those of a "
-            f"shard; {way_out}"
+            f"{path}: {reader.num_record_batches} batches of columns {reader.schema.names}, expected one batch of a "
+            f"shard's columns; {way_out}"
         )
     try:
         text = (reader.schema.metadata or {}).get(TABLE_KEY)
         table = FrequencyTable.from_bytes(base64.b64decode(text, validate=True)) if text else None
     except ValueError as e:
-        raise ShardCorruptError(f"{path}: its frequency table is no base64 ({e}); {way_out}") from e
+        raise ShardCorruptError(f"{path}: its frequency table is not base64 ({e}); {way_out}") from e
     return Shard(path, reader.get_batch(0), table)

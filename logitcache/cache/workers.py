@@ -1,4 +1,4 @@
-"""Several processes that fill one cache: who makes which prompts, and nobody twice."""
+"""Several processes that fill one cache, each with its own share of the prompts."""
 
 import hashlib
 import os
@@ -17,7 +17,7 @@ _LOCK = re.compile(re.escape(LOCK) + r"-(\d+)-of-(\d+)")
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """One of ``count`` processes, each with its own share of the prompts and its own unit numbers."""
+    """Worker ``index`` of ``count``, with its own share of the prompts and its own unit numbers."""
 
     index: int = 0
     count: int = 1
@@ -31,15 +31,18 @@ class Worker:
 
     @classmethod
     def parse(cls, text: str) -> "Worker":
-        """``I/N``, I from 0 on."""
+        """Parses I/N, with I from 0.
+
+        Raises: InputError.
+        """
         match = re.fullmatch(r"(\d+)/(\d+)", text)
         if not match:
-            raise InputError(f"`worker` {text!r}: write I/N, such as 0/8 for the first of eight")
+            raise InputError(f"`worker` {text!r}: write I/N, such as 0/8 for the first of 8 workers")
         return cls(int(match[1]), int(match[2]))
 
     @classmethod
     def of_slurm(cls, environment: Mapping[str, str]) -> "Worker | None":
-        """The place of a Slurm job in its array, whatever number that counts from; None outside an array."""
+        """The place of a Slurm job in its array, whatever index the array starts at; None outside an array."""
         try:
             task, count = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
             first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
@@ -49,7 +52,7 @@ class Worker:
         index, rest = divmod(task - first, step)
         if rest or not 0 <= index < count:
             raise InputError(
-                f"SLURM_ARRAY_TASK_ID={task} is no place among {count} tasks from {first} in steps of {step}; "
+                f"SLURM_ARRAY_TASK_ID={task} is not one of {count} tasks from {first} in steps of {step}; "
                 "give `worker` I/N"
             )
         return cls(index, count)
@@ -60,28 +63,28 @@ class Worker:
         return cls.of_slurm(os.environ) or cls()
 
     def owns(self, prompt_id: str) -> bool:
-        """Whether this worker makes the prompt; a matter of its id alone, so that all workers agree."""
+        """Whether the prompt is this worker's. Its id alone decides, so that all workers agree."""
         digest = hashlib.blake2b(prompt_id.encode(), digest_size=8, person=b"worker").digest()
         return int.from_bytes(digest, "little") % self.count == self.index
 
     def number_after(self, number: int) -> int:
-        """The first unit number above ``number`` that is this worker's own."""
+        """This worker's first unit number above ``number``."""
         return number + 1 + (self.index - number - 1) % self.count
 
     @contextmanager
     def alone(self, cache: Path) -> Iterator[None]:
-        """Holds this worker's place for the block.
+        """Locks this worker's place in the cache during the block.
 
-        Raises: CacheBusyError where the same worker runs, or one that shares the prompts out by another count.
+        Raises: CacheBusyError if the same worker is running, or a worker of another count.
         """
         with ExitStack() as stack:
             stack.enter_context(exclusive(cache / f"{LOCK}-{self.index}-of-{self.count}", f"{cache}, worker {self},"))
-            # After its own: of two that start together, one at least sees the other.
+            # After taking the own lock: of two that start at once, at least one sees the other.
             for path in cache.glob(f"{LOCK}-*"):
                 match = _LOCK.fullmatch(path.name)
                 if match and int(match[2]) != self.count and (who := holder(path)):
                     raise CacheBusyError(
-                        f"{cache}: worker {match[1]}/{match[2]} is running ({who}), and worker {self} would make its prompts "
-                        "too; stop all workers before N changes"
+                        f"{cache}: worker {match[1]}/{match[2]} is running ({who}), and worker {self} would generate the same "
+                        "prompts; stop all workers before N changes"
                     )
             yield

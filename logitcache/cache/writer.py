@@ -1,4 +1,4 @@
-"""A new cache made of traces that exist: built beside its place, moved there whole."""
+"""Writes a new cache from existing traces, atomically."""
 
 import contextlib
 import os
@@ -13,12 +13,12 @@ from logitcache.cache import manifest, shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace, ShardIndex
 from logitcache.identity import Identity
-from logitcache.runtime.files import publish, whole_directory
+from logitcache.runtime.files import atomic_directory, publish
 from logitcache.trace import Trace
 
 
 class CacheWriter:
-    """Takes traces, and whole shards of other caches; made by ``new_cache``."""
+    """Adds traces, and whole shards of other caches, to a new cache. ``new_cache`` makes one."""
 
     def __init__(self, directory: Path, identity: Identity, source: str, traces_per_shard: int) -> None:
         self.directory, self.identity, self.traces_per_shard = directory, identity, traces_per_shard
@@ -31,30 +31,30 @@ class CacheWriter:
         self._waiting: list[EncodedTrace] = []
 
     def add(self, trace: Trace) -> None:
-        """One trace more; every ``traces_per_shard`` of them become a shard."""
+        """Adds a trace; every ``traces_per_shard`` traces become a shard."""
         self._waiting.append(EncodedTrace.of(trace, self.identity))
         if len(self._waiting) >= self.traces_per_shard:
             self.flush()
 
     def flush(self) -> None:
-        """What was added becomes a shard, be it a small one."""
+        """Writes the traces added since the last shard as a shard."""
         if self._waiting:
             shard.write(self.directory, self.shards, self._waiting, self.identity, self.provenance)
             self._count(len(self._waiting))
             self._waiting = []
 
-    def take(self, cache: Cache, index: ShardIndex) -> None:
-        """A shard of ``cache`` as it stands, byte for byte, under the next number: linked where one disk holds both."""
+    def copy_shard(self, cache: Cache, index: ShardIndex) -> None:
+        """Adds a shard of ``cache`` byte for byte, under the next number; a hard link where both are on one file system."""
         self.flush()
         name = f"unit-{self.shards:06d}"
         self.directory.mkdir(exist_ok=True)
         source, target = cache.path / shard.DIRECTORY / f"{index.name}.arrow", self.directory / f"{name}.arrow"
         try:
-            os.link(source.resolve(), target)  # a link to a link would dangle
+            os.link(source.resolve(), target)  # resolved: a link to a symbolic link would dangle
         except OSError:  # another file system, or one without links
             publish(target, source.read_bytes())
         shard.publish_index(self.directory, replace(index, name=name))
-        self._count(index.rows)
+        self._count(index.trace_count)
 
     def _count(self, traces: int) -> None:
         self.shards += 1
@@ -63,13 +63,13 @@ class CacheWriter:
 
 @contextlib.contextmanager
 def new_cache(out: Path, identity: Identity, source: str, traces_per_shard: int = 64) -> Iterator[CacheWriter]:
-    """A writer of the cache ``out``, which appears when the block ends without an error, and not before.
+    """A writer of the new cache ``out``, which is written atomically when the block ends without an error.
 
     Args:
-        source: where the traces come from, for people; stands in each index.
-    Raises: NotACacheError where ``out`` holds something already; CacheBusyError where another process makes it.
+        source: where the traces come from, in words, for the provenance in each index.
+    Raises: NotACacheError if ``out`` is not an empty directory; CacheBusyError if another process is writing it.
     """
-    with whole_directory(out) as part:
+    with atomic_directory(out) as part:
         manifest.write(part, identity)
         writer = CacheWriter(part / shard.DIRECTORY, identity, source, traces_per_shard)
         yield writer

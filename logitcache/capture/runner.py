@@ -53,7 +53,7 @@ def fill(task: Task, identity: Identity) -> Summary:
             else:
                 missing[request.trace_id] = None
         if task.options.verifier:
-            summary.unjudged = sum(s.rows for s in shards if not any(s.verdicts.values()))
+            summary.unjudged = sum(s.trace_count for s in shards if not any(s.verdicts.values()))
         if missing:
             number = worker.number_after(max((s.number for s in shards), default=-1))
             _Filling(task, identity, summary, missing, number).run()

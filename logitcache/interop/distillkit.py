@@ -7,7 +7,7 @@ likely ids of a row have their log-probabilities as numbers, the others share a 
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from logitcache.interop.distillkit_layouts import (
     read_settings,
     vector,
 )
+from logitcache.interop.formats import ImportReport
 from logitcache.sections import Sections
 from logitcache.sparse_rows import MASS_SLACK, SparseRows, _log_power_sum, from_topk
 from logitcache.trace import Trace
@@ -39,30 +40,6 @@ UNKNOWN = "unknown"
 _PLAIN = (pa.types.is_string, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating)
 _ALIGNMENT_ROWS = 1000
 _ABOVE_ZERO = 1e-3  # nats: further than rounding lifts a log-probability
-
-
-@dataclass(frozen=True, slots=True)
-class ImportReport:
-    """What came over, and what did not."""
-
-    texts: int
-    tokens: int
-    rows: int
-    kept: int  # ids of a row
-    fitted: int  # ids of a row whose values were a curve: dropped, their mass is in the tail
-    unseen: int  # realised tokens outside the kept ids: their log-probability is unknown, NaN in the cache
-    skipped: int  # texts of one token, which have no rows
-    shards: int
-
-    def text(self, out: Path) -> str:
-        lines = [f"{out}: {self.texts:,} texts, {self.tokens:,} tokens, {self.rows:,} rows of {self.kept} ids"]
-        if self.fitted:
-            lines.append(f"{self.fitted} ids a row stood there as a fitted curve: their mass is in the tail")
-        if self.unseen:
-            lines.append(f"{self.unseen:,} tokens lie outside their row's ids: their log-probability is not known")
-        if self.skipped:
-            lines.append(f"{self.skipped:,} texts of one token have no rows and were left out")
-        return "\n".join(lines)
 
 
 def import_distillkit(
@@ -142,12 +119,13 @@ def import_distillkit(
         if not reader.rows:
             raise InputError(f"{source}: no text of two tokens or more in it")
     return ImportReport(
+        out=out,
         texts=writer.traces,
         tokens=reader.tokens,
         rows=reader.rows,
         kept=layout.exact_k,
         fitted=fitted,
-        unseen=reader.unseen,
+        unknown=reader.unknown,
         skipped=reader.skipped,
         shards=writer.shards,
     )
@@ -160,7 +138,7 @@ class _Reader:
         self.source, self.layout, self.identity, self.tokenizer = source, layout, identity, tokenizer
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
         self.padding = pad if pad is not None and pad != eos else None  # an EOS at the end may well be the text's own
-        self.tokens = self.rows = self.unseen = self.skipped = self.probed = 0
+        self.tokens = self.rows = self.unknown = self.skipped = self.probed = 0
         # Tokens found among the ids of a row: the one before the row's own, its own, the one after.
         self.hits = np.zeros(3, np.int64)
 
@@ -232,7 +210,7 @@ class _Reader:
         logprob_R[known_R] = rows.logprobs.reshape(-1, E)[known_R, rank_R[known_R] - 1]
         self.tokens += len(tokens)
         self.rows += len(rows)
-        self.unseen += int(np.count_nonzero(~known_R))
+        self.unknown += int(np.count_nonzero(~known_R))
         self._align(tokens, ids_RK)
         return Trace(
             trace_id=self.identity.trace_id(name, hashlib.blake2b(tokens.tobytes(), digest_size=16).hexdigest(), 0),

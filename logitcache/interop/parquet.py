@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,8 @@ from logitcache.cache.reader import Cache
 from logitcache.cache.schema import SCHEMA
 from logitcache.cache.shard import Shard
 from logitcache.errors import InputError, WriteError
-from logitcache.runtime.files import whole_directory
+from logitcache.interop.formats import ExportReport
+from logitcache.runtime.files import atomic_directory
 from logitcache.sparse_rows import SparseRows
 
 PLAIN = [field for field in SCHEMA if field.name != "topk"]
@@ -28,19 +29,6 @@ ROWS = [
 ]
 IDENTITY_KEY = "logitcache.identity"  # in the schema's metadata, JSON
 _GROUP_BYTES = 64 << 20  # of a row group before compression: what is in memory at once, besides one trace
-
-
-@dataclass(frozen=True, slots=True)
-class ExportReport:
-    """What was written."""
-
-    files: int
-    traces: int
-    rows: int  # top-k rows
-    bytes: int
-
-    def text(self, out: Path) -> str:
-        return f"{out}: {self.files:,} files, {self.traces:,} traces, {self.rows:,} rows, {self.bytes:,} bytes"
 
 
 def export_parquet(cache: Path, out: Path) -> ExportReport:
@@ -61,14 +49,14 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
     if out.resolve().is_relative_to(cache.resolve()):
         raise InputError(f"{out} lies in the cache {cache}; give `out` a directory outside it")
     size = 0
-    with whole_directory(out) as part:
+    with atomic_directory(out) as part:
         for index in opened.shards:
             source = shard.read(cache / shard.DIRECTORY, index)
             try:
                 size += _write(part / f"{index.name}.parquet", source, schema)
             except OSError as e:
                 raise WriteError(f"{out}: {e.strerror or e}; nothing was written, mend that and run again") from e
-    return ExportReport(len(opened.shards), len(opened), sum(s.taught_rows for s in opened.shards), size)
+    return ExportReport(out, len(opened.shards), len(opened), sum(s.row_count for s in opened.shards), size)
 
 
 def _write(path: Path, source: Shard, schema: pa.Schema) -> int:

@@ -1,1 +1,1 @@
-"""Atomic files, locks and the terminal: what every command stands on."""
+"""Atomic files, locks, the terminal, and the declaration of options."""

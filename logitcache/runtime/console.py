@@ -1,4 +1,4 @@
-"""What a person sees while a long command runs: a bar on a terminal, plain lines elsewhere, nobody else's chatter."""
+"""Output of long commands: a progress bar on a terminal, plain lines elsewhere, output of other libraries in a log."""
 
 import contextlib
 import os
@@ -14,9 +14,9 @@ from typing import Any, TextIO
 
 @contextlib.contextmanager
 def chatter_to(log: Path) -> Iterator[TextIO]:
-    """Sends everything this process and its children print to ``log``; yields the real standard error.
+    """Redirects what this process and its children print to ``log``; yields the real standard error.
 
-    Works on file descriptors, so that C libraries and the engine's processes are caught too.
+    Redirects file descriptors, so that C libraries and the engine's processes are included.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     sys.stdout.flush()
@@ -31,7 +31,7 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
         yield terminal
     finally:
         for stream in (sys.stdout, sys.stderr, terminal):
-            with contextlib.suppress(OSError):  # the log may lie on a disk that is full
+            with contextlib.suppress(OSError):  # the disk of the log may be full
                 stream.flush()
         for descriptor, original in enumerate(kept, 1):
             os.dup2(original, descriptor)
@@ -40,7 +40,7 @@ def chatter_to(log: Path) -> Iterator[TextIO]:
 
 
 class Stop:
-    """Ctrl-C and SIGTERM as a flag, ``signal``. A second one, or one while not ``patient``, raises KeyboardInterrupt."""
+    """Records Ctrl-C and SIGTERM in ``signal``. A second signal, or one while not ``patient``, raises KeyboardInterrupt."""
 
     def __init__(self) -> None:
         self.signal: str | None = None
@@ -63,11 +63,11 @@ class Stop:
 
 
 class Progress:
-    """Traces done, tokens a second, time left. A context manager.
+    """Shows traces done, tokens per second and time left. A context manager.
 
     Args:
-        out: where to show it; a terminal gets a bar, anything else a line every ``every`` seconds.
-        total: traces to come.
+        out: a terminal gets a progress bar, anything else a line every ``every`` seconds.
+        total: traces to do.
     """
 
     def __init__(self, out: TextIO, total: int, what: str = "traces", every: float = 10.0) -> None:
@@ -102,7 +102,7 @@ class Progress:
             self._line()
 
     def add(self, done: int, tokens: int) -> None:
-        """Counts ``done`` more traces of together ``tokens`` tokens."""
+        """Counts ``done`` more traces with ``tokens`` tokens in all."""
         self.done += done
         self.tokens += tokens
         if self._bar is not None:
@@ -110,13 +110,13 @@ class Progress:
         self.tick()
 
     def drop(self) -> None:
-        """One less to come."""
+        """Counts one trace less to do."""
         self.total -= 1
         if self._bar is not None:
             self._bar.update(self._task, total=self.total)
 
     def tick(self) -> None:
-        """Shows that the command lives, where there is no bar to do so."""
+        """Prints a line if it is time for one and there is no bar."""
         if self._bar is None and time.monotonic() - self._last >= self.every:
             self._line()
 
@@ -126,11 +126,11 @@ class Progress:
 
     @property
     def speed(self) -> float:
-        """Tokens a second since the start."""
+        """Tokens per second since the start."""
         return self.tokens / max(self.seconds, 1e-9)
 
     def say(self, text: str) -> None:
-        """One line above the bar."""
+        """Prints a line, above the bar if there is one."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

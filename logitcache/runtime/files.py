@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all."""
+"""Files and directories written atomically, and JSON with a checksum."""
 
 import contextlib
 import errno
@@ -13,13 +13,13 @@ from typing import Any
 from logitcache.errors import NotACacheError, ShardCorruptError, WriteError
 from logitcache.runtime.locks import exclusive
 
-LOCK, LOGS = ".lock", "logs"  # in each directory that a command makes
+LOCK, LOGS = ".lock", "logs"  # in every directory that a command writes
 
 
 def publish(path: Path, data: bytes | memoryview) -> None:
-    """Writes ``path`` so that a reader, or a crash, sees all of it or nothing: ``.part``, fsync, rename, fsync.
+    """Writes ``path`` atomically: a ``.part`` file, fsync, rename, fsync of the directory.
 
-    Raises: WriteError where the disk refuses; the part is removed.
+    Raises: WriteError if it cannot be written; the ``.part`` file is removed.
     """
     part = path.with_name(path.name + ".part")
     try:
@@ -33,33 +33,33 @@ def publish(path: Path, data: bytes | memoryview) -> None:
     except OSError as e:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
-        way_out = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "mend that"
+        way_out = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "fix the cause"
         raise WriteError(
-            f"{path}: {e.strerror or e} while writing {len(data):,} bytes; {way_out} and run the same command again"
+            f"{path}: {e.strerror or e} while writing {len(data):,} bytes; {way_out}, then run the same command to resume"
         ) from e
 
 
 def sync_directory(path: Path) -> None:
-    """Makes renames in ``path`` outlive a power cut."""
+    """Makes renames in ``path`` durable."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as e:
-        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # what some network file systems say, and rename all the same
+        if e.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems cannot, and rename anyway
             raise
     finally:
         os.close(descriptor)
 
 
 def publish_json(path: Path, fields: dict[str, Any]) -> None:
-    """Publishes ``fields`` as JSON, one a line; the last line, ``check``, is the SHA-256 of all the lines before it."""
+    """Writes ``fields`` atomically as JSON, one per line; the last field, ``check``, is the SHA-256 of the bytes before it."""
     publish(path, _render(fields))
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads what ``publish_json`` wrote.
 
-    Raises: ShardCorruptError if a byte differs.
+    Raises: ShardCorruptError if it does not match its checksum.
     """
     data = path.read_bytes()
     body = data[: data.rfind(b' "check"')]
@@ -68,8 +68,8 @@ def read_json(path: Path) -> dict[str, Any]:
         del fields["check"]
         return fields
     raise ShardCorruptError(
-        f"{path}: not the bytes that were written, by its checksum; restore it from a copy, "
-        "or have `logitcache verify --repair` set its shard aside"
+        f"{path}: does not match its checksum; restore it from a copy, "
+        "or move its shard aside with `logitcache verify --repair`"
     )
 
 
@@ -86,32 +86,32 @@ def _check(body: bytes) -> bytes:
 
 
 def taken(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bool:
-    """Whether ``path`` is a file, or a directory that holds something that is not the caller's ``own``.
+    """Whether ``path`` is a file, or a directory with an entry for which ``own`` is false.
 
-    Where several processes may begin at once, ask before you look for your own record: what another one publishes
-    meanwhile is then known by it.
+    If several processes may start at once, call this before looking for the record of the directory: then the record
+    that another process publishes meanwhile explains its entries.
     """
     return path.exists() and not (path.is_dir() and all(map(own, path.iterdir())))
 
 
 def left_behind(path: Path) -> bool:
-    """Whether it is what a command leaves that ended before it had a record of its own: a lock, a log, a part."""
+    """Whether a command that ended before it wrote its record leaves such an entry: a lock, a log, a ``.part`` file."""
     return path.name.startswith(LOCK) or path.name == LOGS or path.suffix == ".part"
 
 
 @contextlib.contextmanager
-def whole_directory(out: Path) -> Iterator[Path]:
-    """A place to make the directory ``out`` in, which appears when the block ends without an error, and not before.
+def atomic_directory(out: Path) -> Iterator[Path]:
+    """Writes the directory ``out`` atomically: yields OUT.part, which is renamed when the block ends without an error.
 
-    Raises: NotACacheError where ``out`` holds something; CacheBusyError where another process makes it.
+    Raises: NotACacheError if ``out`` is not an empty directory; CacheBusyError if another process is writing it.
     """
     if taken(out):
-        raise NotACacheError(f"{out} holds something already; give `out` a new directory")
+        raise NotACacheError(f"{out} is not an empty directory; give `out` a new directory")
     place = out.absolute()
     part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")
     with exclusive(lock, str(out)), contextlib.ExitStack() as stack:
         stack.callback(lock.unlink, missing_ok=True)
-        shutil.rmtree(part, ignore_errors=True)  # what a kill left
+        shutil.rmtree(part, ignore_errors=True)  # left from a killed process
         stack.callback(shutil.rmtree, part, ignore_errors=True)
         part.mkdir(parents=True)
         yield part
@@ -119,4 +119,4 @@ def whole_directory(out: Path) -> Iterator[Path]:
             part.rename(place)
             sync_directory(place.parent)
         except OSError as e:
-            raise WriteError(f"{out}: {e.strerror or e}; mend that and run the same command again") from e
+            raise WriteError(f"{out}: {e.strerror or e}; fix the cause, then run the same command again") from e

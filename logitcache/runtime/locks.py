@@ -1,4 +1,4 @@
-"""Advisory locks: one process writes, the others are told which."""
+"""Advisory file locks that tell other processes who holds them."""
 
 import contextlib
 import fcntl
@@ -13,12 +13,12 @@ from logitcache.errors import CacheBusyError, WriteError
 
 @contextlib.contextmanager
 def exclusive(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
-    """Holds an advisory lock on ``path`` for the block; makes the directory it lies in.
+    """Holds an advisory lock on ``path`` during the block; creates its directory.
 
     Args:
-        what: is written by another process, a message says.
-        wait: for the process that holds it.
-    Raises: CacheBusyError if another process holds it, WriteError where no file can be locked there.
+        what: the name of what is locked, for the message of CacheBusyError.
+        wait: wait for the process that holds the lock.
+    Raises: CacheBusyError if another process holds it, WriteError if no file can be locked there.
     """
     with contextlib.ExitStack() as stack:
         while True:
@@ -26,19 +26,19 @@ def exclusive(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 file = stack.enter_context(path.open("a+"))
             except OSError as e:
-                raise WriteError(f"{path.parent}: {e.strerror}; give `out` a directory that can be written to") from e
+                raise WriteError(f"{path.parent}: {e.strerror}; give `out` a writable directory") from e
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 raise CacheBusyError(
-                    f"{what} is written by another process ({_holder(file)}); let it finish or stop it"
+                    f"{what} is being written by another process ({_holder(file)}); wait for it or stop it"
                 ) from None
             except OSError as e:
                 raise WriteError(
-                    f"{path}: cannot be locked ({e.strerror}); give `out` a file system that has locks"
+                    f"{path}: cannot be locked ({e.strerror}); give `out` a directory on a file system with locks"
                 ) from e
             if _is_at(file, path):
-                break  # else its holder removed it meanwhile, and another may lock its successor
+                break  # otherwise its holder removed it, and another process may lock a new file at the path
         file.truncate(0)
         file.write(f"pid {os.getpid()} on {socket.gethostname()}")
         file.flush()
@@ -46,10 +46,10 @@ def exclusive(path: Path, what: str, *, wait: bool = False) -> Iterator[None]:
 
 
 def holder(path: Path) -> str | None:
-    """Who holds the lock on ``path``; None where nobody does. Leaves the file as it is."""
+    """The process that holds the lock on ``path``, None for none. Does not change the file."""
     with contextlib.suppress(FileNotFoundError), path.open() as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: those who look do not see each other
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)  # shared: two that ask at once both succeed
         except BlockingIOError:
             return _holder(file)
     return None

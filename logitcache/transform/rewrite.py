@@ -64,7 +64,7 @@ class Piece:
 
     @property
     def whole(self) -> bool:
-        return len(self.rows) == self.index.rows and self.correct is None
+        return len(self.rows) == self.index.trace_count and self.correct is None
 
     def open(self) -> Shard:
         return shard.read(self.cache / shard.DIRECTORY, self.index)
@@ -88,7 +88,7 @@ def processes(workers: int | None, shards: Sequence[ShardIndex]) -> Iterator[Eac
     """A ``map`` over so many processes; None: as many as the machine has cores and the rows are worth."""
     if workers is not None and workers < 1:
         raise InputError(f"`workers` {workers}: at least 1")
-    worth = 1 + sum(s.taught_rows for s in shards) // _ROWS_A_PROCESS
+    worth = 1 + sum(s.row_count for s in shards) // _ROWS_A_PROCESS
     workers = min(workers or min(os.cpu_count() or 1, worth), len(shards) or 1)
     if workers == 1:
         yield map
@@ -120,13 +120,13 @@ def write(
     """
     whole = [piece for piece in pieces if piece.whole and cut is None]
     for piece, _ in zip(whole, each(_hold, whole), strict=True):
-        writer.take(Cache(piece.cache, writer.identity, [piece.index]), piece.index)
+        writer.copy_shard(Cache(piece.cache, writer.identity, [piece.index]), piece.index)
     rest = [piece for piece in pieces if not piece.whole or cut is not None]
     groups = _groups(rest) if join else [[piece] for piece in rest]
     make = partial(_rewrite, writer=writer, cut=cut)
     made = list(each(make, groups, range(writer.shards, writer.shards + len(groups))))
     writer.shards += len(made)
-    writer.traces += sum(index.rows for index in made)
+    writer.traces += sum(index.trace_count for index in made)
     return [piece.index for piece in whole] + made
 
 
@@ -136,7 +136,7 @@ def _hold(piece: Piece) -> None:
 
 
 def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
-    most = max((piece.index.rows for piece in pieces), default=0)
+    most = max((piece.index.trace_count for piece in pieces), default=0)
     groups: list[list[Piece]] = []
     size = most
     for piece in pieces:
@@ -151,7 +151,7 @@ def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
 def _rewrite(group: Sequence[Piece], number: int, *, writer: CacheWriter, cut: Cut | None) -> ShardIndex:
     """One shard of all traces of a group, one trace at a time."""
     piece, identity = group[0], writer.identity
-    if cut is None and len(group) == 1 and 2 * len(piece.rows) >= piece.index.rows:
+    if cut is None and len(group) == 1 and 2 * len(piece.rows) >= piece.index.trace_count:
         return _copy(piece, number, writer.directory)
     encoded = [trace for piece in group for trace in _encoded(piece, cut, identity)]
     # Fewer traces, of rows as they were, still come from where they came from.

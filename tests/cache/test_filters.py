@@ -105,19 +105,19 @@ def test_a_filter_keeps(batch, text, kept) -> None:
         ("finish_reson=stop", "did you mean finish_reason"),
         ("zzz=1", "there are correct, tokens, .*meta.NAME"),
         ("meta.=3", "meta. is unknown"),
-        ("tokens", "tokens says nothing by itself; compare it, as in tokens<=4096"),
-        ("tokens<=many", "tokens is a number, many is none"),
-        ("tokens<=nan", "tokens is a number, nan is none"),
-        ("tokens<='3'", "tokens is a number, '3' is none"),
+        ("tokens", "tokens is not a condition; compare it, as in tokens<=4096"),
+        ("tokens<=many", "tokens is a number, many is not"),
+        ("tokens<=nan", "tokens is a number, nan is not"),
+        ("tokens<='3'", "tokens is a number, '3' is not"),
         ("tokens=<3", "no condition at"),
         ("correct<3", "correct is true, false or none"),
         ("correct=yes", "correct is true, false or none"),
         ("finish_reason<stop", "text and has no order"),
-        ("meta.level>=high", "ordered by numbers, high is none"),
-        ("correct or tokens<3", "`and` joins conditions, 'or tokens<3' does not"),
+        ("meta.level>=high", "can only be ordered by numbers, high is not one"),
+        ("correct or tokens<3", "expected `and`, found 'or tokens<3'"),
         ("correct and", "no condition at ''"),
         ("and correct", "no condition at 'and correct'"),
-        ("gold=two words", "quote a value with spaces"),
+        ("gold=two words", "quote values with spaces"),
         ("__import__('os').system('true')", "no condition at"),
     ],
 )
@@ -129,8 +129,8 @@ def test_what_is_no_filter_is_refused_with_the_way_out(text, message) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("meta.kind>2", "meta.kind>2: a trace holds what is no number there; compare it with = or !="),
-        ("meta.level", "it is 1 in a trace; compare it"),
+        ("meta.kind>2", "meta.kind>2: a trace has a value there that is not a number; compare it with = or !="),
+        ("meta.level", "1 in a trace is not true or false; compare it"),
     ],
 )
 def test_metadata_that_has_no_order_or_truth_is_refused(batch, text, message) -> None:

@@ -37,12 +37,12 @@ def test_the_same_identity_is_taken_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"top_k": 32}, r"made with top_k = 64, this run has 32; set `top_k` as it was, or give `out` a new directory"),
+        ({"top_k": 32}, r"made with top_k = 64, this run has 32; use the same `top_k`, or give `out` a new directory"),
         (
             {"sampling": {"temperature": 0.6, "max_tokens": 100, "seed": 0}},
             r"sampling.temperature = 1.0, this run has 0.6",
         ),
-        ({"engine": "vllm 1"}, r"engine = 'vllm 0', this run has 'vllm 1'; go back to what it was made with"),
+        ({"engine": "vllm 1"}, r"engine = 'vllm 0', this run has 'vllm 1'; use what it was made with"),
         ({"engine_args": {"quantization": "fp8"}}, r"engine_args.quantization = None, this run has 'fp8'"),
         ({"tokenizer_hash": "u"}, r"tokenizer_hash = 't', this run has 'u'"),
     ],
@@ -57,7 +57,7 @@ def test_a_changed_identity_is_refused_with_field_values_and_way_out(tmp_path: P
 
 def test_a_directory_of_other_things_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("x")
-    with pytest.raises(NotACacheError, match="is not a cache; give `out` an empty or a new directory"):
+    with pytest.raises(NotACacheError, match="is not a cache; give `out` an empty or new directory"):
         manifest.create_or_match(tmp_path, IDENTITY)
     with pytest.raises(NotACacheError, match=r"no manifest\.json in it"):
         manifest.read(tmp_path)

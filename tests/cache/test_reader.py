@@ -86,14 +86,14 @@ def test_many_shards_keep_no_file_open(path) -> None:
 def test_info_adds_up(path) -> None:
     cache = Cache.open(path)
     facts, traces = cache.info(), list(cache)
-    assert facts["traces"] == facts["prompts"] == 9
-    assert facts["tokens"] == sum(facts["section_tokens"].values()) == sum(len(t.token_ids) for t in traces)
-    assert facts["taught_rows"] == sum(len(t.rows) for t in traces)
-    assert facts["bytes"] == sum(p.stat().st_size for p in (path / "shards").glob("*.arrow"))
+    assert facts.traces == facts.prompts == 9
+    assert facts.tokens == sum(facts.section_tokens.values()) == sum(len(t.token_ids) for t in traces)
+    assert facts.rows == sum(len(t.rows) for t in traces)
+    assert facts.bytes == sum(p.stat().st_size for p in (path / "shards").glob("*.arrow"))
     tails = np.concatenate([t.log_tail for t in traces])
     # of the rows before they were rounded: a tail is stored to 0.4%, their mean to less
-    assert facts["mean_tail_mass"] == pytest.approx(float(np.exp(tails).mean()), rel=4e-3)
-    assert facts["mean_support"] == 8 + len(cache.identity.pin_tokens) == 11
+    assert facts.mean_tail_mass == pytest.approx(float(np.exp(tails).mean()), rel=4e-3)
+    assert facts.mean_support == 8 + len(cache.identity.pin_tokens) == 11
 
 
 def test_any_flipped_byte_of_a_shard_or_its_index_is_found(path) -> None:
@@ -118,7 +118,7 @@ def test_a_truncated_or_missing_shard_is_named_with_the_way_out(path) -> None:
     ):
         Cache.open(path)[0]
     file.unlink()
-    with pytest.raises(ShardCorruptError, match="is missing, its index is there"):
+    with pytest.raises(ShardCorruptError, match="is missing, but its index exists"):
         Cache.open(path)[0]
     assert Cache.open(path)[3].prompt_id == "p3", "other shards stay readable"
 
@@ -139,7 +139,7 @@ def test_an_empty_cache_opens(path) -> None:
     cache = Cache.open(path)
     assert len(cache) == 0
     assert list(cache) == []
-    assert cache.info()["traces"] == 0
+    assert cache.info().traces == 0
     assert len(cache.lengths) == 0
 
 

@@ -1,4 +1,3 @@
-import dataclasses
 import hashlib
 import io
 import random
@@ -10,7 +9,7 @@ import pytest
 
 from logitcache.cache import shard
 from logitcache.cache.reader import Cache
-from logitcache.cache.verify import repair, verify
+from logitcache.cache.verify import set_aside_damage, verify
 from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.codec import encode
 from logitcache.errors import CacheError, NotACacheError
@@ -43,7 +42,7 @@ def rewrite(path: Path, number: int, change) -> None:
         writer.write_table(pa.Table.from_pylist(records, schema=shard.SCHEMA))
     data = buffer.getvalue()
     publish(path / "shards" / f"{index.name}.arrow", data)
-    fields = dataclasses.asdict(index) | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    fields = index.to_json() | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     publish_json(path / "shards" / f"{index.name}.json", {"format": 1} | fields)
 
 
@@ -65,7 +64,7 @@ def test_processes_find_what_one_process_finds(path) -> None:
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        (lambda _: {"row_start": 0}, "column topk: .* rows from token 0 on do not end with"),
+        (lambda _: {"row_start": 0}, "column topk: .* rows from token 0 on do not end at token"),
         (lambda _: {"token_rank": [1]}, "column token_rank: 1 values for"),
         (lambda _: {"topk": b"LK"}, "."),
         (lambda t: {"topk": encode(t.rows[:2])}, "column topk: 2 rows"),
@@ -73,9 +72,9 @@ def test_processes_find_what_one_process_finds(path) -> None:
             lambda _: {"sections": {"prompt_end": 3, "reasoning_start": 1, "reasoning_end": 4, "answer_start": 5}},
             "sections are not in order",
         ),
-        (lambda t: {"token_ids": t.token_ids + 40}, "column token_ids: ids from .* the vocabulary has 50"),
-        (lambda t: {"topk": moved_ids(t)}, "column topk: ids from .* the vocabulary has 50"),
-        (lambda _: {"trace_id": "0" * 32}, "its index says trace_ids other than"),
+        (lambda t: {"token_ids": t.token_ids + 40}, "column token_ids: ids from .* the vocabulary size is 50"),
+        (lambda t: {"topk": moved_ids(t)}, "column topk: ids from .* the vocabulary size is 50"),
+        (lambda _: {"trace_id": "0" * 32}, "its index lists other trace_ids"),
     ],
 )
 def test_what_is_wrong_in_itself_is_named_by_shard_trace_and_column(path, change, what) -> None:
@@ -92,7 +91,7 @@ def test_a_trace_that_stands_twice_is_named(path) -> None:
         source = path / "shards" / f"unit-000000{suffix}"
         (path / "shards" / f"unit-000007{suffix}").write_bytes(source.read_bytes())
     problems = verify(path, workers=1)
-    assert {p.what for p in problems} >= {"stands in unit-000000 already"}
+    assert {p.what for p in problems} >= {"is already in unit-000000"}
     assert {p.shard for p in problems} == {"unit-000007"}, "the first of the two is kept"
 
 
@@ -107,10 +106,10 @@ def test_a_repaired_cache_is_filled_up_by_generate(path, options) -> None:
     (path / "shards" / "unit-000002.json").write_text("{}")
     problems = verify(path, workers=1)
     assert {p.shard for p in problems} == {"unit-000001", "unit-000002"}
-    found, moved = repair(path, 1)
-    assert found == problems
-    assert {p.name for p in moved} == {f"unit-00000{i}.{s}" for i in (1, 2) for s in ("arrow", "json")}
-    assert all(p.parent == path / "set-aside" for p in moved)
+    report = set_aside_damage(path, 1)
+    assert report.problems == problems
+    assert {p.name for p in report.moved} == {f"unit-00000{i}.{s}" for i in (1, 2) for s in ("arrow", "json")}
+    assert all(p.parent == path / "set-aside" for p in report.moved)
     assert generate(options).made == 6
     assert sorted(Cache.open(path).trace_ids) == whole
     assert verify(path, workers=1) == []

@@ -94,9 +94,11 @@ def test_those_who_look_at_a_lock_do_not_see_each_other(tmp_path) -> None:
 
 def test_the_same_worker_twice_and_another_count_are_refused_while_one_runs(run, tmp_path) -> None:
     with Worker(1, 3).alone(tmp_path / "c"):
-        with pytest.raises(CacheBusyError, match="worker 1/3, is written by another process"):
+        with pytest.raises(CacheBusyError, match="worker 1/3, is being written by another process"):
             run(Worker(1, 3))
-        with pytest.raises(CacheBusyError, match=r"worker 1/3 is running \(pid \d+ on .*\), and worker 0/2 would make"):
+        with pytest.raises(
+            CacheBusyError, match=r"worker 1/3 is running \(pid \d+ on .*\), and worker 0/2 would generate"
+        ):
             run(Worker(0, 2))
         with pytest.raises(CacheBusyError, match=r"worker 1/3 is running"):
             run(Worker())
@@ -115,7 +117,7 @@ def test_a_slurm_array_names_the_worker(monkeypatch) -> None:
     assert Worker.of_slurm(array | {"SLURM_ARRAY_TASK_STEP": "2"}) == Worker(2, 4)
     assert Worker.of_slurm({"SLURM_ARRAY_TASK_ID": "1", "SLURM_ARRAY_TASK_COUNT": "4"}) == Worker(1, 4)
     assert Worker.of_slurm({}) is None
-    with pytest.raises(InputError, match="SLURM_ARRAY_TASK_ID=9 is no place among 4 tasks"):
+    with pytest.raises(InputError, match="SLURM_ARRAY_TASK_ID=9 is not one of 4 tasks"):
         Worker.of_slurm(array | {"SLURM_ARRAY_TASK_ID": "9"})
     for name, value in array.items():
         monkeypatch.setenv(name, value)

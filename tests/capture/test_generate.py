@@ -306,7 +306,7 @@ def test_answers_are_judged_where_a_verifier_is_given(engine, tmp_path) -> None:
     verdicts = {t.prompt_id: t.correct for t in Cache.open(tmp_path / "c")}
     assert verdicts.pop("no gold") is None
     assert set(verdicts.values()) <= {True, False}
-    assert sum(Cache.open(tmp_path / "c").info()["verdicts"].values()) == 3
+    assert sum(Cache.open(tmp_path / "c").info().verdicts.values()) == 3
     with pytest.raises(InputError, match="exact"):
         options("x.jsonl", tmp_path, verifier="exactly")
 

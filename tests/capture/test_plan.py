@@ -38,8 +38,8 @@ def test_the_job_is_the_sample_many_times_over(cache):
     assert job.disk_bytes.mean == pytest.approx(on_disk / 24 * 2000)
     assert job.shard_bytes == pytest.approx(on_disk / 24 * 64)
     assert job.hours.mean == pytest.approx(tokens * 2000 / (100 * 4) / 3600)
-    assert job.bytes_per_token == pytest.approx(on_disk / cache.info()["taught_rows"])
-    assert job.block_bytes_per_token == pytest.approx(cache.info()["block_bytes_per_token"])
+    assert job.bytes_per_token == pytest.approx(on_disk / cache.info().rows)
+    assert job.block_bytes_per_token == pytest.approx(cache.info().block_bytes_per_row)
     for estimate in (job.tokens_per_trace, job.disk_bytes, job.hours):
         assert 0 < estimate.low < estimate.mean < estimate.high
     assert job == plan(cache, workers=4)

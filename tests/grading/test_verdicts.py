@@ -1,4 +1,4 @@
-"""logitcache.verdicts: what counts as an answer, what counts as right, and that no scorer can harm the command."""
+"""what counts as an answer, what counts as right, and that no scorer can harm the command."""
 
 import random
 import sys
@@ -11,9 +11,9 @@ import pytest
 
 from logitcache import prompts
 from logitcache.errors import InputError
-from logitcache.grading import sandbox as judge_module
-from logitcache.grading import verdicts
-from logitcache.grading.verdicts import check, final_answer, verdict
+from logitcache.grading import formula, sandbox, verdicts
+from logitcache.grading.sandbox import Sandbox, Unscored
+from logitcache.grading.verdicts import Grader, check, verdict
 
 MEGABYTE = 10**6
 
@@ -30,6 +30,26 @@ def test_an_unknown_kind_is_answered_with_the_nearest():
         check("oracle")
 
 
+def test_a_grader_is_one_entry_of_the_table(monkeypatch):
+    def length(answer_text, gold, metadata):
+        if "unit" not in metadata:
+            raise Unscored("no unit")
+        return len(answer_text) == int(gold)
+
+    monkeypatch.setitem(verdicts.GRADERS, "length", Grader("length", length, "no_such_module", "no-such-package"))
+    with pytest.raises(
+        InputError, match=r"`verifier` length needs no-such-package; pip install 'logitcache\[length\]'"
+    ):
+        check("length")
+    with pytest.raises(InputError, match="did you mean length"):
+        check("lenght")
+    assert verdict("length", "abc", "3", {"unit": "letters"}) is True
+    assert verdict("length", "abc", "4", {"unit": "letters"}) is False
+    with pytest.warns(UserWarning, match="no verdict of length: no unit"):
+        assert verdict("length", "abc", "3", {}) is None
+    assert verdicts.unscored == {"length": 1}
+
+
 @pytest.mark.parametrize(("kind", "package"), [("math", "math-verify"), ("gym", "reasoning-gym")])
 def test_a_missing_package_is_named_with_the_way_out(monkeypatch, kind, package):
     check(kind)
@@ -37,26 +57,6 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch, kind, package)
     with pytest.raises(InputError, match=rf"{package}; pip install 'logitcache\[{kind}\]'"):
         check(kind)
     check("exact")
-
-
-@pytest.mark.parametrize(
-    ("text", "final"),
-    [
-        (r"\boxed{1}, no: \boxed{\frac{1}{2}}. <answer>3</answer> The answer is 4", r"\frac{1}{2}"),
-        (r"\boxed{42} and \boxed{4", "42"),
-        (r"a brace { and \} then \boxed{\{1, 2\}}", r"\{1, 2\}"),
-        (r"\boxed{\boxed{7}}", r"\boxed{7}"),
-        ("<answer>1</answer> <Answer>\n1 2\n3 4\n</Answer> #### 5", "1 2\n3 4"),
-        ("<answer>41</answer> then <answer>42", "41"),
-        ("The answer is 1. No, the answer is: 2\nBye", "2"),
-        ("**Final Answer:**\n\n42\n\nBye", "42"),
-        ("3 + 4 = 7\n#### 7", "7"),
-        ("Answers vary.\nSo it is\n  7  \n\n", "7"),
-        (" \n ", ""),
-    ],
-)
-def test_the_final_answer_is_what_marks_it_else_the_last_line(text, final):
-    assert final_answer(text) == final
 
 
 EXACT = [
@@ -219,14 +219,14 @@ def test_an_answer_without_a_gold_answer_is_scored_by_the_entry():
 
 
 def test_a_prompt_of_another_source_has_no_gym_verdict():
-    with pytest.warns(UserWarning, match=r"none of reasoning-gym"):
+    with pytest.warns(UserWarning, match=r"not of reasoning-gym"):
         assert verdict("gym", "42", "42", {"gym": "no entry"}) is None
 
 
 @pytest.mark.slow
 def test_a_scorer_that_takes_any_answer_gives_no_verdict():
     prompt = next(iter(prompts.load("gym:game_of_life_halting?size=1&seed=1")))
-    with pytest.warns(UserWarning, match="takes any answer for right"):
+    with pytest.warns(UserWarning, match="accepts any answer"):
         assert verdict("gym", f"<answer>{prompt.answer}</answer>", prompt.answer, prompt.metadata) is None
 
 
@@ -247,18 +247,18 @@ def test_a_scorer_that_raises_gives_no_verdict_counts_and_warns_once():
     ],
 )
 def test_a_scorer_without_end_is_ended_and_the_next_answer_is_judged(monkeypatch, text):
-    monkeypatch.setattr(judge_module, "_SECONDS", 0.5)
-    judge = judge_module.Judge("math")
-    monkeypatch.setattr(verdicts, "_judge", lambda kind: judge)
-    with pytest.warns(UserWarning, match=r"no verdict of math: no end within 0\.5 s"):
+    monkeypatch.setattr(sandbox, "_SECONDS", 0.5)
+    judge = Sandbox(formula.SANDBOX.scorer)
+    monkeypatch.setattr(formula, "SANDBOX", judge)
+    with pytest.warns(UserWarning, match=r"no verdict of math: no result within 0\.5 s"):
         assert verdict("math", text, "5", {}) is None
     assert verdict("math", r"\boxed{1 + 4}", "5", {}) is True
 
 
 @pytest.mark.slow
 def test_a_judge_that_was_killed_is_replaced(monkeypatch):
-    judge = judge_module.Judge("math")
-    monkeypatch.setattr(verdicts, "_judge", lambda kind: judge)
+    judge = Sandbox(formula.SANDBOX.scorer)
+    monkeypatch.setattr(formula, "SANDBOX", judge)
     assert verdict("math", "1 + 4", "5", {}) is True
     assert judge._process is not None
     judge._process.kill()
@@ -269,9 +269,9 @@ def test_a_judge_that_was_killed_is_replaced(monkeypatch):
 @pytest.mark.slow
 def test_a_forked_process_starts_its_own_judge():
     assert verdict("math", "1 + 4", "5", {}) is True
-    before, verdicts._judge("math")._owner = verdicts._judge("math")._process, 0  # as a fork finds it
+    before, formula.SANDBOX._owner = formula.SANDBOX._process, 0  # as a fork finds it
     assert verdict("math", "1 + 4", "5", {}) is True
-    assert verdicts._judge("math")._process is not before
+    assert formula.SANDBOX._process is not before
 
 
 @pytest.mark.slow

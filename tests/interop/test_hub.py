@@ -1,6 +1,7 @@
 """Push and pull against a stand-in of the hub's file API on the loopback, through the real client."""
 
 import base64
+import functools
 import hashlib
 import json
 import re
@@ -18,11 +19,13 @@ import yaml
 from logitcache.cache import manifest
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACacheError, ShardCorruptError, WriteError
-from logitcache.interop.hub import _reaching, card, pull, push
+from logitcache.interop import hub as module
+from logitcache.interop.hub import PullReport, PushReport, _reaching, card, pull
 from tests import tiny
 
 constants = pytest.importorskip("huggingface_hub.constants")
 TOKEN = "hf_secret"
+push = functools.partial(module.push, workers=1)
 
 
 class Hub(ThreadingHTTPServer):
@@ -165,9 +168,10 @@ def contents(path: Path) -> dict[str, bytes]:
 def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
     (cache.path / ".lock").unlink()
     before = contents(cache.path)
-    assert push(cache.path, "me/traces", token=TOKEN) == f"{hub.url}/datasets/me/traces"
+    assert push(cache.path, "me/traces", token=TOKEN) == PushReport(f"{hub.url}/datasets/me/traces", 24)
     assert hub.private == {"me/traces": True}
-    assert pull("me/traces", tmp_path / "out", token=TOKEN, workers=1) == tmp_path / "out"
+    report = pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    assert report == PullReport(tmp_path / "out", hub.tree("me/traces", "main")[0], 24)
     assert contents(cache.path) == before  # the card was made for the repository alone
     assert contents(tmp_path / "out") == before | {"README.md": card(cache, "me/traces").encode()}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
@@ -190,10 +194,10 @@ def test_only_the_cache_itself_is_pushed(hub, cache) -> None:
 def test_pushing_again_sends_what_changed_and_drops_what_is_gone(hub, cache) -> None:
     push(cache.path, "me/traces", token=TOKEN)
     hub.sent.clear()
-    shutil.copy(cache.path / "shards" / "unit-000000.arrow", cache.path / "shards" / "unit-000005.arrow")
-    shutil.copy(cache.path / "shards" / "unit-000000.json", cache.path / "shards" / "unit-000005.json")
+    shutil.copy(cache.path / "shards" / "unit-000001.arrow", cache.path / "shards" / "unit-000005.arrow")
+    shutil.copy(cache.path / "shards" / "unit-000001.json", cache.path / "shards" / "unit-000005.json")
     index = cache.path / "shards" / "unit-000005.json"
-    text = index.read_text().replace("unit-000000", "unit-000005")
+    text = index.read_text().replace("unit-000001", "unit-000005")
     body = text[: text.rindex(' "check"')]
     index.write_text(f'{body} "check": "{hashlib.sha256(body.encode()).hexdigest()}"\n}}\n')
     for suffix in (".arrow", ".json"):
@@ -207,7 +211,7 @@ def test_pushing_again_sends_what_changed_and_drops_what_is_gone(hub, cache) -> 
 def test_a_revision_is_a_branch_of_its_own(hub, cache, tmp_path) -> None:
     push(cache.path, "me/traces", token=TOKEN)
     (cache.path / "README.md").write_text("mine")
-    assert push(cache.path, "me/traces", token=TOKEN, revision="v2").endswith("/me/traces/tree/v2")
+    assert push(cache.path, "me/traces", token=TOKEN, revision="v2").url.endswith("/me/traces/tree/v2")
     pull("me/traces", tmp_path / "v2", token=TOKEN, revision="v2", workers=1)
     assert (tmp_path / "v2" / "README.md").read_text() == "mine"
     assert hub.tree("me/traces", "main")[1]["README.md"] != b"mine"
@@ -269,8 +273,6 @@ def test_what_was_damaged_on_the_way_is_fetched_again_and_nothing_else(hub, cach
 
 @pytest.mark.slow
 def test_a_shard_that_is_finished_during_a_push_waits_for_the_next(hub, cache, monkeypatch) -> None:
-    from logitcache.interop import hub as module
-
     def late(*_) -> None:
         for suffix in (".arrow", ".json"):
             shutil.copy(cache.path / f"shards/unit-000000{suffix}", cache.path / f"shards/unit-000002{suffix}")
@@ -281,12 +283,12 @@ def test_a_shard_that_is_finished_during_a_push_waits_for_the_next(hub, cache, m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("private", "said"), [(True, "is private; leave out"), (False, "is public; give")])
-def test_a_repository_that_others_see_otherwise_than_asked_is_refused(hub, cache, private, said) -> None:
-    push(cache.path, "me/traces", token=TOKEN, private=private)
+@pytest.mark.parametrize(("public", "message"), [(False, "is private; omit"), (True, "is public; give")])
+def test_a_repository_that_others_see_otherwise_than_asked_is_refused(hub, cache, public, message) -> None:
+    push(cache.path, "me/traces", token=TOKEN, public=public)
     hub.sent.clear()
-    with pytest.raises(InputError, match=f"me/traces {said} `public`"):
-        push(cache.path, "me/traces", token=TOKEN, private=not private)
+    with pytest.raises(InputError, match=f"me/traces {message} `public`"):
+        push(cache.path, "me/traces", token=TOKEN, public=not public)
     assert hub.sent == []
 
 
@@ -295,9 +297,9 @@ def test_a_damaged_manifest_on_the_hub_is_named_by_its_repository(hub, cache, tm
     push(cache.path, "me/traces", token=TOKEN)
     tree = hub.repos["me/traces"]["main"][-1]
     tree["manifest.json"] = tree["manifest.json"][:-1] + b"\xff"
-    with pytest.raises(ShardCorruptError, match="^me/traces/manifest.json: not the bytes"):
+    with pytest.raises(ShardCorruptError, match="^me/traces/manifest.json: does not match its checksum"):
         push(cache.path, "me/traces", token=TOKEN)
-    with pytest.raises(ShardCorruptError, match="^me/traces: manifest.json: not the bytes"):
+    with pytest.raises(ShardCorruptError, match="^me/traces: manifest.json: does not match its checksum"):
         pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
 
 
@@ -308,15 +310,15 @@ def test_a_card_that_is_no_utf8_is_kept_there_and_refused_here(hub, cache) -> No
     push(cache.path, "me/traces", token=TOKEN)
     assert hub.tree("me/traces", "main")[1]["README.md"] == b"\xff mine"
     (cache.path / "README.md").write_bytes(b"\xff here")
-    with pytest.raises(InputError, match="README.md: a card must be UTF-8; save it so"):
+    with pytest.raises(InputError, match="README.md: a dataset card must be UTF-8; convert it"):
         push(cache.path, "me/traces", token=TOKEN)
 
 
 @pytest.mark.parametrize(
     ("error", "kind", "said"),
     [
-        (PermissionError(13, "Permission denied", "/x"), WriteError, "this machine refuses .*; mend that"),
-        (OSError(28, "No space left on device"), WriteError, "this machine refuses .*; free some space"),
+        (PermissionError(13, "Permission denied", "/x"), WriteError, "cannot write to this disk .*; fix the cause"),
+        (OSError(28, "No space left on device"), WriteError, "cannot write to this disk .*; free some space"),
         (json.JSONDecodeError("Expecting value", "<html>", 0), LogitcacheError, "cannot be reached"),
         (ConnectionResetError(104, "Connection reset by peer"), LogitcacheError, "cannot be reached"),
     ],
@@ -380,9 +382,9 @@ def test_what_is_no_cache_and_what_is_there_already_are_refused_before_the_hub_i
     with pytest.raises(NotACacheError):
         push(tmp_path, "me/traces")
     manifest.write(tmp_path, tiny.identity())
-    with pytest.raises(InputError, match="holds no traces yet"):
+    with pytest.raises(InputError, match="has no traces yet"):
         push(tmp_path, "me/traces")
-    with pytest.raises(InputError, match="holds something already"):
+    with pytest.raises(InputError, match="is not an empty directory"):
         pull("me/traces", cache.path)
 
 
@@ -396,7 +398,7 @@ def test_the_card_opens_the_shards_and_says_what_they_are(cache) -> None:
     for said in (
         "me/traces",
         "24 of 12 prompts",
-        f"{info['taught_rows']:,}",
+        f"{info.rows:,}",
         '| tokenizer_hash | `"',
         "temperature 1.0",
     ):

@@ -12,7 +12,7 @@ from logitcache.cache.schema import SCHEMA
 from logitcache.errors import CacheBusyError, InputError, NotACacheError, ShardCorruptError, WriteError
 from logitcache.interop import parquet
 from logitcache.interop.parquet import export_parquet
-from logitcache.runtime.files import whole_directory
+from logitcache.runtime.files import atomic_directory
 from tests import tiny
 
 
@@ -76,7 +76,7 @@ def test_pandas_opens_the_files(cache, tmp_path) -> None:
 def test_a_directory_that_holds_something_is_refused(cache, tmp_path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine").write_text("mine")
-    with pytest.raises(NotACacheError, match="holds something already"):
+    with pytest.raises(NotACacheError, match="is not an empty directory"):
         export_parquet(cache.path, tmp_path / "out")
 
 
@@ -88,7 +88,10 @@ def test_a_place_inside_the_cache_is_refused(cache, tmp_path) -> None:
 
 
 def test_an_export_beside_another_to_the_same_place_is_refused(cache, tmp_path) -> None:
-    with whole_directory(tmp_path / "out"), pytest.raises(CacheBusyError, match="out is written by another process"):
+    with (
+        atomic_directory(tmp_path / "out"),
+        pytest.raises(CacheBusyError, match="out is being written by another process"),
+    ):
         export_parquet(cache.path, tmp_path / "out")
 
 

@@ -24,7 +24,7 @@ def test_a_published_file_is_whole_and_leaves_no_part(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing_and_says_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "a.part").symlink_to("/dev/full")  # a real refusal: No space left on device
-    with pytest.raises(WriteError, match=r"a: No space left on device.*; free some space and run the same command"):
+    with pytest.raises(WriteError, match=r"a: No space left on device.*; free some space, then run the same command"):
         publish(tmp_path / "a", b"x" * 100_000)
     assert list(tmp_path.iterdir()) == []
 
@@ -36,7 +36,7 @@ def test_every_changed_byte_of_a_json_file_is_found(tmp_path: Path) -> None:
     data = path.read_bytes()
     for i in range(len(data)):
         path.write_bytes(data[:i] + bytes([data[i] ^ 0x01]) + data[i + 1 :])
-        with pytest.raises(ShardCorruptError, match=r"m\.json: not the bytes that were written"):
+        with pytest.raises(ShardCorruptError, match=r"m\.json: does not match its checksum"):
             read_json(path)
     path.write_text(json.dumps([1]))
     with pytest.raises(ShardCorruptError):
@@ -53,7 +53,7 @@ def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path:
     assert holder.stdout is not None
     assert holder.stdout.readline() == b"held\n"
     with (
-        pytest.raises(CacheBusyError, match=rf"c is written by another process \(pid {holder.pid} on \S+\)"),
+        pytest.raises(CacheBusyError, match=rf"c is being written by another process \(pid {holder.pid} on \S+\)"),
         exclusive(lock, "c"),
     ):
         pass

@@ -1,0 +1,77 @@
+"""The grader ``math``: answers compared as formulas by math-verify, in a sandbox."""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from logitcache.grading import exact
+from logitcache.grading.exact import LONGEST, gold_answer, is_words
+from logitcache.grading.final_answer import find_final
+from logitcache.grading.sandbox import Sandbox
+
+_TAIL = 2_000  # characters searched where nothing marks a final answer
+
+SANDBOX = Sandbox(f"{__name__}:make_scorer")
+
+
+def grade(answer_text: str, gold: str | None, metadata: dict[str, Any]) -> bool | None:
+    """Right where ``exact.grade`` says so. Otherwise math-verify compares the final answer with the gold answer, plain
+    or LaTeX; of a final answer in prose it compares the last formula or number. Gold answers in words are compared as
+    text only.
+
+    Returns: None without a gold answer.
+    Raises: Unscored.
+    """
+    right = exact.grade(answer_text, gold, metadata)
+    final, marked = find_final(answer_text)
+    if gold is None or right is not False or not final or is_words(gold := gold_answer(gold)):
+        return right
+    return SANDBOX.ask(final=final[:LONGEST], context=(final if marked else answer_text)[-_TAIL:], gold=gold)
+
+
+def make_scorer() -> Callable[..., bool]:
+    """The scorer that the sandbox calls."""
+    import logging
+
+    from math_verify import parse, verify
+    from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
+
+    logging.disable(logging.CRITICAL)
+    # Their timeouts are ours here, and they work in main threads alone. No fallback: texts were compared before.
+    options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
+
+    def boxed(text: str) -> list[Any]:
+        return parse(rf"\boxed{{{_latex(text)}}}", **options)
+
+    def score(final: str, context: str, gold: str) -> bool:
+        if not (wanted := boxed(gold)):
+            raise ValueError(f"math-verify reads no formula in the gold answer {gold[:80]!r}")
+        said = boxed(final) if len(final) <= _TAIL and _balanced(final) else []
+        if _PROSE.search(final):
+            context = _CURRENCY.sub("", context)
+            found = parse(context, [LatexExtractionConfig()], **options)
+            if not found and not re.search(r"[\\^]|sqrt", context):  # 2\sqrt{3} without its dollars is not the number 2
+                found = parse(context, [ExprExtractionConfig()], **options)
+            said += found
+        return any(verify(wanted, one, timeout_seconds=None, raise_on_error=True) for one in said)
+
+    return score
+
+
+_PROSE = re.compile(r"(?<![\\\w])(?!sqrt|sin|cos|tan|log|exp)[^\W\d_]{3,}|\$|\\[(\[]")
+_CURRENCY = re.compile(r"\\\$|\$(?=\d[\d,]*+(?:\.\d+)?+(?!\s*[-+*/^=<>\\$(]|\s?\w\b|\w))")
+
+
+def _latex(text: str) -> str:
+    """Plain notation that math-verify does not read, as LaTeX."""
+    text = re.sub(r"\\?\bsqrt\s*\(([^()]*)\)", r"\\sqrt{\1}", text.strip().strip("$").replace("**", "^"))
+    return re.sub(r"(?<!\\)\bpi\b", r"\\pi", text)
+
+
+def _balanced(text: str) -> bool:
+    depth = 0
+    for bracket in re.findall(r"(?<!\\)[{}]", text):
+        depth += 1 if bracket == "{" else -1
+        if depth < 0:
+            return False
+    return depth == 0

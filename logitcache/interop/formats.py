@@ -1,0 +1,141 @@
+"""Importers (another tool's capture -> a cache) and exporters (a cache -> another format): one entry each of two tables."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Annotated, Any, Protocol
+
+from logitcache.cache.options import CachePath, NewDirectory
+from logitcache.errors import InputError, did_you_mean
+from logitcache.runtime.options import Option
+
+
+@dataclass(frozen=True, slots=True)
+class ImportReport:
+    """What an importer wrote, and what it could not."""
+
+    out: Path
+    texts: int
+    tokens: int
+    rows: int
+    kept: int  # ids per row
+    fitted: int  # ids per row stored as a fitted curve: dropped, their mass is in the tail
+    unknown: int  # tokens outside the ids of their row: their log-probability is NaN in the cache
+    skipped: int  # texts of one token, which have no rows
+    shards: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """What an exporter wrote."""
+
+    out: Path
+    files: int
+    traces: int
+    rows: int  # top-k rows
+    bytes: int
+
+
+class Import(Protocol):
+    """Makes the cache ``out`` of the capture ``source``; the keywords are those of ``import_capture``.
+
+    Raises: InputError for a keyword that has no meaning for this tool's captures.
+    """
+
+    def __call__(
+        self,
+        source: Path,
+        out: Path,
+        *,
+        tokenizer: str,
+        teacher: str,
+        config: Path | None,
+        vocab_size: int | None,
+        exact_part_only: bool,
+    ) -> ImportReport: ...
+
+
+class Export(Protocol):
+    """Writes ``cache`` to the new directory ``out``."""
+
+    def __call__(self, cache: Path, out: Path) -> ExportReport: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Format:
+    """An importer or an exporter, imported when it is used: ``function`` is "module:function"."""
+
+    about: str
+    function: str
+
+    def load(self) -> Any:
+        module, _, name = self.function.partition(":")
+        return getattr(import_module(module), name)
+
+
+IMPORTERS = {  # each function is an Import
+    "distillkit": Format("Parquet captures of arcee-ai/DistillKit", "logitcache.interop.distillkit:import_distillkit")
+}
+EXPORTERS = {  # each function is an Export
+    "parquet": Format("plain Parquet files", "logitcache.interop.parquet:export_parquet"),
+}
+
+
+def import_capture(
+    source: Annotated[
+        Path, Option("A directory of .parquet files, or one of them.", metavar="SOURCE", positional=True)
+    ],
+    out: NewDirectory,
+    *,
+    tokenizer: Annotated[str, Option("The teacher's tokenizer: model folder or hub id.")],
+    tool: Annotated[
+        str, Option(f"The tool that wrote the capture: {', '.join(IMPORTERS)}.", flag="--from")
+    ] = "distillkit",
+    teacher: Annotated[str, Option("Hub id of the teacher, which captures do not record.")] = "unknown",
+    config: Annotated[
+        Path | None,
+        Option("YAML file with the settings of the capture.", default="compression_config.yaml beside the files"),
+    ] = None,
+    vocab_size: Annotated[
+        int | None, Option("Columns of the teacher's logits, padding included.", default="from the settings")
+    ] = None,
+    exact_part_only: Annotated[
+        bool, Option("Fold log-probabilities stored as a fitted curve into the tail, instead of refusing them.")
+    ] = False,
+) -> ImportReport:
+    """Makes a cache of another tool's capture.
+
+    Raises: InputError for an unknown ``tool`` and for a capture that cannot be read; NotACacheError where ``out`` is not
+        empty; WriteError.
+    """
+    run: Import = _find(IMPORTERS, "tool", tool).load()
+    return run(
+        Path(source),  # a script may give text
+        Path(out),
+        tokenizer=tokenizer,
+        teacher=teacher,
+        config=Path(config) if config else None,
+        vocab_size=vocab_size,
+        exact_part_only=exact_part_only,
+    )
+
+
+def export(
+    cache: CachePath,
+    out: NewDirectory,
+    *,
+    format: Annotated[str, Option(f"The format to write: {', '.join(EXPORTERS)}.", flag="--to")] = "parquet",
+) -> ExportReport:
+    """Writes a cache in another format.
+
+    Raises: InputError for an unknown ``format``, else as the exporter: see ``parquet.export_parquet``.
+    """
+    run: Export = _find(EXPORTERS, "format", format).load()
+    return run(Path(cache), Path(out))
+
+
+def _find(formats: Mapping[str, Format], field: str, name: str) -> Format:
+    if name not in formats:
+        raise InputError(f"`{field}` {name!r} is unknown; {did_you_mean(name, formats)}")
+    return formats[name]
