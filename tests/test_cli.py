@@ -52,7 +52,7 @@ GOOD = '{"id": "a", "prompt": "w3 w4"}'
         pytest.param([GOOD], ["--engine-arg", "seed=3"], "use --seed", id="an engine argument of ours"),
         pytest.param([GOOD], ["--sampling", "top_p"], "write KEY=VALUE", id="a setting without a value"),
         pytest.param([GOOD], ["--answer-regex", "("], "not a regular expression", id="a broken pattern"),
-        pytest.param([GOOD], ["--top-p", "2"], "lies in", id="more than all of the mass"),
+        pytest.param([GOOD], ["--top-p", "2"], "must lie in", id="more than all of the mass"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2_with_nothing_written(
@@ -165,12 +165,12 @@ def test_a_cache_is_cut_joined_parted_and_exported(run, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("command", "message"),
     [
-        ("eval CACHE --student S --samples 4", "--samples: it is of answers to --prompts, not of CACHE"),
-        ("eval CACHE --student S --engine-arg a=b", "--engine-arg: it is of answers to --prompts, not of CACHE"),
-        ("eval --student S --prompts p --out o --all", "--all: it is of CACHE, not of answers to --prompts"),
+        ("eval CACHE --student S --samples 4", "--samples has an effect only with --prompts, not with CACHE"),
+        ("eval CACHE --student S --engine-arg a=b", "--engine-arg has an effect only with --prompts, not with CACHE"),
+        ("eval --student S --prompts p --out o --all", "--all has an effect only with CACHE, not with --prompts"),
         (
             "experiment lsp --cache C --student S --out o --by level",
-            "--by: it is of the answers; give --prompts as well",
+            "--by has an effect only on answers; give --prompts too",
         ),
     ],
 )
@@ -200,7 +200,7 @@ def test_help_teaches_and_imports_nothing_heavy() -> None:
     command = str(Path(sys.executable).with_name("logitcache"))
     text = subprocess.run([command, "generate", "--help"], capture_output=True, text=True, check=True).stdout
     assert "Example: logitcache generate" in text
-    assert "[default: off]" in text
+    assert "[default: (off)]" in text
     heavy = (
         "import sys, logitcache.cli; print({'torch', 'vllm', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules))"
     )

@@ -178,7 +178,7 @@ def test_prompts_longer_than_the_teacher_takes_are_skipped_and_listed(engine, tm
 
 def test_a_changed_setting_is_refused_before_the_engine_starts(engine, prompts, tmp_path) -> None:
     generate(options(prompts(3), tmp_path / "c"))
-    with pytest.raises(IdentityError, match=re.escape("top_k = 8, this run has 4; set `top_k` as it was")):
+    with pytest.raises(IdentityError, match=re.escape("top_k = 8, this run has 4; use the same `top_k`")):
         generate(options(prompts(3), tmp_path / "c", top_k=4))
     with pytest.raises(IdentityError, match=re.escape("sampling.temperature = 1.0, this run has 0.5")):
         generate(options(prompts(3), tmp_path / "c", temperature=0.5))
@@ -274,7 +274,7 @@ def test_pinned_tokens_are_named_by_id_or_text(engine, prompts, tmp_path) -> Non
         generate(options(prompts(2), tmp_path / "d", pin_tokens="<thonk>"))
     generate(options(prompts(2), tmp_path / "e", pin_tokens="none"))
     assert Cache.open(tmp_path / "e").identity.pin_tokens == []
-    with pytest.raises(IdentityError, match="`pin_tokens` as it was"):
+    with pytest.raises(IdentityError, match="use the same `pin_tokens`"):
         generate(options(prompts(2), tmp_path / "c"))
 
 

@@ -12,7 +12,9 @@ from logitcache.cache import manifest
 from logitcache.errors import CacheBusyError, ShardCorruptError, WriteError
 from logitcache.runtime.files import publish, publish_json, read_json
 from logitcache.runtime.locks import exclusive
-from logitcache.student.training import run_record
+from logitcache.student.training import run_settings
+from logitcache.student.training.checkpoints import RUN_FILE
+from logitcache.student.training.run_record import RunRecord
 from tests import tiny
 
 
@@ -46,7 +48,7 @@ def test_every_changed_byte_of_a_json_file_is_found(tmp_path: Path) -> None:
 def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     script = (
-        "from logitcache.runtime.files import exclusive; from pathlib import Path\n"
+        "from logitcache.runtime.locks import exclusive; from pathlib import Path\n"
         f"with exclusive(Path({str(lock)!r}), 'c'): print('held', flush=True); input()"
     )
     holder = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
@@ -63,7 +65,7 @@ def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path:
         assert lock.read_text().startswith(f"pid {os.getpid()} on ")
 
 
-RUN = {"status": "running", "seed": 0}
+RUN = RunRecord(status="running", settings={"seed": 0})
 SETTINGS = {"settings": {"model": "m"}, "delimiters": {"open": [1], "close": [2]}}
 RECORDS = {  # of a directory that a command makes: its name, what publishes it, what looks for it, and what that finds
     "cache": (
@@ -79,9 +81,9 @@ RECORDS = {  # of a directory that a command makes: its name, what publishes it,
         SETTINGS["delimiters"],
     ),
     "run": (
-        run_record.RUN_FILE,
-        lambda out: run_record.write(out, RUN),
-        lambda out: run_record.claim(out, {"seed": 0}) or None,
+        RUN_FILE,
+        lambda out: run_settings.write(out, RUN),
+        lambda out: run_settings.claim(out, {"seed": 0}),
         RUN,
     ),
 }
@@ -109,7 +111,7 @@ def test_a_kill_while_the_first_record_is_published_leaves_a_place_to_begin_anew
     tmp_path: Path, name, publishes, look, found
 ) -> None:
     script = (
-        "import os, signal; from pathlib import Path; from logitcache.runtime.files import exclusive, publish\n"
+        "import os, signal; from pathlib import Path; from logitcache.runtime.locks import exclusive, publish\n"
         "Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"out = Path({str(tmp_path)!r})\n"
         f"with exclusive(out / '.lock', 'out'): publish(out / {name!r}, b'1234')"

@@ -68,35 +68,36 @@ def ask(cache, student, **options):
 def test_a_model_is_evaluated_on_the_traces_that_training_holds_out(cache, home):
     found = ask(cache, home / "model")
     held = split(cache.prompt_ids, 0.05)[1]
-    assert found["traces"] == len(held)
-    assert (found["held_out"], found["step"], found["view"], found["dtype"]) == (0.05, None, "full", "fp32")
+    assert found.traces == len(held)
+    assert (found.held_out, found.step, found.view, found.dtype) == (0.05, None, "full", "fp32")
     expected = evaluate(tiny.model(seed=1), TraceDataset(cache, held))
-    assert (found["kl"], found["ece"]) == (expected.kl, expected.ece)
-    json.dumps(found)
+    assert found.found == expected
+    printed = json.loads(json.dumps(found.to_json()))
+    assert (printed["kl"], printed["taught"]) == (expected.kl, ["prompt", "reasoning", "answer"])
 
 
 @pytest.mark.parametrize(("name", "seed", "step"), [("done", 3, None), ("run", 2, 3), ("run/checkpoint-3", 2, 3)])
 def test_a_run_finished_or_not_is_evaluated_on_what_it_held_out(cache, home, name, seed, step):
     found = ask(cache, home / name)
     held = split(cache.prompt_ids, 0.4)[1]
-    assert (found["held_out"], found["step"], found["traces"]) == (0.4, step, len(held))
-    assert found["kl"] == evaluate(tiny.model(seed=seed), TraceDataset(cache, held)).kl
+    assert (found.held_out, found.step, found.traces) == (0.4, step, len(held))
+    assert found.found.kl == evaluate(tiny.model(seed=seed), TraceDataset(cache, held)).kl
 
 
 def test_traces_are_chosen_by_where_and_all_takes_every_one(cache, home):
     every = ask(cache, home / "done", everything=True, where="tokens<=25", sections=("answer",), view="lsp:0.9")
-    assert every["traces"] == sum(cache.lengths <= 25) > 0
-    assert (every["held_out"], every["where"], every["taught"]) == (None, "tokens<=25", ["answer"])
+    assert every.traces == sum(cache.lengths <= 25) > 0
+    assert (every.held_out, every.where, every.sections) == (None, "tokens<=25", ["answer"])
     text = describe_evaluation(every)
-    assert f"on {every['traces']} traces of {cache.path} (all, where tokens<=25); view lsp:0.9 on answer" in text
+    assert f"on {every.traces} traces of {cache.path} (all, where tokens<=25); view lsp:0.9 on answer" in text
     assert "reasoning " not in text.splitlines()[2]
-    assert f"{every['kl']:.4f}" in text
+    assert f"{every.found.kl:.4f}" in text
 
 
 @pytest.mark.parametrize(
     ("message", "error", "options"),
     [
-        ("no held-out trace of a share of 0.05 is tokens>99", StudentError, {"where": "tokens>99"}),
+        ("no held-out trace of a share of 0.05 matches `where` tokens>99", StudentError, {"where": "tokens>99"}),
         ("did you mean tokens", InputError, {"where": "token>99"}),
         ("either `everything` or `held_out`", StudentError, {"everything": True, "held_out": 0.1}),
         ("between 0 and 1", StudentError, {"held_out": 0.0}),
@@ -104,7 +105,7 @@ def test_traces_are_chosen_by_where_and_all_takes_every_one(cache, home):
         ("give at least 1", StudentError, {"tokens_per_batch": 0}),
         ("did you mean 'lsp:0.5'", StudentError, {"view": "lps:0.5"}),
         ("score .*--crop right:0.5", StudentError, {"view": "right:0.5"}),
-        ("is a run that is stopped and has no checkpoint; run its command again", StudentError, {"student": "young"}),
+        ("this run is stopped and has no checkpoint; run its command again", StudentError, {"student": "young"}),
         ("does not exist: give `student`", StudentError, {"student": "nowhere"}),
     ],
 )
@@ -116,7 +117,7 @@ def test_what_cannot_be_evaluated_is_refused_with_the_way_out(cache, home, messa
 
 def test_a_view_that_teaches_nothing_is_refused(home, tmp_path):
     made = [tiny.trace(i, list(range(3, 20)), tiny.bigram()[9:18], row_start=8, prompts=4) for i in range(8)]
-    with pytest.raises(StudentError, match="view full teaches nothing on 2 traces;.*`prompt_logits`"):
+    with pytest.raises(StudentError, match="view full supervises no token of 2 traces;.*`prompt_logits`"):
         ask(tiny.write_cache(tmp_path / "bare", made, shards=1), home / "model", sections=("prompt",), held_out=0.01)
 
 
@@ -133,8 +134,8 @@ def test_a_lora_adapter_is_evaluated_on_its_base(cache, home):
     tiny.tokenizer().save_pretrained(home / "adapter")
     found, base = ask(cache, home / "adapter", everything=True), ask(cache, home / "model", everything=True)
     merged = adapted.merge_and_unload()
-    assert found["kl"] == pytest.approx(evaluate(merged, TraceDataset(cache)).kl, rel=1e-6)
-    assert found["kl"] != pytest.approx(base["kl"], rel=1e-3)
+    assert found.found.kl == pytest.approx(evaluate(merged, TraceDataset(cache)).kl, rel=1e-6)
+    assert found.found.kl != pytest.approx(base.found.kl, rel=1e-3)
 
 
 EVALUATE = """
@@ -142,9 +143,9 @@ import json, sys
 from pathlib import Path
 from logitcache.student.evaluation.evaluate_run import evaluate_run
 from logitcache.student.evaluation.options import EvaluationOptions
-from logitcache.student.training.distributed import leave
+from logitcache.student.training.distributed import end_process_group
 cache, student = sys.argv[1:]
-found = evaluate_run(EvaluationOptions(cache=Path(cache), student=student, everything=True, tokens_per_batch=100))
+found = evaluate_run(EvaluationOptions(cache=Path(cache), student=student, everything=True, tokens_per_batch=100)).to_json()
 del found["seconds"]
 print(json.dumps(found))
 end_process_group()

@@ -64,7 +64,7 @@ def options(home, tmp_path):
     def make(name: str, **changes) -> ExperimentOptions:
         given = {"cache": home / "cache", "student": str(home / "model"), "out": tmp_path / "out", "seeds": 1}
         given |= {"shared": SHARED, "points": (0.5, 1.0) if EXPERIMENTS[name].points else None}
-        return ExperimentOptions(name, **given | changes)
+        return ExperimentOptions(name=name, **given | changes)
 
     return make
 
