@@ -111,7 +111,8 @@ def test_a_kill_while_the_first_record_is_published_leaves_a_place_to_begin_anew
     tmp_path: Path, name, publishes, look, found
 ) -> None:
     script = (
-        "import os, signal; from pathlib import Path; from logitcache.runtime.locks import exclusive, publish\n"
+        "import os, signal; from pathlib import Path; from logitcache.runtime.files import publish\n"
+        "from logitcache.runtime.locks import exclusive\n"
         "Path.rename = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"out = Path({str(tmp_path)!r})\n"
         f"with exclusive(out / '.lock', 'out'): publish(out / {name!r}, b'1234')"
