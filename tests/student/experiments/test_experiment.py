@@ -123,6 +123,7 @@ class Spy:
             file.add(Answer(f"q{i}", 0, cut, correct=right, **told, **counts))
         file.close()
         part = {"ci": [0.2, 0.8], "answer_tokens": 2.0, "total_tokens": 12.0, "ended": 1.0, "prompts": 4, "samples": 1}
+        part |= {"unscored": 0, "no_room": 0}
         shares = {b: (0.5, 8.0) if b == "none" else (0.25, 4.0) for b in budgets}
         found = {b: part | {"accuracy": a, "reasoning_tokens": n} for b, (a, n) in shares.items()}
         publish_json(out / RESULTS, {"budgets": found, "prompts_digest": prompts_digest(load(prompts))})
