@@ -8,7 +8,10 @@ if TYPE_CHECKING:
     from logitcache.student.data.held_out import split
     from logitcache.student.data.views import SupervisedTrace, View
     from logitcache.student.evaluation.compare import compare
-    from logitcache.student.evaluation.evaluate_run import evaluate_run
+    from logitcache.student.evaluation.evaluate_run import StudentEvaluation, evaluate_run
+    from logitcache.student.evaluation.options import EvaluationOptions
+    from logitcache.student.experiments.experiment import ExperimentResult, run_experiment
+    from logitcache.student.experiments.options import ExperimentOptions
     from logitcache.student.model.load import load_student
     from logitcache.student.model.lora import add_lora
     from logitcache.student.model.measures import Evaluation
@@ -25,9 +28,13 @@ __all__ = [
     "DistillConfig",
     "DistillTrainer",
     "Evaluation",
+    "EvaluationOptions",
     "Example",
+    "ExperimentOptions",
+    "ExperimentResult",
     "Mixture",
     "RunRecord",
+    "StudentEvaluation",
     "SupervisedTrace",
     "TraceDataset",
     "TrainOptions",
@@ -39,6 +46,7 @@ __all__ = [
     "evaluate_run",
     "load_student",
     "prune_layers",
+    "run_experiment",
     "split",
     "train",
 ]
@@ -53,7 +61,12 @@ _HOMES = {
     "SupervisedTrace": "data.views",
     "View": "data.views",
     "compare": "evaluation.compare",
+    "StudentEvaluation": "evaluation.evaluate_run",
     "evaluate_run": "evaluation.evaluate_run",
+    "EvaluationOptions": "evaluation.options",
+    "ExperimentResult": "experiments.experiment",
+    "run_experiment": "experiments.experiment",
+    "ExperimentOptions": "experiments.options",
     "load_student": "model.load",
     "add_lora": "model.lora",
     "Evaluation": "model.measures",
@@ -77,4 +90,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return __all__
+    return sorted({*globals(), *__all__})

@@ -40,8 +40,8 @@ def experiment(
         show(describe_estimates(options, estimate(options)))
         return 0
     from logitcache.commands.text_experiments import describe_experiment
-    from logitcache.student.experiments.experiment import run
+    from logitcache.student.experiments.experiment import run_experiment
 
-    result = run(options)
+    result = run_experiment(options)
     show(describe_experiment(result))
     return signal_code(result.signal)

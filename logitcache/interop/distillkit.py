@@ -48,7 +48,7 @@ def import_distillkit(
     *,
     tokenizer: str,
     teacher: str = UNKNOWN,
-    config: Path | None = None,
+    settings: Path | None = None,
     vocab_size: int | None = None,
     exact_part_only: bool = False,
     traces_per_shard: int = 64,
@@ -59,10 +59,10 @@ def import_distillkit(
     is the answer, but for what `labels` mask, where the capture has them: up to their last masked stretch it is the
     prompt. The last row of a text that was cut belongs to a token that is not there, and is dropped, as is the padding
     token that the capture appends to have one more row. Sampling, engine and dtype are not recorded, and stay "unknown".
-    Of a realised token outside the kept ids the log-probability is NaN; outside the capture's k its rank is 0.
+    The log-probability of a sampled token outside the kept ids is NaN; outside the capture's k its rank is 0.
 
     Half-precision values are off by up to 2^-8 of themselves, and their sum with them. So the tail is where the decay of
-    the row puts it, as in ``topk.log_tail``, no further from 1 - sum than that doubt, and the row is normalised. Measured on
+    the row puts it, as in ``sparse_rows.log_tail``, no further from 1 - sum than that doubt, and the row is normalised. Measured on
     a capture of SmolLM2-135M, 16 of its values in bfloat16: KL of the truth against the import 7e-5 on average, 5e-3 at
     worst; of plain 1 - sum 1.1e-4 and 2.2e-2.
 
@@ -70,7 +70,7 @@ def import_distillkit(
         source: a directory of .parquet files, at any depth, or one of them.
         tokenizer: the teacher's, a hub id or a folder.
         teacher: hub id; the capture does not say.
-        config: YAML with the settings of the capture; None looks for compression_config.yaml beside the files.
+        settings: YAML file with the settings of the capture; None looks for compression_config.yaml beside the files.
         vocab_size: columns of the teacher's logits where they are more than the capture's settings say: padding.
         exact_part_only: keep the exact values and fold the fitted ones into the tail, instead of refusing.
     Raises: InputError where the capture cannot be decoded, with the file and row; NotACacheError where ``out`` holds
@@ -80,8 +80,8 @@ def import_distillkit(
     if not files:
         raise InputError(f"{source}: no .parquet files in it; give the directory of a DistillKit capture")
     loaded = _load_tokenizer(tokenizer)
-    settings = read_settings(config or find_settings(files[0], source))
-    layout = read_layout(files[0], settings, vocab_size or len(loaded))
+    facts = read_settings(settings or find_settings(files[0], source))
+    layout = read_layout(files[0], facts, vocab_size or len(loaded))
     if layout.exact_k == 0:
         raise InputError(
             f"{source}: every log-probability is a fitted curve, none is a number; nothing can be imported"
@@ -107,7 +107,7 @@ def import_distillkit(
         answer_regex=None,
         dtype=UNKNOWN,
         engine=f"DistillKit, {UNKNOWN} version",
-        engine_args={"distillkit": settings} if settings else {},
+        engine_args={"distillkit": facts} if facts else {},
         derived=["import --from distillkit" + (" --exact-part-only" if fitted else "")],
     )
     reader = _Reader(source, layout, identity, loaded)

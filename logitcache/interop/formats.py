@@ -50,7 +50,7 @@ class Import(Protocol):
         *,
         tokenizer: str,
         teacher: str,
-        config: Path | None,
+        settings: Path | None,
         vocab_size: int | None,
         exact_part_only: bool,
     ) -> ImportReport: ...
@@ -93,7 +93,7 @@ def import_capture(
         str, Option(f"The tool that wrote the capture: {', '.join(IMPORTERS)}.", flag="--from")
     ] = "distillkit",
     teacher: Annotated[str, Option("Hub id of the teacher, which captures do not record.")] = "unknown",
-    config: Annotated[
+    settings: Annotated[
         Path | None,
         Option("YAML file with the settings of the capture.", default="compression_config.yaml beside the files"),
     ] = None,
@@ -115,7 +115,7 @@ def import_capture(
         Path(out),
         tokenizer=tokenizer,
         teacher=teacher,
-        config=Path(config) if config else None,
+        settings=Path(settings) if settings else None,
         vocab_size=vocab_size,
         exact_part_only=exact_part_only,
     )

@@ -45,7 +45,7 @@ class ExperimentResult:
     files: list[Path]  # of the report
 
 
-def run(
+def run_experiment(
     options: ExperimentOptions, call: Call | None = None, progress: Callable[[str], None] | None = None
 ) -> ExperimentResult:
     """Runs the missing parts of an experiment and writes the report. A failed run does not stop the others.

@@ -184,7 +184,7 @@ def test_a_capture_that_is_off_by_one_is_refused(tmp_path, tokenizer, shift, pla
         ({"d": 129}, "column bytepacked_indices: 11 numbers a row, the capture's settings give 12"),
         ({"exact_dtype": "bfloat16"}, "column compressed_logprobs: 48 numbers a row, the capture's settings give 24"),
         ({"delta_encoding": True}, "no distribution at temperature 1"),
-        ({"exact_dtype": "int8"}, "the settings of its capture lack or mistake 'int8'"),
+        ({"exact_dtype": "int8"}, "the settings of its capture miss 'int8'"),
     ],
 )
 def test_settings_of_another_capture_are_refused(tmp_path, tokenizer, changes, what) -> None:
@@ -198,10 +198,10 @@ def test_settings_that_are_missing_are_asked_for_and_found_in_a_training_run(tmp
     source = write_capture(tmp_path / "s", texts(2))
     settings = yaml.safe_load((source / "compression_config.yaml").read_text())
     (source / "compression_config.yaml").unlink()
-    with pytest.raises(InputError, match="no compression_config.yaml beside it; give `config`"):
+    with pytest.raises(InputError, match="no compression_config.yaml beside it; give `settings`"):
         import_distillkit(source, tmp_path / "c", tokenizer=tokenizer)
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({"teacher": {"kind": "dataset", "logprob_compressor": settings}}))
-    assert import_distillkit(source, tmp_path / "c", tokenizer=tokenizer, config=tmp_path / "run.yaml").texts == 2
+    assert import_distillkit(source, tmp_path / "c", tokenizer=tokenizer, settings=tmp_path / "run.yaml").texts == 2
 
 
 def test_packed_texts_that_nothing_tells_apart_are_refused(tmp_path, tokenizer) -> None:

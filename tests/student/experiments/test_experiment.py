@@ -31,7 +31,7 @@ from logitcache.runtime.files import publish_json
 from logitcache.student.experiments import catalog, report, subcommands
 from logitcache.student.experiments.catalog import EXPERIMENTS, CacheFacts, Variant
 from logitcache.student.experiments.estimate import estimate
-from logitcache.student.experiments.experiment import run
+from logitcache.student.experiments.experiment import run_experiment as run
 from logitcache.student.experiments.options import ExperimentOptions
 from logitcache.student.experiments.plan import plan_experiment
 from logitcache.student.experiments.results import from_csv, relative, spread
