@@ -36,10 +36,9 @@ def run_page(page: Path, home: Path, monkeypatch) -> None:
     monkeypatch.chdir(home)
     known: dict = {}
     for block in blocks(page, "python"):
-        code = block.replace("Qwen/Qwen3-0.6B", str(home / "model")).replace(
-            'report_to="wandb"', "use_cpu=True, max_steps=4"
-        )
-        exec(compile(code.replace("Qwen/Qwen3-32B", "fake"), str(page), "exec"), known)
+        code = block.replace("Qwen/Qwen3-0.6B", str(home / "model")).replace("top_k=16", "top_k=4")
+        code = code.replace('report_to="wandb"', "use_cpu=True, max_steps=4")
+        exec(compile(code.replace('"Qwen/Qwen3-32B"', '"fake", top_k=8'), str(page), "exec"), known)
 
 
 @pytest.mark.slow

@@ -55,11 +55,10 @@ class AccuracyOptions(ModelOptions, Sampling):
         Option(
             "Questions with a gold `answer`, as .jsonl, .parquet or gym:NAME. The student answers them with vLLM, which "
             "needs a whole model: merge a LoRA adapter into its base first.",
-            _ANSWERS,
         ),
     ]
     student: Annotated[str, Option("A finished run, a model folder or a hub id.")]
-    out: Annotated[Path, Option("Directory for the answers: new, or one to resume.", _ANSWERS)]
+    out: Annotated[Path, Option("With --prompts: directory for the answers, new or one to resume.")]
     budgets: Annotated[
         tuple[str, ...],
         Option(
@@ -68,7 +67,7 @@ class AccuracyOptions(ModelOptions, Sampling):
             _ANSWERS,
         ),
     ] = DEFAULT_BUDGETS
-    verifier: Annotated[str, Option("How to grade an answer: math, exact or gym.", _ANSWERS)] = "exact"
+    verifier: Annotated[str, Option("With --prompts: how to grade an answer: math, exact or gym.")] = "exact"
     limit: Annotated[int | None, Option("Use only the first N prompts.", _ANSWERS, default="all")] = None
     samples: Annotated[int, Option("Completions per prompt.", SAMPLING)] = 1
     temperature: Annotated[float, Option("Sampling temperature; 0 is greedy decoding.", SAMPLING)] = 0.0

@@ -62,9 +62,9 @@ def import_distillkit(
     The log-probability of a sampled token outside the kept ids is NaN; outside the capture's k its rank is 0.
 
     Half-precision values are off by up to 2^-8 of themselves, and their sum with them. So the tail is where the decay of
-    the row puts it, as in ``sparse_rows.log_tail``, no further from 1 - sum than that doubt, and the row is normalised. Measured on
-    a capture of SmolLM2-135M, 16 of its values in bfloat16: KL of the truth against the import 7e-5 on average, 5e-3 at
-    worst; of plain 1 - sum 1.1e-4 and 2.2e-2.
+    the row puts it, as in ``sparse_rows.log_tail``, no further from 1 - sum than that doubt, and the row is normalised.
+    Measured on a capture of SmolLM2-135M, 16 of its values in bfloat16: KL of the truth against the import 7e-5 on average,
+    5e-3 at worst; of plain 1 - sum 1.1e-4 and 2.2e-2.
 
     Args:
         source: a directory of .parquet files, at any depth, or one of them.

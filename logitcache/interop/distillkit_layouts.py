@@ -169,7 +169,9 @@ def read_layout(path: Path, settings: dict[str, Any], vocab_size: int) -> Layout
         half = "halffloat" in str(file.schema_arrow.field("top_values").type)
         return Layout(kind, vocab_size, k, k, "float16" if half else "float32", False, 0)
     if not settings:
-        raise InputError(f"{path}: no {CONFIG} beside it; give `settings`, a YAML file with the settings of the capture")
+        raise InputError(
+            f"{path}: no {CONFIG} beside it; give `settings`, a YAML file with the settings of the capture"
+        )
     try:
         if kind == "legacy":
             exact_k = int(settings["exact_k"])

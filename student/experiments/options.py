@@ -25,7 +25,9 @@ class ExperimentOptions:
     seeds: Annotated[int, Option("Runs of each variant.")] = 3
     points: Annotated[
         tuple[float, ...] | None,
-        Option("Shares of the tokens for lsp and first-derivation, such as 0.25,0.5,1.", default="theirs"),
+        Option(
+            "Shares of the tokens for lsp and first-derivation, such as 0.25,0.5,1.", default="each experiment's own"
+        ),
     ] = None
     teacher: Annotated[str | None, Option("For halves: the model that scores the crops.")] = None
     prompts: Annotated[

@@ -12,7 +12,7 @@ import typer.main
 
 from logitcache import cli
 from logitcache.commands.builder import Values, command, parameters
-from logitcache.errors import InputError
+from logitcache.errors import InputError, with_flags
 from logitcache.runtime.options import Option
 from logitcache.sections import Markers
 
@@ -123,7 +123,7 @@ def test_bad_text_is_an_input_error(arguments: list[str], message: str) -> None:
 def test_an_error_shows_the_flags_of_the_command_and_fields_in_python() -> None:
     with pytest.raises(InputError) as caught:
         Ran(Options)("s", "--top-k", "0")
-    assert caught.value.text() == "--top-k 0: must be at least 1; see SOURCE or --exact"
+    assert with_flags(str(caught.value)) == "--top-k 0: must be at least 1; see SOURCE or --exact"
     assert str(caught.value) == "`top_k` 0: must be at least 1; see `source` or `exact`"
 
 
@@ -182,15 +182,56 @@ def test_a_printed_config_run_again_gives_the_same_run(tmp_path, capsys) -> None
         ("source: s\nsource: t\n", r"c\.yaml:2: source is given twice"),
         ("source: s\nexact: 3\n", r"c\.yaml:2: exact: expected true or false, found 3"),
         ("source: s\ntop_k: [1]\n", r"c\.yaml:2: top_k: expected one value, found a list"),
-        ("source: s\ntop_k: true\n", r"c\.yaml:2: top_k: expected int, found True"),
+        ("source: s\ntop_k: true\n", r"c\.yaml:2: top_k: expected a whole number, found true"),
+        ("source: s\ntop_k: 8.5\n", r"c\.yaml:2: top_k: expected a whole number, found 8\.5"),
+        ("source: s\ntemperature: warm\n", r"c\.yaml:2: temperature: expected a number, found 'warm'"),
+        ("source: s\nkind: c\n", r"c\.yaml:2: kind: expected one of a, b, found 'c'"),
+        ("source: s\nnames: [a, [b]]\n", r"c\.yaml:2: names: expected one value, found a list"),
+        ("source: s\ntop_k: 8\ntop-k: 9\n", r"c\.yaml:3: top-k is given twice"),
+        ("source: s\nextra:\n  n: 1\n  n: 2\n", r"c\.yaml:4: n is given twice"),
+        ("source: s\nout: 2024-13-45\n", r"c\.yaml:2: out: month must be in 1\.\.12"),
+        ("source: !!python/name:os.system\n", r"c\.yaml:1: source: could not determine a constructor"),
+        ("? [a]\n: 3\n", r"c\.yaml:1: expected the name of an option"),
+        ("source: s\n---\nsource: t\n", r"c\.yaml:2: not valid YAML"),
         ("- a\n", r"c\.yaml:1: expected options and their values"),
-        ("a: [\n", r"c\.yaml: cannot be read as YAML"),
+        ("a: [\n", r"c\.yaml:2: not valid YAML"),
     ],
 )
 def test_a_broken_config_file_names_its_line(tmp_path, text: str, message: str) -> None:
     (tmp_path / "c.yaml").write_text(text)
     with pytest.raises(InputError, match=message):
         Ran(Options)("--config", str(tmp_path / "c.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("", {}),
+        ("# only a comment\n", {}),
+        ("top_k: '8'\n", {"top_k": 8}),
+        ("top_k: &n 8\nextra: {n: *n}\n", {"top_k": 8, "extra": {"n": 8}}),
+        ("extra: {a: 1e-4, b: '1e-4', c: 'True', d: null, e: yes}\n",
+         {"extra": {"a": 1e-4, "b": "1e-4", "c": "True", "d": None, "e": True}}),
+        ("extra: {day: 2024-05-06}\n", {"extra": {"day": "2024-05-06"}}),
+        ("temperature: 1e-4\n", {"temperature": 1e-4}),
+        ("names: answer\n", {"names": ("answer",)}),
+        ("shares: [0.5, 1]\n", {"shares": (0.5, 1.0)}),
+        ("parts: {a/b: 5e-1}\n", {"parts": {"a/b": 0.5}}),
+        ("out: null\nnames: null\n", {}),
+    ],
+)  # fmt: skip
+def test_what_a_config_file_says_is_what_python_gets(tmp_path, capsys, text: str, wanted: dict) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert Ran(Options)("s", "--config", str(path)) == Options(source="s", **wanted)
+    Ran(Options)("s", "--config", str(path), "--print-config")
+    path.write_text(capsys.readouterr().out)
+    assert Ran(Options)("--config", str(path)) == Options(source="s", **wanted)
+
+
+def test_a_config_file_that_is_not_there_is_named(tmp_path) -> None:
+    with pytest.raises(InputError, match=r"none\.yaml: No such file or directory; give --config a YAML file"):
+        Ran(Options)("s", "--config", str(tmp_path / "none.yaml"))
 
 
 def test_of_two_declarations_one_counts_and_the_others_options_are_refused() -> None:
@@ -216,7 +257,9 @@ def test_of_two_declarations_one_counts_and_the_others_options_are_refused() -> 
     app.main(args=["abc", "--exact"], standalone_mode=False)
     assert made == [Other(source="abc", place=Path("x"), top_k=5), Options(source="abc", top_k=64, exact=True)]
     with pytest.raises(InputError, match="`exact` has no effect with --place"):
-        app.main(args=["abc", "--place", "x", "--no-exact"], standalone_mode=False)
+        app.main(args=["abc", "--place", "x", "--exact"], standalone_mode=False)
+    app.main(args=["abc", "--place", "x", "--no-exact"], standalone_mode=False)
+    assert made[-1] == Other(source="abc", place=Path("x")), "a default has no effect anyway"
 
 
 @pytest.fixture
