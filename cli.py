@@ -14,7 +14,7 @@ import typer.main
 
 import logitcache
 from logitcache.commands import COMMANDS, Entry
-from logitcache.errors import LogitcacheError
+from logitcache.errors import LogitcacheError, with_flags
 
 # What typer raises for options it does not know; it has no public name of its own.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -34,8 +34,18 @@ def load(name: str) -> Any:
     module = importlib.import_module(f"logitcache.commands.{entry.module}")
     own = typer.Typer(add_completion=False, rich_markup_mode="rich")
     attribute = name + "_" * (keyword.iskeyword(name) or name in ("eval", "slice"))
-    own.command(name)(getattr(module, attribute).callback())
+    own.command(name, cls=_Command)(getattr(module, attribute).callback())
     return typer.main.get_command(own)
+
+
+class _Command(typer.core.TyperCommand):
+    """Lists both flags of an option in one column, and no --no-exact where that is the default."""
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        for param in self.params:
+            shown = [] if param.default is False else param.secondary_opts
+            param.opts, param.secondary_opts = [*param.opts, *shown], []
+        super().format_help(ctx, formatter)
 
 
 app = typer.Typer(
@@ -89,7 +99,7 @@ def call() -> int:
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
     except LogitcacheError as e:
-        print(f"logitcache: {e.text()}", file=sys.stderr)
+        print(f"logitcache: {with_flags(str(e))}", file=sys.stderr)
         code = e.exit_code
     except BrokenPipeError:  # the reader has read enough
         code = 1

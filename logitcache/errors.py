@@ -18,6 +18,10 @@ LogitcacheError                 base class; the command line prints the message 
 
 import re
 from collections.abc import Iterable, Mapping
+from contextvars import ContextVar
+
+# By field name: the flags of the command that runs. Empty in Python.
+_FLAGS: ContextVar[Mapping[str, str] | None] = ContextVar("flags", default=None)
 
 
 class LogitcacheError(Exception):
@@ -27,11 +31,6 @@ class LogitcacheError(Exception):
     """
 
     exit_code = 1
-    flags: Mapping[str, str] = {}  # by field name, set by the command that failed
-
-    def text(self) -> str:
-        """The message as the command line shows it, with the command's flags: ``--top-k``."""
-        return with_flags(str(self), self.flags)
 
 
 class InputError(LogitcacheError):
@@ -86,8 +85,14 @@ class TrainingError(LogitcacheError):
     pass
 
 
-def with_flags(text: str, flags: Mapping[str, str]) -> str:
-    """``text`` with flags in place of the field names that stand in backquotes."""
+def use_flags(flags: Mapping[str, str]) -> None:
+    """From now on `with_flags` shows these flags, by field name; {} shows fields."""
+    _FLAGS.set(flags)
+
+
+def with_flags(text: str) -> str:
+    """``text`` with the running command's flags in place of field names in backquotes. In Python it stays as it is."""
+    flags = _FLAGS.get() or {}
     return re.sub(r"`(\w+)`", lambda found: flags.get(found[1], found[0]), text)
 
 

@@ -20,7 +20,7 @@ from typing import Any, Literal
 import typer
 
 from logitcache.commands.config import CONFIG, PRINT_CONFIG, dump, read_config
-from logitcache.errors import InputError, LogitcacheError
+from logitcache.errors import InputError, use_flags
 from logitcache.runtime.options import EVERYDAY, LAST_GROUPS, Option
 
 _REQUIRED: Any = inspect.Parameter.empty
@@ -54,6 +54,8 @@ class Parameter:
     def metavar(self) -> str | None:
         if self.option.metavar or self.kind in _NATIVE or self.origin is Literal:
             return self.option.metavar
+        if self.origin is list:
+            return self.flag if self.option.positional else "TEXT"
         if self.origin is dict:
             return "NAME=NUMBER" if typing.get_args(self.kind)[1] is float else "KEY=VALUE"
         return "A,B,..." if self.origin is tuple else None
@@ -82,9 +84,10 @@ class Parameter:
         return typing.Annotated[kind, option]
 
     def raw_default(self) -> Any:
-        if self.default is _REQUIRED:
-            return _REQUIRED
-        return self.default if self.default is None or self.kind in _NATIVE or self.origin is Literal else None
+        """The default as --help shows it."""
+        if self.default in (_REQUIRED, None) or self.kind in _NATIVE or self.origin is Literal:
+            return self.default
+        return (self.items(self.default) or None) if self.several else self.text(self.default)
 
     def text(self, value: Any) -> str:
         """A value as the command line writes it."""
@@ -125,17 +128,26 @@ class Parameter:
 
         Raises: ValueError naming what was expected.
         """
-        if self.several:
-            return self.items(value if isinstance(value, list | dict) else [value])
-        if isinstance(value, list) and self.origin is tuple:
-            return ",".join(map(str, value))
-        if isinstance(value, list | dict):
-            raise ValueError(f"expected one value, found a {'list' if isinstance(value, list) else 'mapping'}")
-        if isinstance(value, bool) != (self.kind is bool):
-            raise ValueError(
-                f"expected {'true or false' if self.kind is bool else self.raw_kind.__name__}, found {value!r}"
-            )
-        return value if isinstance(value, bool) else str(value)
+        if isinstance(value, dict) and self.origin is dict:
+            return self.items(value)
+        if self.several or self.origin is tuple:
+            items = [_single(item) for item in (value if isinstance(value, list) else [value])]
+            return items if self.several else ",".join(items)
+        if self.kind is bool:
+            if not isinstance(value, bool):
+                raise ValueError(f"expected true or false, found {value!r}")
+            return value
+        text = _single(value)
+        if isinstance(value, bool) and self.kind is not str:
+            raise ValueError(f"expected {_name(self.kind)}, found {text}")
+        if self.kind in (int, float):
+            try:
+                self.kind(text)
+            except ValueError:
+                raise ValueError(f"expected {_name(self.kind)}, found {value!r}") from None
+        if self.origin is Literal and text not in typing.get_args(self.kind):
+            raise ValueError(f"expected one of {', '.join(typing.get_args(self.kind))}, found {value!r}")
+        return text
 
 
 def parameters(declared: Any) -> list[Parameter]:
@@ -190,6 +202,7 @@ class Values:
     """The options of a command that were given, by name."""
 
     given: dict[str, Any]
+    defaults: dict[str, Any]
 
     def make(self, declared: Any) -> Any:
         """Calls a declaration with what was given of its options, and its own defaults for the others.
@@ -203,9 +216,10 @@ class Values:
         return declared(**{p.name: self.given.get(p.name, p.default) for p in wanted})
 
     def refuse(self, names: Iterable[str], why: str) -> None:
-        """Raises: InputError for one of these options if it was given."""
+        """Raises: InputError for one of these options if it was given and is not its default, as in a printed file."""
         for name in sorted(set(names) & self.given.keys()):
-            raise InputError(f"`{name}` {why}")
+            if self.given[name] != self.defaults[name]:
+                raise InputError(f"`{name}` {why}")
 
 
 Handler = Callable[..., int | None]
@@ -241,21 +255,31 @@ class Command:
     def run(self, context: typer.Context) -> int | None:
         """Calls the handler with what the command line and a ``--config`` file say.
 
-        Raises: LogitcacheError with the flags of this command.
+        Raises: LogitcacheError.
         """
         options = self.parameters()
-        try:
-            values = Values({p.name: p.value(context.params[p.name]) for p in options if _is_given(context, p.name)})
-            declared = self._chosen(values, options)
-            if context.params[PRINT_CONFIG]:
-                typer.echo(dump(_settings([*parameters(declared), *self.own()], values)))
-                return 0
-            own = {p.name: values.given.get(p.name, p.default) for p in parameters(self.handler)}
-            extra = {"values": values} if "values" in inspect.signature(self.handler).parameters else {}
-            return self.handler(values.make(declared), **own, **extra)
-        except LogitcacheError as e:
-            e.flags = {p.name: p.flag for p in options}
-            raise
+        use_flags({p.name: p.flag for p in options})
+        given = {p.name: p.value(context.params[p.name]) for p in options if _is_given(context, p.name)}
+        values = Values(given, {p.name: p.default for p in options})
+        declared = self._chosen(values, options)
+        if context.params[PRINT_CONFIG]:
+            typer.echo(dump(self._settings(declared, values)))
+            return 0
+        own = {p.name: given.get(p.name, p.default) for p in parameters(self.handler)}
+        extra = {"values": values} if "values" in inspect.signature(self.handler).parameters else {}
+        return self.handler(values.make(declared), **own, **extra)
+
+    def _settings(self, declared: Any, values: Values) -> dict[str, Any]:
+        """What a printed configuration holds: what was given, and defaults that are not empty.
+
+        Raises: InputError for values that the command would refuse before it runs.
+        """
+        if is_dataclass(declared):  # a function would do its work
+            values.make(declared)
+        defaults = {p.name: p.default for p in (*parameters(declared), *parameters(self.handler))}
+        names = dict.fromkeys(p.name for p in (*parameters(declared), *self.own()))
+        found = {name: values.given.get(name, defaults.get(name)) for name in names}
+        return {name: v for name, v in found.items() if name in values.given or v not in (_REQUIRED, None, {}, [], ())}
 
     def _chosen(self, values: Values, options: list[Parameter]) -> Any:
         """The declaration that counts. Raises: InputError for an option of another one that was given."""
@@ -283,7 +307,7 @@ class Command:
         signature += _config_parameters(options)
         call.__signature__ = inspect.Signature(signature)  # type: ignore[attr-defined]
         call.__annotations__ = {p.name: p.annotation for p in signature}
-        call.__doc__ = "\n\n".join([inspect.getdoc(self.handler) or "", *([self.more()] if self.more else [])])
+        call.__doc__ = _help_text((inspect.getdoc(self.handler) or "") + (f"\n\n{self.more()}" if self.more else ""))
         return call
 
 
@@ -343,20 +367,31 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name in ("COMMANDLINE", "DEFAULT_MAP", "ENVIRONMENT")
 
 
-def _settings(options: list[Parameter], values: Values) -> dict[str, Any]:
-    """What a printed configuration holds: all but empty defaults."""
-    every = {p.name: values.given.get(p.name, p.default) for p in options}
-    return {k: v for k, v in every.items() if v is not _REQUIRED and (k in values.given or v not in (None, {}, [], ()))}
+def _single(value: Any) -> str:
+    """A value of a YAML file as text. Raises: ValueError for a list, a mapping or null."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if value is None or isinstance(value, list | dict):
+        found = "null" if value is None else "a list" if isinstance(value, list) else "a mapping"
+        raise ValueError(f"expected one value, found {found}")
+    return str(value)
+
+
+def _name(kind: Any) -> str:
+    return {int: "a whole number", float: "a number"}.get(kind, "text")
+
+
+_WORDS = {"True": True, "False": False, "None": None}  # as Python writes them
 
 
 def _json_text(value: Any) -> str:
     """What `_pairs` reads back as this value: text stays text unless it would read as JSON."""
-    if isinstance(value, str):
+    if isinstance(value, str) and value not in _WORDS:
         try:
             json.loads(value)
         except ValueError:
             return value
-    return json.dumps(value)
+    return json.dumps(value, default=str)
 
 
 def _pairs(p: Parameter, raw: list[str]) -> dict[str, Any]:
@@ -370,7 +405,7 @@ def _pairs(p: Parameter, raw: list[str]) -> dict[str, Any]:
         try:
             pairs[key] = json.loads(value)
         except ValueError:
-            pairs[key] = {"True": True, "False": False, "None": None}.get(value, value)
+            pairs[key] = _WORDS.get(value, value)
     return pairs
 
 
@@ -388,6 +423,25 @@ def _numbers(p: Parameter, raw: list[str]) -> dict[str, float]:
             raise InputError(f"`{p.name}` {item!r}: {name} is given twice")
         numbers[name] = value
     return numbers
+
+
+def _help_text(text: str) -> str:
+    """A docstring as --help shows it: prose flows, and a long example continues on lines of its own."""
+    shown = []
+    for paragraph in text.split("\n\n"):
+        if paragraph.startswith("Example:"):
+            words = " ".join(paragraph.split()).replace(" --", "\0--").split("\0")
+            lines = [words[0]]
+            for word in words[1:]:
+                if len(lines[-1]) + len(word) > 74:  # within 80 columns, with " \" behind it
+                    lines[-1] += " \\"
+                    lines.append("    " + word)
+                else:
+                    lines[-1] += " " + word
+            shown.append("\n".join(lines))
+        else:
+            shown.append(paragraph if paragraph.startswith("\b") else paragraph.replace("\n", " "))
+    return _escaped("\n\n".join(shown))
 
 
 def _escaped(text: str) -> str:

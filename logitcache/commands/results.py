@@ -8,16 +8,22 @@ from typing import Any
 
 import typer
 
+from logitcache.errors import with_flags
+
 
 def show(text: str) -> None:
-    """Prints a result once, however many processes torchrun started."""
-    if int(os.environ.get("RANK", "0")) == 0:
-        typer.echo(text)
+    """Prints a result with the command's flags, once, however many processes torchrun started."""
+    _print(with_flags(text))
 
 
 def show_json(result: Any) -> None:
-    """Prints a result as one JSON object."""
-    show(json.dumps(asdict(result) if is_dataclass(result) and not isinstance(result, type) else result, indent=1))
+    """Prints a result as one JSON object, with the names of the Python API."""
+    _print(json.dumps(asdict(result) if is_dataclass(result) and not isinstance(result, type) else result, indent=1))
+
+
+def _print(text: str) -> None:
+    if int(os.environ.get("RANK", "0")) == 0:
+        typer.echo(text)
 
 
 def signal_code(name: str | None) -> int:

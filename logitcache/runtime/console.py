@@ -11,6 +11,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
+from logitcache.errors import with_flags
+
 
 @contextlib.contextmanager
 def chatter_to(log: Path) -> Iterator[TextIO]:
@@ -130,7 +132,8 @@ class Progress:
         return self.tokens / max(self.seconds, 1e-9)
 
     def say(self, text: str) -> None:
-        """Prints a line, above the bar if there is one."""
+        """Prints a line, above the bar if there is one, with the flags of the command that runs."""
+        text = with_flags(text)
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:
