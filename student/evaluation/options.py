@@ -42,3 +42,6 @@ class EvaluationOptions:
     ] = tuple(SECTIONS)
     tokens_per_batch: Annotated[int, Option("Tokens per forward pass.", group=_GROUP)] = 4096
     dtype: Annotated[str | None, Option("bf16 or fp32.", group=_GROUP, default="bf16 on CUDA")] = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "cache", Path(self.cache))  # a script may give text

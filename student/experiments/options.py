@@ -44,6 +44,10 @@ class ExperimentOptions:
     # Further fields of AccuracyOptions, such as samples and engine_args.
     answers: dict[str, Any] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("cache", "out"):
+            object.__setattr__(self, name, Path(getattr(self, name)))  # a script may give text
+
     @property
     def held_out(self) -> float:
         return self.shared.get("held_out", 0.05)

@@ -135,6 +135,9 @@ class TrainOptions:
         ),
     ] = field(default_factory=dict)  # fmt: skip
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "out", Path(self.out))  # a script may give text
+
     @property
     def shares(self) -> dict[Path, float | None]:
         """Each cache with its share of the tokens; None where every trace counts once.
