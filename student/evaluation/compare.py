@@ -97,6 +97,7 @@ def compare(
         out: directory for curves.png, which needs matplotlib; None: no plot.
     Raises: StudentError for a directory that is not a run, or if matplotlib is missing; WriteError.
     """
+    runs, out = [Path(run) for run in runs], out and Path(out)  # a script may give text
     if not runs:
         raise StudentError("no runs to compare: give directories that `logitcache train --out` made")
     if out is not None and importlib.util.find_spec("matplotlib") is None:

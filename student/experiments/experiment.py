@@ -36,7 +36,7 @@ SETTINGS = "experiment.json"
 
 @dataclass(frozen=True)
 class ExperimentResult:
-    """What one call of `run` did."""
+    """What one call of `run_experiment` did."""
 
     out: Path
     signal: str | None  # the signal that stopped it; None: finished
