@@ -185,7 +185,7 @@ def _annotation(p: Parameter) -> Any:
         return typing.Annotated[kind, argument]
     flags = [p.flag, *([p.option.alias] if p.option.alias else [])]
     if p.kind is bool:
-        flags = [f"{p.flag}/--no-{p.flag.removeprefix('--')}"]
+        flags = [f"{p.flag}/{p.off_flag}"]
     panel = p.option.group
     option = typer.Option(*flags, help=help, show_default=shown, metavar=metavar, rich_help_panel=panel)
     return typing.Annotated[kind, option]

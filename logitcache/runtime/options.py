@@ -51,6 +51,11 @@ class Parameter:
         return self.name.upper() if self.option.positional else self.option.flag or "--" + self.name.replace("_", "-")
 
     @property
+    def off_flag(self) -> str:
+        """What turns a bool off: ``--no-exact``."""
+        return "--no-" + self.flag.removeprefix("--")
+
+    @property
     def origin(self) -> Any:
         return typing.get_origin(self.kind) or self.kind
 
@@ -79,6 +84,18 @@ class Parameter:
         if isinstance(value, Mapping):
             return [f"{key}={_json_text(item)}" for key, item in value.items()]
         return [str(item) for item in value]
+
+    def arguments(self, value: Any) -> list[str]:
+        """The words that give this option a value on a command line; none for None."""
+        if value is None:
+            return []
+        if self.option.positional:
+            return self.items(value) if self.several else [str(value)]
+        if self.kind is bool:
+            return [self.flag if value else self.off_flag]
+        if self.several:
+            return [word for item in self.items(value) for word in (self.flag, item)]
+        return [self.flag, self.text(value)]
 
     def value(self, raw: Any) -> Any:
         """The value of what was given as text.
@@ -135,6 +152,15 @@ def parameters(declared: Any) -> list[Parameter]:
             kind, option = annotated
             found.append(Parameter(name, _without_none(kind), default, option))
     return found
+
+
+def arguments(declared: Any, settings: Mapping[str, Any]) -> list[str]:
+    """Settings as a command line that reads back as the same values. A setting of None is left to its default.
+
+    Raises: KeyError for a name that ``declared`` does not declare.
+    """
+    known = {p.name: p for p in parameters(declared)}
+    return [word for name, value in settings.items() for word in known[name].arguments(value)]
 
 
 def _annotated(declared: Any, name: str) -> tuple[Any, Option] | None:

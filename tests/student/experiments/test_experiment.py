@@ -461,7 +461,7 @@ def test_the_command_line_reads_back_every_training_option(monkeypatch):
     off = subcommands.train(
         Path("c"), "s", Path("o"), {"compile": False, "gradient_checkpointing": False, "top_k": None}
     )
-    assert off == ["train", "c", "--student", "s", "--out", "o"]
+    assert off == ["train", "c", "--student", "s", "--out", "o", "--no-compile", "--no-gradient-checkpointing"]
 
 
 def test_a_crop_has_rows_of_the_caches_kind(home):
