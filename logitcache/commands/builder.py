@@ -1,4 +1,4 @@
-"""Commands from declarations: flags, ``--config`` files and ``--help`` are made from the options of a dataclass or function.
+"""Builds commands: flags, ``--config`` keys and ``--help`` from the options that a dataclass or function declares.
 
     @command(GenerateOptions)
     def generate(options: GenerateOptions) -> int: ...
@@ -23,7 +23,7 @@ from logitcache.runtime.options import EVERYDAY, LAST_GROUPS, NATIVE, REQUIRED, 
 
 
 def _in_order(options: Iterable[Parameter]) -> list[Parameter]:
-    """As --help lists them: arguments, required options, the everyday ones, the other groups."""
+    """The order of --help: arguments, required options, everyday options, other groups."""
     options = list(options)
     groups = list(dict.fromkeys([EVERYDAY, *(p.option.group for p in options)]))
     groups = [g for g in groups if g not in LAST_GROUPS] + [g for g in LAST_GROUPS if g in groups]
@@ -40,7 +40,7 @@ class Values:
     defaults: dict[str, Any]
 
     def make(self, declared: Any) -> Any:
-        """Calls a declaration with what was given of its options, and its own defaults for the others.
+        """Calls a declaration with the given values of its options, and its defaults for the others.
 
         Raises: InputError for a required option that was not given.
         """
@@ -67,12 +67,14 @@ class Command:
 
     handler: Handler
     declared: tuple[Any, ...]
-    also: tuple[tuple[Any, tuple[str, ...]], ...] = ()  # declarations of which some options are taken, and which
+    also: tuple[
+        tuple[Any, tuple[str, ...]], ...
+    ] = ()  # further declarations, and the names of the options taken from them
     choose: Choose | None = None
     more: Callable[[], str] | None = None  # text that --help adds
 
     def parameters(self) -> list[Parameter]:
-        """All options, each once. One that not all declarations require is not required of the command."""
+        """All options, without duplicates. An option is required only if all declarations require it."""
         lists = [parameters(declared) for declared in self.declared]
         found: dict[str, Parameter] = {}
         for each in lists:
@@ -83,14 +85,14 @@ class Command:
         return _in_order((found | {p.name: p for p in self.own()}).values())
 
     def own(self) -> list[Parameter]:
-        """The options that the command has beside those of its declarations."""
+        """The options that the command has besides those of its declarations."""
         taken = [p for declared, names in self.also for p in parameters(declared) if p.name in names]
         return [*taken, *parameters(self.handler)]
 
     def run(self, context: typer.Context) -> int | None:
-        """Calls the handler with what the command line and a ``--config`` file say.
+        """Calls the handler with the values of the command line and the ``--config`` file.
 
-        Raises: LogitcacheError.
+        Raises: LogitcacheError, whose printed text has the flags of this command.
         """
         options = self.parameters()
         use_flags({p.name: p.flag for p in options})
@@ -105,7 +107,7 @@ class Command:
         return self.handler(values.make(declared), **own, **extra)
 
     def _settings(self, declared: Any, values: Values) -> dict[str, Any]:
-        """What a printed configuration holds: what was given, and defaults that are not empty.
+        """The content of a printed configuration: given values, and defaults that are not empty.
 
         Raises: InputError for values that the command would refuse before it runs.
         """
@@ -117,7 +119,7 @@ class Command:
         return {name: v for name, v in found.items() if name in values.given or v not in (REQUIRED, None, {}, [], ())}
 
     def _chosen(self, values: Values, options: list[Parameter]) -> Any:
-        """The declaration that counts. Raises: InputError for an option of another one that was given."""
+        """The declaration to use. Raises: InputError if an option of another one was given."""
         if self.choose is None:
             (declared,) = self.declared
             return declared
@@ -127,7 +129,7 @@ class Command:
         return declared
 
     def callback(self) -> Any:
-        """The function that Typer registers: its signature has all options."""
+        """The function that Typer registers. Its signature has all options."""
 
         def call(context: typer.Context, **_: Any) -> int | None:
             return self.run(context)
@@ -155,8 +157,8 @@ def command(
     """Makes a `Command` of a function, which is called with what the declaration returns.
 
     Args:
-        declared: a dataclass or a function. Of several, ``choose`` returns the one that counts, and why an option of
-            another has no effect.
+        declared: a dataclass or a function. If there are several, ``choose`` returns the one to use, and the reason why options
+            of the others are refused.
         also: further declarations, and the names of the options to take from them; a handler with a parameter ``values``
             finds them there.
         more: text that --help adds to the docstring.
@@ -175,7 +177,7 @@ def _metavar(p: Parameter) -> str | None:
 
 
 def _annotation(p: Parameter) -> Any:
-    """As a parameter of a Typer command."""
+    """The annotation of a Typer command's parameter."""
     has_default = p.default not in (REQUIRED, None) and bool(p.text(p.default))
     shown: bool | str = p.option.default or has_default
     help, metavar = _escaped(p.option.help), _metavar(p)
@@ -256,5 +258,5 @@ def _help_text(text: str) -> str:
 
 
 def _escaped(text: str) -> str:
-    """Text whose brackets rich does not read as markup."""
+    """Escapes brackets that rich would read as markup."""
     return re.sub(r"\[(?=[a-z/])", r"\\[", text)

@@ -206,7 +206,7 @@ def test_a_text_put_above_others_leaves_their_traces_alone(tmp_path) -> None:
     score(options(lines(tmp_path / "t.jsonl", first, first), tmp_path / "c"))
     assert score(options(lines(tmp_path / "t.jsonl", second, first, first), tmp_path / "c")).made == 1
     other = {"id": "p", "prompt": "another question", "completion": "w2"}
-    with pytest.raises(PromptsError, match="id 'p' stands for another prompt above"):
+    with pytest.raises(PromptsError, match="id 'p' is used by another prompt above"):
         score(options(lines(tmp_path / "t.jsonl", first, other), tmp_path / "c"))
 
 
