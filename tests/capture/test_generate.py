@@ -299,7 +299,7 @@ def test_exact_rows_come_back_bit_for_bit(engine, prompts, tmp_path) -> None:
         np.testing.assert_array_equal(trace.logprobs, completion.logprobs_RK.ravel())
 
 
-def test_answers_are_judged_where_a_verifier_is_given(engine, tmp_path) -> None:
+def test_answers_are_graded_where_a_verifier_is_given(engine, tmp_path) -> None:
     rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"id": "no gold", "prompt": "question"}])))
     generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", verifier="exact"))

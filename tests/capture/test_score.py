@@ -184,7 +184,7 @@ def test_each_row_is_the_engines_row_of_its_token(generated, tmp_path, captured,
         np.testing.assert_array_equal(trace.token_rank, given.token_rank[trace.row_start - 1 :])
 
 
-def test_an_answer_is_judged_and_sections_stay_those_of_the_source(tmp_path) -> None:
+def test_an_answer_is_graded_and_sections_stay_those_of_the_source(tmp_path) -> None:
     rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = {"teacher": "fake", "top_k": 8, "reasoning_markers": Markers()}

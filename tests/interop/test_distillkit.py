@@ -114,7 +114,7 @@ def test_packed_texts_come_apart_and_their_last_rows_go(tmp_path, tokenizer) -> 
     assert cache.identity.derived == ["import --from distillkit"]
 
 
-def test_realised_tokens_have_their_rank_and_where_it_is_kept_their_value(tmp_path, tokenizer) -> None:
+def test_sampled_tokens_have_their_rank_and_where_it_is_kept_their_value(tmp_path, tokenizer) -> None:
     report = import_distillkit(GOLDEN / "bfloat16", tmp_path / "c", tokenizer=tokenizer, exact_part_only=True)
     unseen = 0
     for trace in Cache.open(tmp_path / "c"):

@@ -158,8 +158,8 @@ def test_an_experiment_in_miniature_trains_its_variants_and_writes_them_up(optio
     assert len({row["rows"] for row in rows}) == 1, "all are evaluated on the same positions"
     assert all(float(row["flops"]) > 0 and float(row["seconds"]) > 0 for row in rows[1:])
     if name == "halves":  # a step has as many traces, whichever half it is of
-        fed = [float(row["tokens_fed"]) for row in rows[1:]]
-        assert max(fed) < 1.2 * min(fed)
+        inputs = [float(row["tokens_fed"]) for row in rows[1:]]
+        assert max(inputs) < 1.2 * min(inputs)
     assert all(row["kl 0-10%"] and row["kl 90-100%"] for row in rows)
     text = (asked.out / "report.md").read_text()
     assert "| variant | 0-10% | 10-20% |" in text

@@ -332,14 +332,14 @@ def test_a_step_that_is_no_number_names_its_traces_and_leaves_the_weights(home, 
 @pytest.mark.slow
 def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
     cache = Cache.open(home / "cache")
-    tiny.write_cache(tmp_path / "judged", [replace(t, correct=i % 3 == 0) for i, t in enumerate(cache)])
+    tiny.write_cache(tmp_path / "graded", [replace(t, correct=i % 3 == 0) for i, t in enumerate(cache)])
     opts = options("mixed", where="correct", top_k=4, epochs=1)
     with pytest.raises(StudentError, match="cache: no training trace is left where correct"):
         train(opts)
-    run = train(replace(opts, caches=[tmp_path / "judged"]))
+    run = train(replace(opts, caches=[tmp_path / "graded"]))
     assert 0 < run.spent.counts.input_tokens < 0.6 * train(options("all", epochs=1)).spent.counts.input_tokens
     assert run.eval_before.rows == train(options("all", epochs=1)).eval_before.rows, "held out all the same"
-    both = train(options("both", epochs=1, caches=[], mix={str(home / "cache"): 0.5, str(tmp_path / "judged"): 0.5}))
+    both = train(options("both", epochs=1, caches=[], mix={str(home / "cache"): 0.5, str(tmp_path / "graded"): 0.5}))
     assert (both.settings["caches"], both.settings["share"], both.settings["traces_2"]["count"]) == (2, 0.5, 24)
 
 
