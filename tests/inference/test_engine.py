@@ -166,7 +166,7 @@ def test_a_killed_engine_ends_the_command_with_its_cause_and_sigterm_ends_it_cle
     os.killpg(process.pid, signal.SIGTERM)  # as a job scheduler does: the engine's processes get it too
     stdout, stderr = process.communicate(timeout=120)
     assert process.returncode == 143, (stdout, stderr)
-    assert "stopped by SIGTERM: run the same command again to go on" in stdout
+    assert "stopped by SIGTERM: run the same command to resume" in stdout
     (report,) = [json.loads(p.read_bytes()) for p in (out / "logs").glob(f"*-{process.pid}.json")]
     assert len(Cache.open(out)) == kept + report["made"] > kept
     assert not list((out / "shards").glob("*.part"))

@@ -373,7 +373,7 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
         pytest.param({"prompts": "P", "shared": {"lora_rank": 4}}, "runs are adapters", id="adapters with prompts"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_runs(options, spy, home, tmp_path, changes, message):
+def test_what_cannot_be_done_is_refused_before_anything_runs(options, spy, home, tmp_path, changes, message):
     (tmp_path / "unanswered.jsonl").write_text('{"id": "q", "prompt": "w3"}')
     files = {"UNANSWERED": str(tmp_path / "unanswered.jsonl"), "P": str(home / "prompts.jsonl")}
     files["MODEL"] = str(home / "model")
