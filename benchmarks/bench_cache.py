@@ -1,13 +1,13 @@
-"""Opening, listing and reading caches of 10 to 1,000 shards, every size in a fresh process.
+"""Times opening, listing and reading caches of 10 to 1,000 shards, each size in a fresh process.
 
-    python -m benchmarks.bench_cache                   # 1,000 traces a shard: 10, 100 and 1,000 shards; two minutes
-    python -m benchmarks.bench_cache --quick --json    # 10 shards, an object a case
+    python -m benchmarks.bench_cache                   # 1,000 traces per shard: 10, 100 and 1,000 shards; two minutes
+    python -m benchmarks.bench_cache --quick --json    # 10 shards, one object per case
     python -m benchmarks.bench_cache --shards 15625 --traces 64    # a million traces in units of the default size
 
 The goal: 1,000 shards with 1,000,000 traces open in < 2 s and < 500 MB, and random access does not slow down with size.
-Traces are small (16 rows of 4 ids). All shards of a cache share the bytes of one, with other ids in each index: what is
-read is as large as if they did not, what `verify` says of it is not. Beside each size stands the same through
-`pyarrow.dataset`. One case more has what a real shard costs when it is first touched: 64 traces of 4,096 rows, k = 64.
+Traces are small (16 rows of 4 ids). All shards of a cache are hard links to one file, with different ids in each index: as many
+bytes are read as from different files, but `verify` would find the cache invalid. Each size is also measured with
+`pyarrow.dataset`. One more case is the first access to a shard of real size: 64 traces of 4,096 rows, k = 64.
 """
 
 import argparse
@@ -42,7 +42,7 @@ Case = dict[str, Any]
 
 
 def make(path: Path, shards: int, traces: int, rows: int = 16, k: int = 4) -> Path:
-    """A cache of that many shards at ``path``, unless it is there."""
+    """Makes a cache with that many shards at ``path``, unless it exists."""
     directory = path / shard.DIRECTORY
     if len(list(directory.glob("*.json"))) == shards:
         return path
@@ -61,7 +61,7 @@ def make(path: Path, shards: int, traces: int, rows: int = 16, k: int = 4) -> Pa
 
 
 def synthetic(i: int, rows: int, k: int) -> Trace:
-    """Trace i: 8 tokens of prompt, then as many as it has rows."""
+    """Trace i: 8 prompt tokens, then one token per row."""
     rng = np.random.default_rng(i)
     ids_RK = np.argsort(rng.random((rows, 4 * k)), axis=1)[:, :k].astype(np.int32) * 97
     logprobs_RK = -np.cumsum(rng.gamma(1.0, 0.1, (rows, k)), axis=1)
@@ -91,7 +91,7 @@ def prompt_id(i: int) -> str:
 
 
 def measure_cache(path: Path, reads: int = 2000) -> Case:
-    """Opens, lists, touches every shard, and reads at random."""
+    """Opens the cache, lists it, accesses every shard once, and reads random traces."""
     before = memory_mb("VmHWM")
     cache, open_s = timed(lambda: Cache.open(path))
     _, list_s = timed(lambda: (cache.lengths, cache.trace_ids, cache.prompt_ids))
@@ -112,7 +112,7 @@ def measure_cache(path: Path, reads: int = 2000) -> Case:
 
 
 def measure_dataset(path: Path, reads: int = 20) -> Case:
-    """The same shards through `pyarrow.dataset`, which checks nothing and decodes nothing."""
+    """The same with `pyarrow.dataset`, which verifies and decodes nothing."""
     import pyarrow.dataset as ds
 
     before = memory_mb("VmHWM")
@@ -131,7 +131,7 @@ def measure_dataset(path: Path, reads: int = 20) -> Case:
 
 
 def measure_touch(path: Path) -> Case:
-    """What a large shard's first touch costs, its bytes on disk only and in the page cache, beside a read after it."""
+    """Times the first access to a large shard, from disk and from the page cache, and the reads after it."""
     (file,) = (path / shard.DIRECTORY).glob("*.arrow")
 
     def touch(cold: bool) -> float:
@@ -144,7 +144,7 @@ def measure_touch(path: Path) -> Case:
 
     disk, memory = ([touch(cold) for _ in range(5)] for cold in (True, False))
     cache = Cache.open(path)
-    cache[0]  # a mapping from here on: its pages would stay in memory
+    cache[0]  # mapped from here on, so its pages would stay in memory
     return {
         "shard_mb": file.stat().st_size / 1e6,
         "first_touch_disk_ms": 1e3 * float(np.median(disk)),
@@ -161,14 +161,14 @@ MEASURES: dict[str, Callable[[Path], Case]] = {
 
 
 def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    """What it gives, and its seconds."""
+    """Returns: the result of the call, and its seconds."""
     began = time.perf_counter()
     made = work()
     return made, time.perf_counter() - began
 
 
 def processor_us(read: Callable[[int], Any], order: np.ndarray) -> list[float]:
-    """The processor's time of each read, all threads together: a busy machine changes it little."""
+    """Processor time of each read, summed over threads: a busy machine changes it little."""
     times = []
     for i in order.tolist():
         began = time.process_time()
@@ -182,13 +182,13 @@ def of_reads(times: list[float]) -> Case:
 
 
 def memory_mb(name: str = "VmRSS") -> float:
-    """Memory of this process: VmRSS now, VmHWM at its peak. Unlike getrusage it does not count what a parent had."""
+    """Memory of this process: VmRSS is current, VmHWM the peak. Unlike getrusage, it does not include the parent's peak."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name))
     return int(line.split()[1]) / 1e3
 
 
 def mappings() -> int:
-    """The kernel's default limit is 65,530 a process."""
+    """Number of memory mappings; the kernel's default limit is 65,530 per process."""
     return Path("/proc/self/maps").read_text().count("\n")
 
 
@@ -232,11 +232,13 @@ def line(case: Case) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shards", type=int, nargs="+", default=SHARDS)
-    parser.add_argument("--traces", type=int, default=1000, help="a shard")
-    parser.add_argument("--dir", type=Path, help="where the caches are made, and found again; default: temporary")
-    parser.add_argument("--large", action=argparse.BooleanOptionalAction, default=True, help="the case of a real shard")
+    parser.add_argument("--traces", type=int, default=1000, help="traces per shard")
+    parser.add_argument("--dir", type=Path, help="directory of the caches, which are reused; default: temporary")
+    parser.add_argument(
+        "--large", action=argparse.BooleanOptionalAction, default=True, help="also measure a shard of real size"
+    )
     parser.add_argument("--quick", action="store_true", help="10 shards only")
-    parser.add_argument("--json", action="store_true", help="one object a case")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per case")
     parser.add_argument("--measure", choices=MEASURES, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.measure:

@@ -1,13 +1,13 @@
-"""Bytes, error and speed of the top-k block beside four other layouts, on rows of a real teacher.
+"""Compares bytes, error and speed of the top-k block with four other layouts, on rows of a real teacher.
 
     python benchmarks/bench_codec.py --cache CACHE --quick
     python benchmarks/bench_codec.py --capture CAPTURE.npz --json --plot bytes.png --csv results.csv
 
-A cache holds rows that went through the codec once: what it loses shows only on a capture, or on a cache written with
-`--exact`. A capture is an .npz with ids int32 [T, K] and logprobs float32 [T, K] as the engine gave them, lengths [n]
-of the traces, and vocab_size where it is not 49,152. Every layout reads single traces in random order. Times are the
-processor's, all threads together, so that a busy machine changes little: tokens a second are those of one core. Where
-a cache pins ids, every row keeps them beside its k others, and bytes count them.
+The rows of a cache went through the codec once, so its error shows only on a capture or on a cache made with `--exact`. A
+capture is an .npz with ids int32 [T, K] and logprobs float32 [T, K] as the engine returned them, lengths [n] of the traces,
+and vocab_size if it is not 49,152. Every layout reads single traces in random order. Times are processor time summed over
+threads, so a busy machine changes them little; tokens per second are those of one core. If a cache has pinned ids, every row
+stores them besides its k others, and they are included in the bytes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Reader = Callable[[int], SparseRows]
 
 @dataclass(frozen=True)
 class Layout:
-    """One way to store traces: all of them to bytes, and a reader of single traces from those bytes."""
+    """One way to store traces: a writer of all traces, and a reader of single traces from its bytes."""
 
     name: str
     write: Callable[[Sequence[SparseRows]], list[bytes]]
@@ -86,7 +86,7 @@ def from_columns(columns: pa.Table | pa.RecordBatch) -> SparseRows:
 
 
 def write_parquet(traces: Sequence[SparseRows]) -> list[bytes]:
-    """A row group a trace, in the encoding that suits it best: 184 bytes a token where Parquet's defaults take 331."""
+    """One row group per trace, in the best encoding: 184 bytes per token; Parquet's defaults take 331."""
     sink = pa.BufferOutputStream()
     encoding = {"ids.list.element": "BYTE_STREAM_SPLIT", "logprobs.list.element": "BYTE_STREAM_SPLIT"}
     schema = as_table(traces[0], np.float32).schema
@@ -140,7 +140,7 @@ def open_raw(stored: list[bytes]) -> Reader:
 
 
 def write_packed(traces: Sequence[SparseRows]) -> list[bytes]:
-    """Ids in 17 bits: what holds them wraps above 131,072; here they are refused."""
+    """Ids in 17 bits. The layout would wrap ids of 131,072 or more; here they are refused."""
     stored = []
     for rows in traces:
         if rows.ids.max() >= 1 << 17:
@@ -171,7 +171,7 @@ def open_packed(stored: list[bytes]) -> Reader:
 
 
 def layouts(pinned: Sequence[int] = (), vocab_size: int = 0) -> list[Layout]:
-    """All of them; 17 bits only where they hold every id."""
+    """All layouts; the 17-bit one only if every id fits."""
 
     def blocks(level: int, exact: bool = False) -> Callable[[Sequence[SparseRows]], list[bytes]]:
         return partial(write_blocks, level=level, exact=exact, pinned=pinned)
@@ -188,7 +188,7 @@ def layouts(pinned: Sequence[int] = (), vocab_size: int = 0) -> list[Layout]:
 
 
 def measure(layout: Layout, traces: Sequence[SparseRows], seconds: float) -> dict[str, float | int | str]:
-    """One case: the best of the repeats that fit in `seconds`, at least two."""
+    """Measures one case: the best of as many repeats as fit in `seconds`, at least two."""
     tokens = sum(map(len, traces))
     stored: list[bytes] = []
 
@@ -227,7 +227,7 @@ def best_of(run: Callable[[], None], seconds: float) -> float:
 class Source:
     """Rows to measure on.
 
-    captured: as the teacher gave them; rows of a cache that is not exact went through the codec once.
+    captured: whether they are as the teacher returned them; rows of a cache that is not exact went through the codec once.
     """
 
     traces: list[SparseRows]
@@ -246,7 +246,7 @@ def cases(source: Source, ks: Sequence[int], top_ps: Sequence[float | None], sec
 
 
 def first(traces: Iterable[SparseRows], tokens: float) -> list[SparseRows]:
-    """Traces with rows, the last one cut, until they hold that many tokens."""
+    """Traces with rows, up to that many tokens; the last one is cut."""
     kept: list[SparseRows] = []
     for rows in traces:
         if tokens <= 0:
@@ -282,7 +282,7 @@ def machine() -> str:
 
 
 def append(results: Sequence[dict], source: Source, path: Path) -> None:
-    """Rows of a CSV, a case each, after those that it holds."""
+    """Appends rows to a CSV file, one per case."""
     stamp = {
         "date": datetime.now(UTC).strftime("%Y-%m-%d %H:%M"),
         "machine": machine(),
@@ -304,7 +304,7 @@ def append(results: Sequence[dict], source: Source, path: Path) -> None:
 
 
 def plot(results: Sequence[dict], source: Source, path: Path) -> None:
-    """Bytes against error, a line a layout through its k; what is kept bit for bit stands at the left edge."""
+    """Plots bytes against error, one line per layout over its k; exact layouts are at the left edge."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -339,7 +339,7 @@ def plot(results: Sequence[dict], source: Source, path: Path) -> None:
         yscale="log",
         xlim=(edge / 4, max(*(r["kl_mean"] for r in whole), edge) * 4),
         xlabel="error of what is stored: bucketed KL against the captured rows, mean (nats)",
-        ylabel="bytes a token, the whole top-k block",
+        ylabel="bytes per token of the top-k block",
     )
     axes.yaxis.set_major_formatter("{x:g}")
     ks = ", ".join(str(k) for k in sorted({r["k"] for r in whole}))
@@ -356,11 +356,13 @@ def main() -> None:
     origin = parser.add_mutually_exclusive_group(required=True)
     origin.add_argument("--cache", type=Path, help="a cache directory")
     origin.add_argument("--capture", type=Path, help="an .npz of raw rows")
-    parser.add_argument("--k", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="as far as the rows go")
+    parser.add_argument(
+        "--k", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="values of k, up to that of the rows"
+    )
     parser.add_argument("--quick", action="store_true", help="k = 64 only, at most 20,000 tokens: under a minute")
-    parser.add_argument("--json", action="store_true", help="one object a case")
-    parser.add_argument("--csv", type=Path, help="append the cases here, with machine and versions")
-    parser.add_argument("--plot", type=Path, help="write a picture of bytes against error here")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per case")
+    parser.add_argument("--csv", type=Path, help="append the cases to this file, with machine and versions")
+    parser.add_argument("--plot", type=Path, help="plot bytes against error into this file")
     args = parser.parse_args()
 
     limit = 20_000 if args.quick else math.inf

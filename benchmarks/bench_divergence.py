@@ -1,14 +1,14 @@
-"""Forward and backward of a student's head with a divergence: ours beside the others, in one run.
+"""Times forward and backward of a student's head with a divergence: our kernel and alternatives, in one run.
 
-    python benchmarks/bench_divergence.py                   the whole table on the GPU, appended to results/<gpu>.csv
+    python benchmarks/bench_divergence.py                   the full table on the GPU, appended to results/<gpu>.csv
     python benchmarks/bench_divergence.py --device cpu      the same table, small
-    python benchmarks/bench_divergence.py --json            an object a line
+    python benchmarks/bench_divergence.py --json            one object per line
     python benchmarks/bench_divergence.py --plot out.png    the newest runs in results/<machine>.csv, with matplotlib
     python benchmarks/bench_divergence.py --table           the same as a table in Markdown
 
-Needs torch, and triton on a GPU. Others are measured where they are installed; what is missing, fails or takes too long
-is skipped by name, and what leaves the GPU unusable is skipped by a fresh process. All implementations of a case take
-turns, so that a slow moment of the machine hits each of them; `of_torch` is the median of the quotients of the turns.
+Needs torch, and triton on a GPU. Alternatives are measured if they are installed. One that is missing, fails or takes too
+long is skipped and named. If one leaves the GPU unusable, a fresh process continues without it. All implementations of a case
+take turns, so that a slow moment of the machine affects all of them; `of_torch` is the median of the quotients of the turns.
 Extra memory is the peak beyond inputs and gradients: the allocator's on a GPU, the resident set's on Linux CPUs.
 """
 
@@ -45,9 +45,9 @@ from logitcache.kernels.fused_linear import linear_sparse_divergence  # noqa: E4
 from logitcache.kernels.objective import Objective  # noqa: E402
 from logitcache.kernels.targets import SparseTargets  # noqa: E402  # noqa: E402
 
-# N taught rows, H hidden, V vocabulary, K ids a row.
+# N supervised positions, H hidden, V vocabulary, K ids per row.
 
-PEAK = {"H100": 790e12, "H200": 790e12}  # bf16 FLOP/s that long matrix products reach; elsewhere the products are timed
+PEAK = {"H100": 790e12, "H200": 790e12}  # bf16 FLOP/s of large matrix products; elsewhere they are timed
 BANDWIDTH = 3.0e12  # bytes/s an H100 streams
 GPU_SHAPES = [(4096, 128256), (2048, 128256), (4096, 151936), (2304, 262144)]
 GPU_CASES = [(8192, *s) for s in GPU_SHAPES] + [(n, *s) for s in GPU_SHAPES for n in (2048, 16384)]
@@ -122,7 +122,7 @@ class Problem:
 
 
 def naive(hidden_NH: Tensor, weight_VH: Tensor, targets: SparseTargets, divergence: str = "forward_kl") -> Tensor:
-    """What is written first: log_softmax of whole logits, the bucket as 1 - sum. The tests hold ours against it."""
+    """The obvious implementation: log_softmax of full logits, the tail as 1 - sum. Tests compare ours with it."""
     return _naive(hidden_NH, weight_VH, *targets.padded(), targets.log_tail, divergence)
 
 
@@ -139,7 +139,7 @@ Step = Callable[[], None]
 
 
 def implementations(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]]:
-    """Name and maker of each step; a maker raises ImportError where its package is missing."""
+    """Each implementation's name, and a function that makes its step or raises ImportError if its package is missing."""
     p, divergence = problem, problem.case.divergence
 
     def ours() -> Step:
@@ -169,7 +169,7 @@ def implementations(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]
         return lambda: loss(p.weight_VH, p.hidden_NH, p.label_N).backward()
 
     def liger_jsd(beta: float) -> Step:
-        # a dense teacher, whose own matrix product is part of the step: that is what this loss needs
+        # this loss needs a dense teacher, whose own matrix product is part of the step
         loss = importlib.import_module("liger_kernel.transformers").LigerFusedLinearJSD(jsd_beta=beta)
         teacher_NH, teacher_VH = torch.randn_like(p.hidden_NH), p.weight_VH.detach()
         return lambda: loss(p.hidden_NH, p.weight_VH, teacher_NH, teacher_VH, None).backward()
@@ -191,7 +191,7 @@ def implementations(problem: Problem) -> Iterator[tuple[str, Callable[[], Step]]
 
 
 def products(p: Problem) -> None:
-    """The three matrix products and nothing else: in our chunks on a GPU, of all rows at once on a CPU."""
+    """The three matrix products and nothing else: in our chunks on a GPU, for all rows at once on a CPU."""
     hidden_NH, weight_VH = p.hidden_NH.detach(), p.weight_VH.detach()
     device = hidden_NH.device
     rows = (
@@ -233,7 +233,7 @@ class Clock:
         return first.elapsed_time(last)
 
     def extra_mib(self, step: Step, problem: Problem) -> float | None:
-        """Peak beyond what is allocated before the step and the gradients it leaves."""
+        """Peak memory beyond what was allocated before the step, and beyond the gradients."""
         problem.clear()
         gc.collect()
         if self.cuda:
@@ -257,7 +257,7 @@ def _kib(status: Path, name: str) -> int:
 
 
 def others(seconds: float = 0.5) -> float:
-    """Share of the cores that other work takes while this process sleeps. Linux only."""
+    """Share of the cores that other processes use while this one sleeps. Linux only."""
 
     def ticks() -> tuple[int, int]:
         counts = [int(word) for word in Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]]
@@ -283,7 +283,7 @@ def patience(seconds: float) -> Iterator[None]:
 
 
 def excuse(name: str, error: Exception, device: str) -> None:
-    """Say why an implementation is left out. Raises: Lost where the GPU does not answer any more."""
+    """Prints why an implementation is skipped. Raises: Lost if the GPU no longer responds."""
     text = str(error).strip().splitlines() or [""]
     short = "out of memory" if isinstance(error, torch.OutOfMemoryError) else f"{type(error).__name__}: {text[0]}"
     say(f"  {name}: skipped, {short}")
@@ -303,7 +303,7 @@ def run_case(
     until: float = float("inf"),
     quiet: bool = False,
 ) -> list[Result]:
-    """Every implementation, or the given steps, in turns; turns end early at `until`, a time of `time.monotonic`."""
+    """Runs every implementation, or the given steps, in turns; stops early at `until`, a time of `time.monotonic`."""
     problem, clock = Problem(case, device), Clock(device)
     made: list[tuple[Result, Step]] = []
     makers = implementations(problem) if steps is None else [(n, lambda s=s: s(problem)) for n, s in steps.items()]
@@ -316,7 +316,7 @@ def run_case(
                 step = make()
                 step()  # compile, allocate workspaces
                 made.append((Result(name, case, extra_mib=clock.extra_mib(step, problem)), step))
-        except Exception as error:  # nobody's failure ends the run
+        except Exception as error:  # a failure does not end the run
             excuse(name, error, device)
         problem.clear()
         if device == "cuda":
@@ -335,7 +335,7 @@ def run_case(
                 made = [(other, its) for other, its in made if other is not result]
             problem.clear()
         turn += 1
-        slow = 4 * min((result.ms[0] for result, _ in made), default=0.0)  # who takes that long has two turns
+        slow = 4 * min((result.ms[0] for result, _ in made), default=0.0)  # a slower one gets two turns
     results = [result for result, _ in made]
     by_name = {result.impl: result for result in results}
     bare, base = by_name.get("matrix products"), by_name.get("torch")
@@ -352,7 +352,7 @@ def peak() -> float | None:
 
 
 def sweeps(reps: int, until: float) -> Iterator[list[Result]]:
-    """Chunks, the dtype of dW, k, every divergence; and the row kernel alone by warps and vectors."""
+    """Varies chunks, the dtype of dW, k and the divergence; and warps and vectors of the row kernel alone."""
     base = Case(8192, 4096, 128256)
 
     def ours(**more) -> Callable[[Problem], Step]:
@@ -418,7 +418,7 @@ def machine(device: str) -> str:
 
 
 def stamp(device: str, date: str) -> dict[str, str]:
-    """What a figure depends on beside its case: when, which sources, where, and with what."""
+    """What a figure depends on besides its case: date, commit, machine and versions."""
     try:
         from triton import __version__ as triton_version
     except ImportError:
@@ -433,16 +433,20 @@ def stamp(device: str, date: str) -> dict[str, str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", action="store_true", help="an object a line, and nothing else on stdout")
-    parser.add_argument("--reps", type=int, default=9, help="turns of every implementation")
-    parser.add_argument("--budget", type=float, default=400.0, help="seconds after which nothing new starts")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per line, and nothing else")
+    parser.add_argument("--reps", type=int, default=9, help="turns per implementation")
+    parser.add_argument("--budget", type=float, default=400.0, help="seconds after which no new case starts")
     parser.add_argument("--divergence", choices=DIVERGENCES, default="forward_kl")
-    parser.add_argument("--case", type=int, nargs=3, action="append", metavar=("N", "H", "V"), help="these cases only")
-    parser.add_argument("--skip", action="append", default=[], metavar="NAME", help="leave an implementation out")
-    parser.add_argument("--quiet", action="store_true", help="begin a step when other work takes < 10%% of the cores")
-    parser.add_argument("--csv", type=Path, help="append to, or draw, this file, not results/<machine>.csv")
-    parser.add_argument("--no-save", action="store_true", help="append nothing")
-    parser.add_argument("--plot", type=Path, help="draw the newest saved runs into this file instead of measuring")
+    parser.add_argument(
+        "--case", type=int, nargs=3, action="append", metavar=("N", "H", "V"), help="only this case; repeatable"
+    )
+    parser.add_argument(
+        "--skip", action="append", default=[], metavar="NAME", help="skip an implementation; repeatable"
+    )
+    parser.add_argument("--quiet", action="store_true", help="start a step only while others use < 10%% of the cores")
+    parser.add_argument("--csv", type=Path, help="use this file instead of results/<machine>.csv")
+    parser.add_argument("--no-save", action="store_true", help="save nothing")
+    parser.add_argument("--plot", type=Path, help="plot the newest saved runs into this file instead of measuring")
     parser.add_argument("--table", action="store_true", help="print the newest saved runs in Markdown")
     parser.add_argument("--resume", nargs=2, metavar=("DATE", "DONE"), help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -484,13 +488,13 @@ def main() -> None:
                     print(*map(json.dumps, rows), sep="\n", flush=True)
                 else:
                     show(results)
-                if not options.no_save:  # at once: what comes later cannot take it back
+                if not options.no_save:  # at once, so that a later failure cannot lose it
                     save(path, [stamps | row for row in rows])
         except Lost as lost:
             name, left = str(lost), until - time.monotonic()
             if name.startswith(("logitcache", "row kernel")):
                 raise
-            say(f"  {name} left the GPU unusable: a fresh process goes on without it")
+            say(f"  {name} left the GPU unusable: a fresh process continues without it")
             again = ["--skip", name, "--budget", f"{left:.0f}", "--resume", date, str(number)]
             os.execv(sys.executable, [sys.executable, *sys.argv, *again])
     if not options.no_save:

@@ -1,21 +1,21 @@
-"""What keeping the teacher's distributions costs while it writes: tokens a second, and memory of long traces.
+"""Measures what storing the teacher's distributions costs during generation: tokens per second, and memory of long traces.
 
-    python -m benchmarks.bench_generate             # plain vLLM beside k = 16, 64, 256, in three rounds; 20 minutes
-    python -m benchmarks.bench_generate --quick     # k = 64 alone, small, in one round: does it run at all
+    python -m benchmarks.bench_generate             # plain vLLM and k = 16, 64, 256, in three rounds; 20 minutes
+    python -m benchmarks.bench_generate --quick     # k = 64 only, small, one round: a smoke test
     python -m benchmarks.bench_generate --memory    # rows of 64 traces of 32,768 tokens in flight; --traces 256 for all
 
 Speed. The same prompts go through `vllm.LLM.generate` without log-probabilities and through `logitcache.generate`, with
-the same engine settings and sampling, and no end of sequence, so that all make as many tokens. Variants take turns, each in
-a process of its own, and the order turns with every round. Loading is left out, and so is a short warm-up: vLLM compiles
-the kernel that counts ranks when it first needs it. Seconds are those that `generate` reports; "to the last shard" goes on
-until all of them are published, imports that this needs among it. Processor time is told apart: the front end (for
-`logitcache` that is requests, rows, encoding and shards) and the engine. The goal: at k = 64, >= 0.95 of plain vLLM's
-tokens a second.
+the same engine settings and sampling, and ignore the end of sequence, so that all generate equally many tokens. Variants take
+turns, each in a process of its own, and the order rotates every round. Times exclude loading and a short warm-up, since vLLM
+compiles the kernel that counts ranks on first use. Seconds are those that `generate` reports; "to the last shard" lasts until
+all shards are published, including the imports for that. Processor time is reported separately for the front end (for
+`logitcache`: requests, rows, encoding and shards) and the engine. The goal: at k = 64, >= 0.95 times the tokens per second of
+plain vLLM.
 
-Memory. A synthetic stream goes, a row of every trace in turn, through vLLM's own front end into the rows that
-`logitcache` puts there, and into vLLM's. Bytes an entry are what the process grew by, all that a container keeps besides
-its entries and has allotted ahead among it. Then all traces end, one after another or in one step (--together), and are
-encoded. The goal: <= 12 bytes an entry in flight.
+Memory. A synthetic stream, one row of each trace in turn, passes through vLLM's own front end into the containers of
+`logitcache`, and into those of vLLM. Bytes per entry are the growth of the process, including overhead and preallocated space of
+the containers. Then all traces end, one after another or in one step (--together), and are encoded. The goal: <= 12 bytes
+per entry in flight.
 """
 
 import argparse
@@ -41,13 +41,13 @@ from benchmarks.embedded import embedded_teacher
 
 TEACHER = Path(__file__).parents[1] / "demo" / "teacher"
 PLAIN = "plain vLLM"
-GOAL = 0.95  # of plain vLLM's tokens a second, at k = 64
+GOAL = 0.95  # of plain vLLM's tokens per second, at k = 64
 Case = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Load:
-    """What every variant does."""
+    """The work that every variant does."""
 
     teacher: str
     source: str = "gym:gsm_symbolic?size=128&seed=1"
@@ -65,7 +65,7 @@ class Load:
 
     @property
     def warm_up(self) -> list[list[int]]:
-        """Token ids of as many prompts as the engine runs at once; no prefix of a real one."""
+        """Token ids of as many prompts as the engine runs at once; none is a prefix of a real one."""
         return [[*range(100 + i, 132 + i)] for i in range(self.engine_args["max_num_seqs"])]
 
 
@@ -96,7 +96,7 @@ def run_ours(load: Load, k: int) -> Case:
     from logitcache.inference.engine import Engine
 
     class WarmEngine(Engine):
-        """Warm before its first request; `fill` counts that as loading."""
+        """An engine that is warmed up before its first request; `fill` counts that as loading."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
@@ -111,7 +111,7 @@ def run_ours(load: Load, k: int) -> Case:
             self._params = params
             self.before, self.began = processor_s(), time.perf_counter()
 
-        def close(self) -> None:  # when the last shard stands
+        def close(self) -> None:  # when the last shard is published
             spent.update(since(self.before), published_s=time.perf_counter() - self.began)
             super().close()
 
@@ -125,7 +125,7 @@ def run_ours(load: Load, k: int) -> Case:
 
 
 def processor_s() -> tuple[float, float]:
-    """Seconds that processors have spent on this process and on those that it started."""
+    """Processor seconds of this process and its children."""
     import psutil
 
     here = psutil.Process()
@@ -139,11 +139,11 @@ def since(before: tuple[float, float]) -> Case:
 
 
 def in_a_fresh_process(arguments: Sequence[str]) -> Case:
-    """One measurement: this file once more, with what it found in a file, since engines print what they like."""
+    """Makes one measurement in a new process of this script. The result comes back in a file, since engines print to stdout."""
     with tempfile.TemporaryDirectory() as directory:
         result, log = Path(directory) / "result.json", Path(directory) / "log"
         command = [sys.executable, "-m", "benchmarks.bench_generate", *arguments, "--result", str(result)]
-        # The front end is idle while the CPU engine computes: the engine gets every core.
+        # The front end is idle while the CPU engine computes, so the engine may use every core.
         environment = {"VLLM_CPU_NUM_OF_RESERVED_CPU": "0", **os.environ}
         with log.open("w") as chatter:
             code = subprocess.run(command, stdout=chatter, stderr=chatter, env=environment).returncode
@@ -188,11 +188,11 @@ def speed_cases(load: Load, ks: Sequence[int], rounds: int) -> Iterator[Case]:
 
 
 def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, folder: Path) -> Case:
-    """Rows of `traces` traces in flight at once, then encoded.
+    """Memory of the rows of `traces` traces in flight at once, which are then encoded.
 
     Args:
         kind: "logitcache" or "vLLM", whose rows the front end fills.
-        together: all traces end in one step, and wait in one list to be encoded.
+        together: all traces end in one step, and wait in one list for encoding.
     """
     from vllm.v1.outputs import LogprobsLists
 
@@ -225,7 +225,7 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
                 processor._update_sample_logprobs(rows[(7 * step + i) % len(rows)])
 
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to be filled again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused without growth of the process
     before = memory_mb()
     _, seconds = timed(stream)
     held = memory_mb() - before
@@ -249,7 +249,7 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
         trace = trace_of(request, prompt, completion, identity, facts, None)
         return EncodedTrace.of(trace, identity).row_count
 
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     ends = 1 if together else traces
     encoded, encode_s = timed(lambda: sum(encode(c) for _ in range(ends) for c in ours.step()))
     assert encoded == traces * tokens
@@ -264,7 +264,7 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
 
 
 def synthetic_rows(vocab_size: int, k: int, count: int = 256) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """As the engine gives them: ids int32 and log-probabilities float32 [count, 1 + k], realised token first, its rank."""
+    """Rows as the engine returns them: ids int32 and logprobs float32 [count, 1 + k], sampled token first; and its rank."""
     rng = np.random.default_rng(0)
     logits_PV = rng.normal(0, 2, (count, vocab_size)).astype(np.float32) - 1.5 * np.log(np.arange(1, vocab_size + 1))
     order_PK = np.argsort(-logits_PV, axis=1)[:, :k]
@@ -275,7 +275,7 @@ def synthetic_rows(vocab_size: int, k: int, count: int = 256) -> tuple[np.ndarra
 
 
 def memory_cases(folder: Path, traces: int, tokens: int, k: int, together: bool) -> Iterator[Case]:
-    # vLLM's rows take ten times as much, by so much shorter traces.
+    # vLLM's rows take ten times as much memory, so the traces are shorter.
     for kind, length in (("logitcache", tokens), ("vLLM", max(1, tokens // 16))):
         case = {"case": f"rows of {kind}", "kind": kind, "traces": traces, "tokens": length, "k": k}
         case |= {"together": together, "folder": str(folder)}
@@ -303,17 +303,17 @@ def line(case: Case) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", type=Path, help="a model folder; default: the demo's, made where it is missing")
+    parser.add_argument("--teacher", type=Path, help="a model folder; default: the demo's, made if missing")
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--max-tokens", type=int, default=256)
     parser.add_argument("--k", type=int, nargs="+", default=[16, 64, 256])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--memory", action="store_true", help="memory of long traces, no engine")
-    parser.add_argument("--traces", type=int, default=64, help="in flight, with --memory")
-    parser.add_argument("--tokens", type=int, default=32_768, help="of each of them")
-    parser.add_argument("--together", action="store_true", help="they all end in one step")
+    parser.add_argument("--traces", type=int, default=64, help="traces in flight, with --memory")
+    parser.add_argument("--tokens", type=int, default=32_768, help="tokens per trace, with --memory")
+    parser.add_argument("--together", action="store_true", help="all traces end in one step, with --memory")
     parser.add_argument("--quick", action="store_true", help="k = 64, 16 prompts, 16 tokens, one round; 4,096 tokens")
-    parser.add_argument("--json", action="store_true", help="one object a case")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per case")
     for hidden in ("--variant", "--load", "--memory-of", "--result"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,22 +1,22 @@
-"""A training step: ours from the cache, beside fine-tuning and distillation with the teacher in memory.
+"""Compares a training step from the cache with fine-tuning and with online distillation, the teacher in memory.
 
     python -m benchmarks.bench_train --cache demo/cache            # SmolLM2-135M; appended to results/train-<machine>.csv
     python -m benchmarks.bench_train --quick --json                # a student of ten layers, short steps; a minute
     python -m benchmarks.bench_train --plot out.png                # the newest saved run, with matplotlib
 
-Every implementation trains the same student on the same traces of the same cache, in a process of its own, by the same
-Trainer loop with the same optimiser; all of them take their steps in turns, so that a slow moment hits each.
+Every implementation trains the same student on the same traces of the same cache, in a process of its own, with the same
+Trainer loop and the same optimizer. They take their steps in turns, so that a slow moment of the machine affects all of them.
 
     logitcache      DistillTrainer on the cache's rows
-    fine-tuning     transformers' Trainer: cross-entropy with the tokens that the cache has rows of
-    online          the same Trainer, the teacher's forward beside the student's, forward KL of the whole vocabulary in
-                    those rows alone: a plain loop, made as cheap as that goes
-    online (TRL)    trl's GKDTrainer, lmbda=0, beta=0: the same loss; where trl is installed
+    fine-tuning     transformers' Trainer: cross-entropy with the tokens that have rows
+    online          the same Trainer with the teacher's forward: forward KL over the full vocabulary, at the same
+                    positions only; a plain loop, made as cheap as possible
+    online (TRL)    trl's GKDTrainer, lmbda=0, beta=0: the same loss; if trl is installed
 
-A step's time has all in it: reading the batch, forward, backward, clipping, AdamW, logging. Memory is the peak while
-training over what the process held with the student loaded, so gradients, AdamW's moments, activations, logits, and a
-resident teacher with them; the resident set's on a CPU, the allocator's on a GPU. KL is the student's on held-out
-traces after as many steps.
+The time of a step includes reading the batch, forward, backward, clipping, AdamW and logging. Memory is the peak during
+training minus that of the process with the student loaded: gradients, AdamW's moments, activations, logits, and the teacher
+if it is in memory. It is the resident set on a CPU, the allocator's figure on a GPU. KL is that of the student on held-out traces
+after the steps.
 """
 
 import argparse
@@ -64,7 +64,7 @@ from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.timers import PeakMemory
 from logitcache.student.training.trainer import DistillTrainer
 
-# B traces of a step, T tokens of the longest, N taught rows, V vocabulary.
+# B traces in a step, T tokens of the longest, N supervised positions, V vocabulary.
 
 FINE_TUNING, ONLINE, TRL = "fine-tuning", "online", "online (TRL)"
 GOALS = {"time": 1.10, "memory": 0.60, "data": 0.02}  # of fine-tuning's step, of TRL's or online's peak, of a step
@@ -73,12 +73,12 @@ Case = dict[str, Any]
 
 @dataclass(frozen=True)
 class Load:
-    """What every variant does."""
+    """The work that every variant does."""
 
     teacher: str
     student: str
     cache: str
-    tokens: int  # a step
+    tokens: int  # per step
     steps: int
     warm_up: int
     held_out: int  # traces
@@ -86,15 +86,15 @@ class Load:
     learning_rate: float = 1e-4
 
     def traces(self) -> tuple[TraceDataset, TraceDataset]:
-        """To learn from, and held out: of middling length, so that no variant feeds much padding."""
+        """Training and held-out traces. Training traces have a medium length, so that no variant needs much padding."""
         cache = Cache.open(Path(self.cache))
-        taught, held = split(cache.prompt_ids, 0.15)
-        low, high = np.quantile(cache.lengths[taught], [0.3, 0.7])
-        middling = taught[(cache.lengths[taught] >= low) & (cache.lengths[taught] <= high)]
-        return TraceDataset(cache, middling), TraceDataset(cache, held[: self.held_out])
+        training, held = split(cache.prompt_ids, 0.15)
+        low, high = np.quantile(cache.lengths[training], [0.3, 0.7])
+        medium = training[(cache.lengths[training] >= low) & (cache.lengths[training] <= high)]
+        return TraceDataset(cache, medium), TraceDataset(cache, held[: self.held_out])
 
     def plan(self, data: TraceDataset) -> Iterator[np.ndarray]:
-        """The traces of every step, as DistillTrainer takes them."""
+        """The traces of every step, as DistillTrainer chooses them."""
         sampler = StepSampler(data.pool, self.tokens, seed=0)
         epochs = (sampler.step_traces(epoch) for epoch in itertools.count())
         return itertools.islice(itertools.chain.from_iterable(epochs), self.steps)
@@ -120,7 +120,7 @@ class Load:
 
 
 class Steps(torch.utils.data.Dataset):
-    """What the others train on: an item is the traces of a step, tokens and where rows begin."""
+    """Data of the other variants: an item is the traces of a step, as tokens and the place where rows begin."""
 
     def __init__(self, load: Load, data: TraceDataset):
         traces = [[data.cache[int(data.indices[i])] for i in step] for step in load.plan(data)]
@@ -134,7 +134,7 @@ class Steps(torch.utils.data.Dataset):
 
 
 def pad(items: list[list[tuple[np.ndarray, int]]]) -> dict[str, torch.Tensor]:
-    """As a collator for fine-tuning does: ids, mask and labels [B, T], no label where nothing is taught."""
+    """Collates for fine-tuning: ids, mask and labels [B, T]; label -100 where a position is not supervised."""
     (step,) = items
     shape = len(step), max(len(ids) for ids, _ in step)
     input_ids, mask, labels = np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.full(shape, -100, np.int64)
@@ -152,11 +152,11 @@ class OnlineTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        taught = inputs["labels"][:, 1:] != -100
-        fed = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        supervised = inputs["labels"][:, 1:] != -100
+        given = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         with torch.no_grad():
-            teacher_NV = self.teacher(**fed, use_cache=False).logits[:, :-1][taught].float().log_softmax(dim=-1)
-        student_NV = model(**fed, use_cache=False).logits[:, :-1][taught].float().log_softmax(dim=-1)
+            teacher_NV = self.teacher(**given, use_cache=False).logits[:, :-1][supervised].float().log_softmax(dim=-1)
+        student_NV = model(**given, use_cache=False).logits[:, :-1][supervised].float().log_softmax(dim=-1)
         return F.kl_div(student_NV, teacher_NV, reduction="sum", log_target=True) / num_items_in_batch
 
 
@@ -178,7 +178,7 @@ def fine_tuning(load: Load, student: PreTrainedModel, data: TraceDataset, out: s
 def online(load: Load, student: PreTrainedModel, data: TraceDataset, out: str) -> Trainer:
     arguments = TrainingArguments(**others(load, out))
     trainer = OnlineTrainer(student, arguments, train_dataset=Steps(load, data), data_collator=pad)
-    trainer.model_accepts_loss_kwargs = True  # the loss divides by the step's taught rows
+    trainer.model_accepts_loss_kwargs = True  # the loss divides by the step's supervised positions
     trainer.teacher = load_model(load.teacher).to(arguments.device).eval()  # pyright: ignore[reportArgumentType]
     return trainer
 
@@ -210,7 +210,7 @@ VARIANTS: dict[str, Callable[[Load, PreTrainedModel, TraceDataset, str], Trainer
 
 
 def load_model(folder: str) -> PreTrainedModel:
-    """In float32, in memory of its own: what a file is mapped for would be counted when it is first touched."""
+    """Loads in float32 and copies the weights: pages of a mapped file would count as memory only when first read."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     for weight in model.parameters():
         weight.data = weight.data.clone()
@@ -218,18 +218,18 @@ def load_model(folder: str) -> PreTrainedModel:
 
 
 class Turns(TrainerCallback):
-    """Waits for its turn before every step, and says what the step took."""
+    """Waits for its turn before every step, and reports the cost of the step."""
 
     def __init__(self, trainer: Trainer, say: Callable[[Case], None], wait: Callable[[], object]):
-        self.say, self.wait, self.data_s, self.fed = say, wait, 0.0, 0
+        self.say, self.wait, self.data_s, self.inputs = say, wait, 0.0, 0
         batches = trainer.get_batch_samples
 
-        def timed(*inputs: Any) -> Any:
+        def timed(*given: Any) -> Any:
             began = time.perf_counter()
-            samples, count = batches(*inputs)
+            samples, count = batches(*given)
             self.data_s = time.perf_counter() - began
             shapes = [s for b in samples for s in b.get("shapes", [b["input_ids"].shape] if "input_ids" in b else [])]
-            self.fed = sum(B * T for B, T in shapes)
+            self.inputs = sum(B * T for B, T in shapes)
             return samples, count
 
         trainer.get_batch_samples = timed  # pyright: ignore[reportAttributeAccessIssue]
@@ -247,14 +247,14 @@ class Turns(TrainerCallback):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         wall, processor = time.perf_counter() - self.began[0], time.process_time() - self.began[1]
-        self.say({"seconds": wall, "processor_s": processor, "data_s": self.data_s, "fed": self.fed})
+        self.say({"seconds": wall, "processor_s": processor, "data_s": self.data_s, "inputs": self.inputs})
         self.go()
 
 
 def take_part(variant: str, load: Load) -> None:
-    """One variant, in a process of its own, that steps whenever its standard input says so."""
+    """Runs one variant in this process: one step per line on standard input."""
     lines = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # libraries print what they like
+    os.dup2(2, 1)  # libraries print to stdout
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(load.threads)
@@ -263,7 +263,7 @@ def take_part(variant: str, load: Load) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     student.to(device)  # pyright: ignore[reportArgumentType]
     gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)  # what was freed before is not to be filled again unseen
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused without growth of the process
     memory = PeakMemory(device)
     before = memory.bytes() or 0
     with tempfile.TemporaryDirectory() as out:
@@ -280,7 +280,7 @@ def take_part(variant: str, load: Load) -> None:
 
 
 class Variant:
-    """The other end of `take_part`."""
+    """A process that runs `take_part`, seen from the parent."""
 
     def __init__(self, name: str, load: Load):
         self.name, self.log = name, tempfile.TemporaryFile("w+")  # noqa: SIM115
@@ -345,7 +345,7 @@ def row(load: Load, name: str, steps: dict[str, list[Case]], ends: dict[str, Cas
         "case": name,
         "student": Path(load.student).name,
         "tokens_a_step": load.tokens,
-        "fed_a_step": round(statistics.mean(s["fed"] for s in mine)),
+        "fed_a_step": round(statistics.mean(s["inputs"] for s in mine)),
         "steps": load.steps,
         "ms_median": round(1e3 * median, 1),
         "ms_p20": round(1e3 * p20, 1),
@@ -353,7 +353,7 @@ def row(load: Load, name: str, steps: dict[str, list[Case]], ends: dict[str, Cas
         "of_fine_tuning": round(ratios["seconds"], 3),
         "processor_of_fine_tuning": round(ratios["processor_s"], 3),
         "data_share": round(statistics.median(s["data_s"] / s["seconds"] for s in mine), 5),
-        "data_us_a_token": round(1e6 * statistics.median(s["data_s"] / max(s["fed"], 1) for s in mine), 2),
+        "data_us_a_token": round(1e6 * statistics.median(s["data_s"] / max(s["inputs"], 1) for s in mine), 2),
         "peak_mib": None if peak is None else round(peak),
         "of_online_peak": round(peak / peaks[ONLINE], 3) if peak else None,
         "of_trl_peak": round(peak / peaks[TRL], 3) if peak and TRL in peaks else None,
@@ -363,7 +363,7 @@ def row(load: Load, name: str, steps: dict[str, list[Case]], ends: dict[str, Cas
 
 
 def make_student(teacher: Path, out: Path, pruned: bool) -> Path:
-    """A third of the teacher's layers, or that third three times over: as large as the teacher, and not the teacher."""
+    """Makes a student of a third of the teacher's layers, or of that third repeated three times: as large as the teacher."""
     prune_layers(teacher, out)
     if pruned:
         return out
@@ -412,7 +412,7 @@ def line(case: Case) -> str:
     )
 
 
-def judge(rows: list[Case]) -> str:
+def goals_met(rows: list[Case]) -> str:
     ours = next(r for r in rows if r["case"] == "logitcache")
     memory = ours["of_trl_peak"] or ours["of_online_peak"]
     found = {"time": ours["of_fine_tuning"], "memory": memory, "data": ours["data_share"]}
@@ -421,7 +421,7 @@ def judge(rows: list[Case]) -> str:
 
 
 def plot(source: Path, out: Path) -> None:
-    """Time, memory and KL of the newest run."""
+    """Plots time, memory and KL of the newest run."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -430,33 +430,39 @@ def plot(source: Path, out: Path) -> None:
     with source.open() as file:
         rows = list(csv.DictReader(file))
     rows = [r for r in rows if r["date"] == rows[-1]["date"]]
-    columns = {"ms_median": "ms a step", "peak_mib": "MiB over the loaded student", "kl": "held-out KL, nats a row"}
+    columns = {"ms_median": "ms per step", "peak_mib": "MiB over the loaded student", "kl": "held-out KL, nats per row"}
     figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
     for axis, (name, label) in zip(axes, columns.items(), strict=True):
         axis.bar([r["case"] for r in rows], [float(r[name] or 0) for r in rows], color=["C1"] + ["C7"] * len(rows))
         axis.set_title(label, fontsize="medium")
         axis.tick_params(axis="x", labelsize="small", rotation=15)
     axes[2].axhline(float(rows[0]["kl_before"]), color="C3", linewidth=1, linestyle=":")
-    figure.suptitle(f"{rows[0]['student']}, {rows[0]['tokens_a_step']} tokens a step, {rows[0]['machine']}", fontsize=9)
+    figure.suptitle(
+        f"{rows[0]['student']}, {rows[0]['tokens_a_step']} tokens per step, {rows[0]['machine']}", fontsize=9
+    )
     figure.savefig(out, dpi=120)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cache", type=Path, default=ROOT / "demo" / "cache", help="made by the teacher; the demo's")
-    parser.add_argument("--teacher", type=Path, default=ROOT / "demo" / "teacher", help="made where it is missing")
-    parser.add_argument("--tokens", type=int, default=1024, help="a step")
+    parser.add_argument(
+        "--cache", type=Path, default=ROOT / "demo" / "cache", help="a cache of the teacher [default: the demo's]"
+    )
+    parser.add_argument(
+        "--teacher", type=Path, default=ROOT / "demo" / "teacher", help="a model folder, made if missing"
+    )
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens per step")
     parser.add_argument("--steps", type=int, default=14)
     parser.add_argument("--warm-up", type=int, default=3, help="steps that are not timed")
     parser.add_argument("--held-out", type=int, default=12, help="traces whose KL is measured")
     parser.add_argument(
-        "--threads", type=int, default=torch.get_num_threads(), help="1: less waiting beside other work"
+        "--threads", type=int, default=torch.get_num_threads(), help="threads per process; 1 suits a busy machine"
     )
     parser.add_argument("--pruned", action="store_true", help="the student has a third of the teacher's layers")
     parser.add_argument("--quick", action="store_true", help="--pruned, 4 steps of 256 tokens; nothing is saved")
-    parser.add_argument("--json", action="store_true", help="one object a case")
-    parser.add_argument("--no-save", action="store_true", help="append nothing to results/")
-    parser.add_argument("--plot", type=Path, help="draw the newest saved run into this file instead of measuring")
+    parser.add_argument("--json", action="store_true", help="print one JSON object per case")
+    parser.add_argument("--no-save", action="store_true", help="save nothing in results/")
+    parser.add_argument("--plot", type=Path, help="plot the newest saved run into this file instead of measuring")
     for hidden in ("--variant", "--load"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -478,7 +484,7 @@ def main() -> None:
         rows = measure(load, names)
     for case in rows:
         print(json.dumps(case) if args.json else line(case), flush=True)
-    say(judge(rows))
+    say(goals_met(rows))
     if not (args.quick or args.no_save):
         say(f"appended to {save(rows)}")
 

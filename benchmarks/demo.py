@@ -1,6 +1,6 @@
-"""The main job on this machine's CPU: a real teacher fills a cache, and a third of it learns from that cache.
+"""Runs the whole pipeline on a CPU: a real teacher fills a cache, and a student, a third of it, trains from that cache.
 
-`make demo` runs it. Everything lies in demo/; a second run finds it done, `make demo DEMO=--fresh` starts over.
+`make demo` runs it and writes to demo/. A second run skips finished stages; `make demo DEMO=--fresh` starts over.
 """
 
 import json
@@ -27,7 +27,7 @@ GENERATE = [
     "--answer-regex", r"(?i)therefore|answer is|in total|\bso\b",
     "--engine-arg", "max_model_len=2048", "--engine-arg", "max_num_seqs=64", "--engine-arg", "enforce_eager=true",
 ]  # fmt: skip
-# A student cut out of its teacher has far to go: many small steps, and large ones.
+# A student made of some of its teacher's layers starts far from it: many small steps at a high rate.
 TRAIN = [
     "train", str(CACHE), "--student", str(PRUNED), "--out", str(RUN), "--held-out", "0.1",
     "--tokens-per-batch", "512", "--lr", "1e-3", "--epochs", "1",
@@ -46,7 +46,7 @@ def main() -> None:
 
 
 def stage(name: str, work: Callable[[], Any]) -> None:
-    """Does the work; notes how long it took, unless it was done before."""
+    """Runs a stage and records its seconds, unless it was finished before."""
     seconds = json.loads(TIMES.read_text()) if TIMES.exists() else {}
     began = time.monotonic()
     work()
@@ -61,7 +61,7 @@ def logitcache(*arguments: str, where: Path | None = None) -> None:
 
 
 def prune() -> None:
-    """A copy of the teacher with every third layer: 10 of 30."""
+    """Makes the student: a copy of the teacher with every third layer, 10 of 30."""
     from logitcache.student.model.prune import prune_layers
 
     if not PRUNED.exists():
@@ -81,7 +81,7 @@ def table(seconds: dict[str, float]) -> str:
         ("teacher", f"{info.identity.teacher_revision[:8]} SmolLM2-135M-Instruct, {info.identity.engine}"),
         ("traces", f"{info.traces:,}"),
         ("tokens", f"{info.tokens:,} ({', '.join(f'{n:,} {k}' for k, n in info.section_tokens.items() if n)})"),
-        ("bytes a token", f"{info.bytes_per_row:.1f} ({info.block_bytes_per_row:.1f} of them top-64)"),
+        ("bytes per token", f"{info.bytes_per_row:.1f} ({info.block_bytes_per_row:.1f} of them top-64)"),
         ("teacher tokens/s", f"{speed:,.0f}"),
         ("held-out KL, nats", f"{before['kl']:.3f} -> {after['kl']:.3f} ({after['kl'] / before['kl']:.0%})"),
         ("held-out top-1", f"{before['top1']:.1%} -> {after['top1']:.1%}"),

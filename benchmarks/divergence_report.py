@@ -1,11 +1,11 @@
-"""Rows of `bench_divergence.py`: appended to a CSV file, read back, shown as a table and as a picture."""
+"""Results of `bench_divergence.py`: appended to a CSV file, read back, shown as a table and as a plot."""
 
 import csv
 from pathlib import Path
 
 
 def save(path: Path, rows: list[dict]) -> None:
-    """Append; a file with other columns is written anew with all of them."""
+    """Appends rows; a file with other columns is rewritten with all columns."""
     path.parent.mkdir(exist_ok=True)
     old = load(path) if path.exists() else []
     names = list(dict.fromkeys(name for row in (*old[:1], *rows) for name in row))
@@ -23,7 +23,7 @@ def load(path: Path) -> list[dict]:
 
 
 def newest(path: Path) -> dict[tuple[str, ...], list[dict]]:
-    """Rows of the last commit's runs by (N, H, V), the newest of each, sweeps left out."""
+    """The newest row of each implementation by (N, H, V), of the last commit's runs, without sweeps."""
     rows, cases = load(path), {}
     commit = rows[-1]["commit"].removesuffix("-dirty")
     for row in rows:
@@ -49,7 +49,7 @@ def table(path: Path) -> str:
 
 
 def plot(path: Path, out: Path) -> None:
-    """The newest runs as bars, a group a case: time by the bare products' (p20 to p80 as a line), and extra memory."""
+    """Plots the newest runs as bars, one group per case: time over that of the bare products (p20 to p80), and extra memory."""
     import matplotlib
 
     matplotlib.use("Agg")

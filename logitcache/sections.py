@@ -116,7 +116,7 @@ class Markers:
 
     @classmethod
     def detect(cls, vocabulary: Iterable[str], chat_template: str | None) -> "Markers":
-        """The first known pair whose closing marker is a token of its own or stands in the chat template."""
+        """The first known pair whose closing marker is a token of its own or appears in the chat template."""
         tokens, template = set(vocabulary), chat_template or ""
         for opening, closing in KNOWN_MARKERS:
             if closing in tokens or closing in template:

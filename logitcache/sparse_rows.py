@@ -91,7 +91,7 @@ def from_topk(ids_RK: ArrayLike, logprobs_RK: ArrayLike, vocab_size: int) -> Spa
     ascending_RK = np.sort(ids_RK, axis=1)
     if (repeat_R := (ascending_RK[:, 1:] == ascending_RK[:, :-1]).any(axis=1)).any():
         row = int(np.argmax(repeat_R))
-        raise CacheError(f"row {row} holds an id twice: pass the top k without the realised token")
+        raise CacheError(f"row {row} holds an id twice: pass the top k without the sampled token")
     if np.isnan(logprobs_RK).any():
         row = int(np.argmax(np.isnan(logprobs_RK).any(axis=1)))
         raise CacheError(f"row {row} holds a NaN log-probability: the teacher's logits overflowed; try another dtype")

@@ -23,7 +23,7 @@ class Trace:
     sections: Sections
     row_start: int
     rows: SparseRows
-    token_logprob: np.ndarray  # float32 [R], the realised token's log-probability in nats, T=1
+    token_logprob: np.ndarray  # float32 [R], the sampled token's log-probability in nats, T=1
     token_rank: np.ndarray  # int32 [R], its rank in the whole vocabulary, 1 = most likely
     text: str  # the completion
     finish_reason: str

@@ -80,7 +80,7 @@ def test_a_model_that_predicts_no_next_token_is_refused(run, teacher, tmp_path) 
     assert "BertForMaskedLM is not a causal language model" in err
 
 
-def test_a_directory_that_is_no_cache_is_named(run, tmp_path) -> None:
+def test_a_directory_that_is_not_a_cache_is_named(run, tmp_path) -> None:
     (tmp_path / "x").mkdir()
     code, _, err = run("info", tmp_path / "x")
     assert (code, err.count("\n")) == (2, 1)
@@ -196,7 +196,7 @@ def test_a_plan_is_drawn_from_all_prompts_and_its_traces_can_stay(run, monkeypat
     assert (code, out.startswith("job     40 traces of 40 prompts")) == (0, True)
 
 
-def test_help_teaches_and_imports_nothing_heavy() -> None:
+def test_help_has_examples_and_imports_nothing_heavy() -> None:
     command = str(Path(sys.executable).with_name("logitcache"))
     text = subprocess.run([command, "generate", "--help"], capture_output=True, text=True, check=True).stdout
     assert "Example: logitcache generate" in text

@@ -1,4 +1,4 @@
-"""A reasoner's folder, part by part: prompts, teacher, student, and how often each is right. What is there is not made again."""
+"""Makes a reasoner's folder: prompts, teacher, student, and the accuracy of both. Parts that exist are not made again."""
 
 import json
 import shutil
@@ -22,10 +22,10 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Size:
-    """How hard the problems are, and how large and how long taught the models.
+    """Size of the problems and of the models, and length of their training.
 
-    easy: problems of the teacher's first steps, few digits and terms: it learns to find a digit by its letter there.
-    warm_traces: of each family, all that the student ever sees before distillation.
+    easy: problems of the teacher's first steps, with few digits and terms, on which it learns to find a digit by its letter.
+    warm_traces: traces per family for the student's warm-up, all that it sees before distillation.
     """
 
     ranges: Ranges
@@ -66,10 +66,10 @@ SIZES = {
 
 
 def make(size: Size, out: Path, seed: int = 0, say: Say = print) -> dict[str, Any]:
-    """Makes what `out` lacks of prompts-train.jsonl, prompts-test.jsonl, teacher/, student/ and reasoner.json.
+    """Makes the missing ones of prompts-train.jsonl, prompts-test.jsonl, teacher/, student/ and reasoner.json in `out`.
 
-    Returns: what reasoner.json holds: for each model its parameters, seconds of training, and accuracies by family.
-    Raises: SystemExit where `out` was made with another size or seed.
+    Returns: the content of reasoner.json: for each model its parameters, seconds of training, and accuracies by family.
+    Raises: SystemExit if `out` was made with another size or seed.
     """
     out.mkdir(parents=True, exist_ok=True)
     record = _record(out, size, seed)
@@ -129,7 +129,7 @@ def _watch(model: PreTrainedModel, test: list[Problem], say: Say) -> Callable[[i
 
 
 def _in_turn(ranges: Ranges, side: str, seed: int, count: int) -> list[Problem]:
-    """`count` different problems of each family, the families in turn, so that the first n are a fair sample."""
+    """`count` different problems of each family, interleaved by family, so that the first n are a fair sample."""
     return list(chain.from_iterable(zip(*(distinct(f, ranges, side, seed, count) for f in FAMILIES), strict=True)))
 
 
@@ -141,7 +141,7 @@ def _prompts(size: Size, out: Path, side: str, seed: int) -> list[Problem]:
 
 
 def _lengths(chosen: list[Problem]) -> dict[str, dict[str, float]]:
-    """Tokens of the reasoning, by family: least, mean, most; and by which share of them the answer stands there."""
+    """Tokens of the reasoning by family: minimum, mean, maximum; and the share after which the answer is known."""
     found = {}
     for family in FAMILIES:
         some = [p for p in chosen if p.family == family]

@@ -1,11 +1,11 @@
-"""Problems whose reasoning is known: a question, its worked reasoning, its answer, from a seed.
+"""Problems with worked reasoning: question, reasoning and answer, made from a seed.
 
-    redundant       add d4+3c8+7b2+5a1+9    a column a step, the sum, then each column checked from the top, the sum again
-    incremental     sum e3f7g2h9            the sum modulo ten, by a running total whose last digit goes on
-    incompressible  mul b4a7*y6x8           long multiplication: a row a digit of the multiplier, then the rows' sum
+    redundant       add d4+3c8+7b2+5a1+9    one column per step, the sum; then each column checked from the top, the sum again
+    incremental     sum e3f7g2h9            the sum modulo ten, by a running total that keeps its last digit
+    incompressible  mul b4a7*y6x8           long multiplication: one row per digit of the multiplier, then their sum
 
-Digits carry letters as places (a is the units) or as items, so that a step finds its digits by name. The sum of a redundant
-trace stands just before the middle of its reasoning; what follows adds nothing.
+Each digit has a letter, which names its place (a is the units) or its item, so that a step finds its digits by name. The sum of a
+redundant trace is just before the middle of its reasoning; the rest only checks it.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ TEST_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Problem:
-    """One question with its reasoning. derived: characters of the reasoning by which the answer stands there."""
+    """One question with its reasoning. derived: characters of the reasoning up to the answer."""
 
     family: str
     question: str
@@ -49,7 +49,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class Ranges:
-    """How large the problems of each family are."""
+    """Sizes of the problems of each family."""
 
     digits: tuple[int, ...]  # of each summand
     terms: tuple[int, ...]  # of a running total
@@ -57,12 +57,12 @@ class Ranges:
 
 
 def side(question: str) -> str:
-    """`train` or `test`, by a hash of the question alone: no question is ever on both sides."""
+    """`train` or `test`, by a hash of the question alone, so that no question is on both sides."""
     return "test" if _hash(question) < TEST_SHARE * 2**64 else "train"
 
 
 def problems(family: str, ranges: Ranges, which: str, seed: int) -> Iterator[Problem]:
-    """Problems of one side without end, each a function of the seed and its place; questions may come again."""
+    """Yields problems of one side forever, each a function of the seed and its index; questions may repeat."""
     make, rng = _MAKERS[family], random.Random(f"{family} {which} {seed}")
     while True:
         if (problem := make(ranges, rng)).side == which:
@@ -72,7 +72,7 @@ def problems(family: str, ranges: Ranges, which: str, seed: int) -> Iterator[Pro
 def distinct(family: str, ranges: Ranges, which: str, seed: int, count: int) -> list[Problem]:
     """The first `count` different problems.
 
-    Raises: ValueError where there are hardly so many.
+    Raises: ValueError if there are too few.
     """
     found: dict[str, Problem] = {}
     for tried, problem in enumerate(problems(family, ranges, which, seed)):
@@ -87,7 +87,7 @@ def distinct(family: str, ranges: Ranges, which: str, seed: int, count: int) -> 
 
 
 def write_prompts(path: Path, chosen: Sequence[Problem]) -> None:
-    """A prompt file for `logitcache generate`: id, messages, answer; family, size, steps, reasoning, derived as metadata."""
+    """Writes prompts for `logitcache generate`: id, messages, answer; family, size, steps, reasoning, derived as metadata."""
     part = path.with_name(path.name + ".part")
     with part.open("w") as out:
         for p in chosen:
@@ -116,7 +116,7 @@ def _redundant(ranges: Ranges, rng: random.Random) -> Problem:
 
 def _incremental(ranges: Ranges, rng: random.Random) -> Problem:
     n = rng.choice(ranges.terms)
-    first = rng.randrange(len(LETTERS) - n + 1)  # so that all letters are met alike
+    first = rng.randrange(len(LETTERS) - n + 1)  # so that all letters are equally frequent
     items = [(c, rng.randrange(10)) for c in LETTERS[first : first + n]]
     total, steps = 0, []
     for letter, x in items:
@@ -165,7 +165,7 @@ _MAKERS: dict[str, Callable[[Ranges, random.Random], Problem]] = {
 
 
 def _column_sums(columns: Sequence[tuple[int, int]]) -> tuple[list[str], list[int]]:
-    """The step of each column, units first, and the sum's digits; nothing may be carried out of the last."""
+    """The step of each column, units first, and the digits of the sum; the last column must not carry."""
     carry, steps, digits = 0, [], []
     for letter, (x, y) in zip(LETTERS, columns, strict=False):
         total = x + y + carry
@@ -177,7 +177,7 @@ def _column_sums(columns: Sequence[tuple[int, int]]) -> tuple[list[str], list[in
 
 
 def named(digits: Sequence[int], place: int = 0, letters: str = LETTERS) -> str:
-    """Digits, units first, as they are read, each after its letter: [0, 8, 5] is c5b8a0, and d5c8b0 at place 1."""
+    """Digits, given units first, in reading order, each after its letter: [0, 8, 5] is c5b8a0, and d5c8b0 at place 1."""
     return "".join(letters[place + i] + str(digit) for i, digit in reversed(list(enumerate(digits))))
 
 

@@ -1,6 +1,6 @@
-"""A tokenizer of 44 tokens: digits, signs, letters, five words, and what a chat and its sections need.
+"""A tokenizer of 44 tokens: digits, signs, letters, five words, and the markers of a chat and its sections.
 
-Token by token a text is its tokens' texts put together, so decoding gives back what was encoded.
+A text is the concatenation of its tokens' texts, so decoding returns what was encoded.
 """
 
 import re
@@ -13,7 +13,7 @@ from benchmarks.reasoner.problems import LETTERS, MULTIPLIERS, Problem
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>", "<|unk|>")
 WORDS = ("add ", "sum ", "mul ", "so ", "ok ")
-LONGEST = 512  # tokens of a trace
+LONGEST = 512  # tokens per trace
 VOCABULARY = (*SPECIAL, *WORDS, *"0123456789", *"+-*=;:", *LETTERS, *MULTIPLIERS)
 
 # The generation prompt opens the reasoning, as DeepSeek-R1's does.
@@ -45,7 +45,7 @@ def make() -> PreTrainedTokenizerFast:
 
 
 def text(problem: Problem) -> str:
-    """The whole trace: what the template makes of the question, then reasoning and answer."""
+    """The whole trace: the question in the chat template, then reasoning and answer."""
     return f"{prompt(problem)}{problem.reasoning}</think>{problem.answer}<|end|>"
 
 
@@ -54,7 +54,7 @@ def prompt(problem: Problem) -> str:
 
 
 def encode(string: str) -> list[int]:
-    """What the tokenizer makes of a text of ours, ten times as fast."""
+    """Encodes a text of these tokens as the tokenizer does, ten times as fast."""
     ids, found = _ids()
     return [ids[token] for token in found(string)]
 

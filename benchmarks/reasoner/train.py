@@ -1,4 +1,4 @@
-"""Trains small reasoners from scratch, and says how many of their answers are exact."""
+"""Trains small reasoners from scratch, and measures how many of their answers are exact."""
 
 import math
 import time
@@ -19,12 +19,12 @@ from benchmarks.reasoner.problems import FAMILIES, Problem, Ranges, problems
 # B sequences, T tokens each.
 
 PAD, END = tok.VOCABULARY.index("<|pad|>"), tok.VOCABULARY.index("<|end|>")
-GROUPS = 3  # of alike length, that a step's traces are fed in: one group would be a third padding
+GROUPS = 3  # of similar length per step; a single group would be a third padding
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A Qwen3; vLLM's CPU engine wants head_dim to be 32, 64, 80, 96, 112 or 128."""
+    """A Qwen3. vLLM's CPU engine needs a head_dim of 32, 64, 80, 96, 112 or 128."""
 
     layers: int
     hidden: int
@@ -35,10 +35,10 @@ class Shape:
 
 @dataclass(frozen=True)
 class Schedule:
-    """AdamW with a linear warm-up and a cosine that ends at 2% of the rate."""
+    """AdamW with linear warm-up and cosine decay to 2% of the rate."""
 
     steps: int
-    traces: int  # a step
+    traces: int  # per step
     rate: float
     warmup: int = 100
 
@@ -66,14 +66,14 @@ def new_model(shape: Shape, seed: int, device: str = "cpu") -> PreTrainedModel:
 
 
 def train_stream(ranges: Ranges, seed: int) -> Iterator[Problem]:
-    """Training problems without end, the families in turn."""
+    """Yields training problems forever, interleaved by family."""
     sources = [problems(family, ranges, "train", seed) for family in FAMILIES]
     while True:
         yield from map(next, sources)
 
 
 def again(chosen: Sequence[Problem], seed: int) -> Iterator[Problem]:
-    """The same problems without end, each epoch in an order of its own."""
+    """Yields the same problems forever, each epoch in another order."""
     rng, order = Random(seed), list(chosen)
     while True:
         rng.shuffle(order)
@@ -81,7 +81,7 @@ def again(chosen: Sequence[Problem], seed: int) -> Iterator[Problem]:
 
 
 def steps(source: Iterator[Problem], traces: int) -> Iterator[list[torch.Tensor]]:
-    """The next `traces` traces for each step, in groups of alike length: int64 [B, T], right-padded."""
+    """Yields the next `traces` traces for each step, in groups of similar length: int64 [B, T], right-padded."""
     while True:
         rows = sorted((tok.encode(tok.text(p)) for p in islice(source, traces)), key=len)
         size = math.ceil(traces / GROUPS)
@@ -99,12 +99,12 @@ def fit(
     schedule: Schedule,
     report: Callable[[int, float], None] = lambda step, loss: None,
 ) -> float:
-    """Cross-entropy of whole traces. Padding stands after all else, so no mask is needed.
+    """Trains with cross-entropy on whole traces. Padding is on the right, so no mask is needed.
 
-    A step takes its traces as they come: with the families in turn, all are in every step. Steps of one length each, so
-    mostly of one family, were far slower to find a digit by its letter in short runs, which had more letters too.
+    A step takes traces in order, so all families are in every step. In short runs, steps with traces of one length, so
+    mostly of one family, learned far more slowly to find a digit by its letter.
 
-    Returns: seconds, reports included.
+    Returns: seconds, including reports.
     """
     began, device, every = time.monotonic(), model.device, max(1, schedule.steps // 10)
     optimizer = torch.optim.AdamW(
@@ -157,7 +157,7 @@ def evaluating(model: PreTrainedModel) -> Iterator[None]:
 
 
 def exact_traces(model: PreTrainedModel, chosen: Sequence[Problem]) -> dict[str, float]:
-    """Share of traces, by family, that greedy decoding would write token by token as they stand: one pass, no decoding."""
+    """Share of traces, by family, that greedy decoding would reproduce exactly: one forward pass, no decoding."""
     right, count = Counter(), Counter(p.family for p in chosen)
     with evaluating(model):
         for some in _chunks(chosen, 128):
@@ -171,7 +171,7 @@ def exact_traces(model: PreTrainedModel, chosen: Sequence[Problem]) -> dict[str,
 
 
 def completions(model: PreTrainedModel, chosen: Sequence[Problem], temperature: float = 0.0) -> list[str]:
-    """What the model writes after each prompt, greedily or sampled, without the end token; cut at twice the known length."""
+    """The completion of each prompt, greedy or sampled, without the end token; cut at twice the known length."""
     place, written = {id(p): i for i, p in enumerate(chosen)}, [""] * len(chosen)
     sampling = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     with evaluating(model):

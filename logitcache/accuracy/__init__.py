@@ -1,1 +1,1 @@
-"""Answers under reasoning budgets, and how many of them are right."""
+"""Measures accuracy under reasoning budgets."""

@@ -1,4 +1,4 @@
-"""Answers on disk: one line of JSON each, appended as they finish."""
+"""Answers on disk: a file of JSON lines, appended as answers finish."""
 
 import hashlib
 import json
@@ -12,11 +12,11 @@ from typing import NamedTuple
 from logitcache.errors import ShardCorruptError, WriteError
 from logitcache.prompts import Prompt
 
-NO_ROOM = "no room"  # finish of an answer that was not asked for: the context would be too long for the model
+NO_ROOM = "no room"  # finish of an answer that was not requested, since it would exceed the model's context
 
 
 class Key(NamedTuple):
-    """Which answer: prompt, sample, and how many tokens of the sample's reasoning are kept; None keeps the natural whole."""
+    """Identifies an answer: prompt, sample, and the number of tokens its reasoning is cut to; None: not cut."""
 
     prompt_id: str
     sample: int
@@ -95,6 +95,6 @@ class AnswerFile:
 
 
 def digest_of(prompt: Prompt) -> str:
-    """Hash of a prompt with all that a verdict reads."""
-    judged = json.dumps([prompt.digest(), prompt.answer, prompt.metadata.get("gym")], sort_keys=True)
-    return hashlib.blake2b(judged.encode(), digest_size=16).hexdigest()
+    """Hash of a prompt with everything that grading reads."""
+    graded = json.dumps([prompt.digest(), prompt.answer, prompt.metadata.get("gym")], sort_keys=True)
+    return hashlib.blake2b(graded.encode(), digest_size=16).hexdigest()

@@ -1,4 +1,4 @@
-"""What one call of `logitcache eval --prompts` is given."""
+"""Options of `logitcache eval --prompts`."""
 
 import re
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Asks a model for its answers: natural completions first, then those after a reasoning that was cut and closed."""
+"""Generates answers: first natural completions, then those after a reasoning that was cut and closed."""
 
 from array import array
 from collections import Counter
@@ -21,16 +21,16 @@ from logitcache.sections import Markers
 
 @dataclass(frozen=True, slots=True)
 class Delimiters:
-    """The token ids that open and close a reasoning where the model does not do so itself."""
+    """Token ids that open and close a reasoning when the model does not do so itself."""
 
     opening: list[int]
     closing: list[int]
 
     @classmethod
     def of(cls, answers: Iterable[Answer], facts: ModelFacts, markers: Markers) -> "Delimiters":
-        """The form that the model itself writes most often in natural answers, else the markers' own tokens.
+        """The form that the model writes most often in natural answers, else the tokens of the markers.
 
-        A form counts only if it holds nothing but the marker and white space. A model that closes a reasoning it did not
+        A form counts only if it is the marker with white space. A model that closes a reasoning it did not
         open needs no opening.
         """
         tokenizer: Any = facts.tokenizer
@@ -54,7 +54,7 @@ class Delimiters:
 
 @dataclass(frozen=True)
 class Questions:
-    """What a model is asked, and how its answers are read."""
+    """What to ask a model, and how to read its answers."""
 
     spec: ModelSpec
     sampling: Sampling  # its max_tokens is the limit of natural completions
@@ -70,22 +70,22 @@ class Questions:
         return [Key(prompt_id, i, None) for prompt_id in self.prompts for i in range(self.samples)]
 
     def forced(self, answers: dict[Key, Answer]) -> list[Key]:
-        """The cuts of each natural answer, all of which must be there. Those of one sample follow each other."""
+        """The cuts of each natural answer, all of which must exist. Cuts of one sample are adjacent."""
         return [key._replace(cut=cut) for key in self.natural() for cut in sorted(self.cuts(answers[key].reasoning))]
 
     def missing(self, answers: dict[Key, Answer]) -> list[Key]:
-        """What to ask next: natural answers, and once all are there the forced ones."""
+        """What to ask next: natural answers, then, once all exist, forced ones."""
         natural = [key for key in self.natural() if key not in answers]
         return natural or [key for key in self.forced(answers) if key not in answers]
 
 
 class Run:
-    """Makes the missing answers with one engine. Whatever ends it, the file holds every answer that finished.
+    """Generates the missing answers with one engine. Every finished answer is in the file, however the run ends.
 
     Args:
-        delimiters: None: decided by the natural answers, once all are there.
+        delimiters: None: decided from the natural answers, once all exist.
         publish: called with the delimiters once the engine is loaded, and again when they are decided.
-        out: the log goes into its ``logs``.
+        out: directory whose ``logs`` holds the engine's log.
     """
 
     def __init__(
@@ -101,9 +101,9 @@ class Run:
         self.prompt_ids: dict[str, list[int]] = {}
 
     def work(self) -> str | None:
-        """Returns the name of the signal that ended it early.
+        """Returns: the name of the signal that stopped it, or None.
 
-        Raises: InputError before anything is asked, EngineError and WriteError, after which another run resumes.
+        Raises: InputError before anything is generated; EngineError and WriteError, after which another run resumes.
         """
         asked, answers = self.questions, self.file.answers
         for prompt in asked.prompts.values():
@@ -118,7 +118,7 @@ class Run:
             greeting=f"loading {asked.facts.name}",
         ) as self.session:
             self._refuse_long_prompts()
-            self.publish(self.delimiters)  # only now: a setting that the engine refuses leaves nothing behind
+            self.publish(self.delimiters)  # only now, so that settings which the engine refuses leave nothing behind
             while (missing := asked.missing(answers)) and not self.session.stopped:
                 natural = missing[0].cut is None
                 if not natural and self.delimiters is None:
@@ -172,7 +172,7 @@ class Run:
         return len(tokens)
 
     def _ids(self, key: Key) -> list[int]:
-        """What the model continues: the prompt, and for a cut the reasoning up to it and a closing delimiter."""
+        """The tokens that the model continues: the prompt, and for a cut also the reasoning up to it and a closing delimiter."""
         prompt_ids = self.prompt_ids[key.prompt_id]
         if key.cut is None:
             return prompt_ids
@@ -182,7 +182,7 @@ class Run:
         return [*prompt_ids, *opening, *natural.tokens[natural.opening :][: key.cut], *self.delimiters.closing]
 
     def _opening(self, natural: Answer) -> list[int]:
-        """The sample's own opening; the model's usual one for a sample without any delimiter."""
+        """The sample's own opening delimiter; the usual one for a sample without delimiters."""
         if natural.opened or natural.closing:
             return natural.tokens[: natural.opening].tolist()
         assert self.delimiters is not None
@@ -204,7 +204,7 @@ class Run:
         spans = sections.find(texts, len(prompt_ids), self.questions.markers)
         # Delimiters that the template put into the prompt count as prompt.
         _, start, end, close, length = (max(0, bound - len(prompt_ids)) for bound in spans.bounds())
-        reasoning = end - start - (ended and start < end == length)  # the end of sequence is no reasoning
+        reasoning = end - start - (ended and start < end == length)  # the end of sequence does not count as reasoning
         return _Reading(
             opened=spans.prompt_end < spans.reasoning_start,
             opening=start,
@@ -230,7 +230,7 @@ class Run:
 
 
 class _Reading(NamedTuple):
-    """Where the sections of an answer lie, as token counts, and the text of its answer section."""
+    """Token counts of an answer's sections, and the text of its answer section."""
 
     opened: bool
     opening: int

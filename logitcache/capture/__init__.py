@@ -1,1 +1,1 @@
-"""Prompts or texts become a cache: generate, score, and the plan of a job."""
+"""Makes caches from prompts or texts: generate, score, and plan."""

@@ -1,4 +1,4 @@
-"""Prompts -> traces with their top-k rows: the teacher answers what the cache does not hold yet."""
+"""Prompts -> traces with top-k rows: the teacher answers the prompts whose traces are missing."""
 
 import hashlib
 from collections.abc import Iterator
@@ -20,9 +20,9 @@ from logitcache.trace import Trace
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateOptions(PromptOptions, JobOptions):
-    """One call of `generate`."""
+    """Options of one call of `generate`."""
 
-    draw: int | None = None  # answer only this many of the prompts, drawn from all over the source
+    draw: int | None = None  # answer only this many prompts, drawn at random from the whole source
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -30,14 +30,16 @@ class GenerateOptions(PromptOptions, JobOptions):
 
 
 def generate(options: GenerateOptions) -> Summary:
-    """Writes the missing traces of a cache: every prompt times every sample that ``options.out`` does not hold.
+    """Generates the missing traces of the cache ``options.out``, which has one trace per prompt and sample.
 
     Raises: InputError and CacheError before anything is written; EngineError and WriteError, after which the same call
-        resumes where this one stopped.
+        resumes.
     """
     source = prompts.load(options.prompts, options.limit)
     facts = model.inspect_model(options.spec)
-    model.render(facts, source.prompts[0], options.template_args)  # a refusal comes before the model is loaded
+    model.render(
+        facts, source.prompts[0], options.template_args
+    )  # refuses bad template arguments before the model is loaded
     drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
     summary = fill(_Answers(options, facts, drawn), identify(options, facts, _recorded(options)))
     summary.repeated = source.repeated
@@ -45,18 +47,18 @@ def generate(options: GenerateOptions) -> Summary:
 
 
 def _recorded(options: GenerateOptions) -> dict[str, Any]:
-    """The sampling parameters as the identity holds them."""
+    """The sampling parameters as the identity stores them."""
     given = {"temperature": options.temperature, "max_tokens": options.max_tokens, "seed": options.seed}
     return given | options.sampling
 
 
 def _lot(prompt: Prompt) -> bytes:
-    """A prompt's place in a random order that is the same every time."""
+    """The prompt's key in a random order that is the same in every run."""
     return hashlib.blake2b(prompt.id.encode(), person=b"draw").digest()
 
 
 class _Answers:
-    """The task of `generate`: the teacher answers prompts."""
+    """The task of `generate`: completions of prompts."""
 
     scored = False
 

@@ -1,4 +1,4 @@
-"""What fills a cache: options, identity, and the task that turns requests into traces."""
+"""Options and identity of a cache that is filled, and the task that turns requests into traces."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -90,7 +90,7 @@ class CaptureOptions(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class JobOptions(CaptureOptions):
-    """Where a cache is written, and which share of it by this process: the options of `generate` and `score`."""
+    """Options of `generate` and `score`: where the cache is written, and this process's share of it."""
 
     out: Annotated[Path, Option("The cache: a new directory, or one to resume.")]
     worker: Annotated[
@@ -122,7 +122,7 @@ class JobOptions(CaptureOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(CaptureOptions, Sampling):
-    """What the teacher is asked, and how it answers."""
+    """The prompts, and how the teacher answers them."""
 
     prompts: Annotated[
         str,
@@ -161,23 +161,23 @@ def at_least(name: str, value: int | None, least: int) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A trace to make."""
+    """A trace to be made."""
 
     trace_id: str
     prompt_id: str
     sample_index: int
-    content: Any  # what the task makes token ids of
+    content: Any  # the task makes token ids of it
 
 
 class Tokens(NamedTuple):
-    """What the engine gets for a request: the prompt, or for scoring the whole text."""
+    """Input of the engine for a request: the prompt, or the whole text if it is scored."""
 
     ids: list[int]
     prompt_length: int
 
 
 class Task(Protocol):
-    """What the teacher is asked, and how its completions become traces."""
+    """A list of requests to the teacher, and the conversion of its completions into traces."""
 
     @property
     def options(self) -> JobOptions: ...
@@ -191,11 +191,11 @@ class Task(Protocol):
         ...
 
     def requests(self, identity: Identity) -> Iterable[Request]:
-        """All requests of all workers, the same at each call."""
+        """All requests of all workers; every call yields the same."""
         ...
 
     def tokens(self, request: Request) -> Tokens:
-        """Raises: InputError if the request cannot be put to the teacher."""
+        """Raises: InputError if the teacher cannot take the request."""
         ...
 
     def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace: ...
@@ -264,7 +264,7 @@ def pinned_ids(text: str, facts: ModelFacts, markers: Markers, top_k: int) -> li
             )
         pinned.add(token)
     fits = len(pinned) < 256 and top_k + 2 * len(pinned) <= facts.vocab_size
-    if text == "auto" and not fits:  # every id is stored anyway, or nearly
+    if text == "auto" and not fits:  # all ids, or nearly all, are stored anyway
         return []
     if not fits:
         raise InputError(f"`pin_tokens` {text!r}: {len(pinned)} ids besides the top {top_k} are too many; give fewer")

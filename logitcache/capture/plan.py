@@ -1,4 +1,4 @@
-"""What a whole job will take, extrapolated from a few of its traces: tokens, disk, hours."""
+"""Estimates tokens, disk and hours of a whole job from a few of its traces."""
 
 from dataclasses import dataclass
 from math import ceil, log2
@@ -22,13 +22,13 @@ from logitcache.runtime.units import in_bytes
 
 _DRAWS = 2000  # of the bootstrap
 _CUT_SHARE = 0.05  # of traces cut by max_tokens: warn above it
-_SMALL, _LARGE, _WELL = 1e6, 2e9, 100e6  # bytes of a shard: too small, too large, and what a warning proposes
-_TABLE_SAVES = 0.14  # of the top-k block, by the frequency table that a shard below 4,096 rows lacks
+_SMALL, _LARGE, _WELL = 1e6, 2e9, 100e6  # bytes of a shard: too small, too large, and the size that a warning suggests
+_TABLE_SAVES = 0.14  # of the top-k block, by the frequency table, which shards below 4,096 rows do not have
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean, and its 95% interval."""
+    """A mean with its 95% interval."""
 
     mean: float
     low: float
@@ -40,7 +40,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class JobEstimate:
-    """What a job of ``prompts`` times ``samples`` traces takes, extrapolated from a sample of it."""
+    """The cost of a job of ``prompts`` times ``samples`` traces, extrapolated from a sample of its traces."""
 
     prompts: int
     samples: int
@@ -60,7 +60,7 @@ class JobEstimate:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOptions(PromptOptions):
-    """One call of `plan`."""
+    """Options of one call of `plan`."""
 
     try_prompts: Annotated[int, Option("Prompts to try, drawn from the whole source.")] = 16
     workers: Annotated[int, Option("Workers that will share the job.")] = 1
@@ -81,7 +81,7 @@ class PlanOptions(PromptOptions):
 def plan(options: PlanOptions) -> JobEstimate:
     """Has the teacher answer some of the prompts and extrapolates to all of them.
 
-    Raises: as `generate`; KeyboardInterrupt if a signal ended it.
+    Raises: as `generate`; KeyboardInterrupt if a signal stopped it.
     """
     source = load(options.prompts, options.limit).prompts
     with TemporaryDirectory(prefix="logitcache-plan-") as scratch:
@@ -125,12 +125,12 @@ def extrapolate(
 
     Intervals come from a seeded bootstrap-t that draws prompts with all their traces. Measured on log-normal lengths and 8
     to 64 prompts, the nominal 95% cover the truth in 90 to 95% of samples at sigma 0.5, and in 88 to 92% at sigma 1. They
-    hold for prompts like the sample's: draw it from the whole source, not from its head.
+    apply to prompts like those of the sample, so draw it from the whole source, not from its start.
 
     Args:
         cache: the sample, some traces of some of the prompts.
         prompts: of the whole job; ``samples`` traces each.
-        tokens_per_s: of one worker while the sample was made, without loading; ``Summary.tokens_per_s``.
+        tokens_per_s: speed of one worker on the sample, without loading; ``Summary.tokens_per_s``.
         workers: number of workers that share the job, each as fast.
         max_tokens: the limit of a completion, in the sample and in the job.
         unit_size: traces that become one shard.
@@ -167,14 +167,14 @@ def extrapolate(
 
 
 def _facts(cache: Cache) -> dict[str, np.ndarray]:
-    """For each trace: number of its prompt, completion tokens, rows, bytes of its block and in all, how it ended."""
+    """For each trace: index of its prompt, completion tokens, rows, bytes of its block, bytes in total, finish reason."""
     parts: list[dict[str, Any]] = []
     for number, index in enumerate(cache.shards):
         loaded = cache.shard(number)
         lengths = np.array(index.token_lengths)
         block = pc.call_function("binary_length", [loaded.batch["topk"]]).to_numpy()
         path = cache.path / shard.DIRECTORY / f"{index.name}.json"
-        others = index.bytes + path.stat().st_size - block.sum()  # plain columns, table and index, shared out by length
+        others = index.bytes + path.stat().st_size - block.sum()  # plain columns, table and index, divided by length
         parts.append(
             {
                 "tokens": lengths - loaded.batch["sections"].field("prompt_end").to_numpy(),
@@ -190,7 +190,7 @@ def _facts(cache: Cache) -> dict[str, np.ndarray]:
 
 
 def _per_trace(values_N: np.ndarray, prompt_N: np.ndarray) -> Estimate:
-    """Mean of a value of N traces, with its interval over P prompts. The interval of one prompt has no width."""
+    """Mean of a value of N traces, with its interval over P prompts. With one prompt the interval has no width."""
     sums_P, counts_P = np.bincount(prompt_N, weights=values_N), np.bincount(prompt_N)
     n = len(sums_P)
 
@@ -250,6 +250,6 @@ def _warnings(
 
 
 def _unit_size(trace_bytes: float, traces: int) -> int:
-    """A power of two: shards of about 100 MB, or fewer bytes where the job is small."""
+    """A power of two that makes shards of about 100 MB, or smaller ones for a small job."""
     wanted = min(_WELL / max(trace_bytes, 1.0), max(traces, 1))
     return max(1, 2 ** round(log2(max(wanted, 1.0))))

@@ -1,4 +1,4 @@
-"""A task fills a cache: what is missing goes through one engine, finished traces are published as shards."""
+"""Fills a cache with a task: missing traces go through one engine, and finished ones are published as shards."""
 
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -24,10 +24,10 @@ from logitcache.runtime.files import LOGS, publish_json, read_json
 
 
 def fill(task: Task, identity: Identity) -> Summary:
-    """Makes the traces of the task that the cache at ``task.options.out`` misses, as far as they are this worker's.
+    """Makes this worker's missing traces of the cache ``task.options.out``.
 
-    Finished traces survive whatever ends the call: after an error, a signal or the death of the engine they are
-    published. Only a kill that leaves no time for that loses the traces of unfinished shards.
+    Finished traces are published even after an error, a signal or the death of the engine. Only SIGKILL loses the traces of
+    unfinished shards.
 
     Raises: InputError for a task without requests, CacheError before anything is written; EngineError and WriteError,
         after which the same call resumes.
@@ -40,7 +40,7 @@ def fill(task: Task, identity: Identity) -> Summary:
         _sweep(out / shard.DIRECTORY, worker)
         shards = Cache.open(out).shards if (out / manifest.FILE_NAME).exists() else []
         present, skipped = {t for s in shards for t in s.trace_ids}, _skipped_before(out)
-        summary, missing = Summary(), {}  # ids alone: a source may be larger than memory
+        summary, missing = Summary(), {}  # ids only, since a source may be larger than memory
         for request in task.requests(identity):
             if not worker.owns(request.prompt_id):
                 summary.others += 1
@@ -61,7 +61,7 @@ def fill(task: Task, identity: Identity) -> Summary:
 
 
 def _sweep(directory: Path, worker: Worker) -> None:
-    """Removes what a kill left of this worker's shards: files without an index. No other process can be writing them."""
+    """Removes files without an index, which a kill left of this worker's shards. No other process can be writing them."""
     for path in [*directory.glob("unit-*.arrow"), *directory.glob("unit-*.part")]:
         number = path.name.removeprefix("unit-").partition(".")[0]
         whole = path.suffix == ".arrow" and path.with_suffix(".json").exists()
@@ -70,17 +70,17 @@ def _sweep(directory: Path, worker: Worker) -> None:
 
 
 def _skipped_before(out: Path) -> dict[str, str]:
-    """Trace ids that an earlier call had to skip, with the reason. The ids bind it to the identity."""
+    """Trace ids that an earlier call skipped, with the reason. A trace id depends on the identity, so the reason still holds."""
     found: dict[str, str] = {}
     for path in (out / LOGS).glob("generate-*.json"):
-        with suppress(ShardCorruptError):  # then they are tried again
+        with suppress(ShardCorruptError):  # then skipped traces are tried again
             found |= dict.fromkeys(read_json(path)["skipped_traces"], "as an earlier call found")
     return found
 
 
 @dataclass
 class Unit:
-    """The traces that become one shard, while they are made."""
+    """A unit in progress: the traces that become one shard."""
 
     size: int = 0  # requests that joined
     closed: bool = False  # no more requests join
@@ -99,7 +99,7 @@ class _InFlight:
 
 
 class _Filling:
-    """The missing traces on their way through one engine."""
+    """The missing traces while they go through one engine."""
 
     def __init__(self, task: Task, identity: Identity, summary: Summary, missing: dict[str, None], number: int) -> None:
         self.task, self.options, self.identity, self.summary = task, task.options, identity, summary
@@ -121,7 +121,7 @@ class _Filling:
             greeting=f"{place}{self.summary.before} traces present, {len(self.missing)} to make; "
             f"loading {self.identity.teacher}",
         ) as self.session:
-            # Only now: a setting that the engine refuses leaves no cache behind that records it.
+            # Only now, so that settings which the engine refuses create no cache.
             manifest.create_or_match(self.options.out, self.identity)
             try:
                 self.session.run(self._requests(), self._finish, total=len(self.missing), on_refused=self._refused)
@@ -132,7 +132,7 @@ class _Filling:
                 publish_json(self.session.log.with_suffix(".json"), asdict(self.summary))
 
     def _requests(self) -> Iterator[EngineRequest]:
-        """The missing requests as the engine takes them. Those of the next unit follow while stragglers finish."""
+        """Yields the missing requests to the engine. Requests of the next unit start while the last ones of a unit finish."""
         for request in self.task.requests(self.identity):
             if request.trace_id not in self.missing:
                 continue
@@ -148,7 +148,7 @@ class _Filling:
             self._publish_if_complete(self.open[-1])
 
     def _join(self) -> Unit:
-        """The unit that the next request belongs to."""
+        """The unit of the next request."""
         if not self.open or self.open[-1].closed:
             self.open.append(Unit())
         unit = self.open[-1]
@@ -158,7 +158,7 @@ class _Filling:
 
     def _tokens(self, request: Request) -> Tokens:
         tokens = self.task.tokens(request)
-        least = 2 if self.task.scored else 1  # nothing predicts the first token of a text
+        least = 2 if self.task.scored else 1  # the first token of a text has no row
         most = self.session.max_model_len - 1
         if not least <= len(tokens.ids) <= most:
             more = f"; `engine_args` max_model_len={len(tokens.ids) + 1} takes it" if tokens.ids[most:] else ""
@@ -174,7 +174,7 @@ class _Filling:
         progress.drop()
 
     def _refused(self, trace_id: str, error: InputError) -> None:
-        """vLLM refuses the request: it leaves its unit."""
+        """Removes a request that vLLM refuses from its unit."""
         flight = self.in_flight.pop(trace_id)
         flight.unit.size -= 1
         self._skip(flight.request, error)
@@ -197,9 +197,9 @@ class _Filling:
             self.session.later(self._write, self._next_number(), unit)
 
     def _publish_rest(self) -> None:
-        """Publishes what has finished as units smaller than planned, at the end and after any early end.
+        """Publishes finished traces as smaller units, at the end and after an early stop.
 
-        Raises: what a background task raised, after all of them have run.
+        Raises: the error of a background task, after all tasks have run.
         """
         units = [unit for unit in self.open if unit.finished]
         self.session.finish([partial(self._write, self._next_number(), unit) for unit in units])
@@ -209,10 +209,10 @@ class _Filling:
         return number
 
     def _encode(self, request: Request, completion: Completion) -> EncodedTrace | None:
-        """A trace ready to be written. None, and an entry in the summary, if it cannot be made: no other is lost."""
+        """A trace, encoded. None if that fails: the summary then has the reason, and other traces are not affected."""
         try:
             return EncodedTrace.of(self.task.trace(request, completion, self.identity), self.identity)
-        except Exception as e:  # of a tokenizer or a grader too
+        except Exception as e:  # a tokenizer or a grader may raise anything
             self.summary.failed[request.trace_id] = f"{request.prompt_id}: {first_line(e)}"
             return None
 

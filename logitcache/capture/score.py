@@ -1,4 +1,4 @@
-"""Existing text -> traces with the teacher's rows: text of a file, or tokens of another cache, whole or cropped."""
+"""Existing text -> traces with the teacher's rows: text from a file, or tokens of another cache, whole or cropped."""
 
 import hashlib
 import json
@@ -49,15 +49,15 @@ class Crop:
         return crop
 
     def span(self, length: int) -> slice:
-        """The tokens it keeps, at least one."""
-        kept = max(1, int(self.share * length + 1e-9))  # 0.29 of 100 are 29
+        """The span of tokens to keep, at least one."""
+        kept = max(1, int(self.share * length + 1e-9))  # without 1e-9, 0.29 of 100 would be 28
         start = {"left": 0, "middle": (length - kept) // 2, "right": length - kept}[self.where]
         return slice(start, start + kept)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ScoreOptions(JobOptions):
-    """One call of `score`: of a file of prompts with completions, or of another cache's traces."""
+    """Options of one call of `score`: for a file of prompts with completions, or for the traces of another cache."""
 
     traces: Annotated[
         str | None,
@@ -101,7 +101,7 @@ class ScoreOptions(JobOptions):
 
 
 def score(options: ScoreOptions) -> Summary:
-    """Writes the teacher's rows of existing text to the cache at ``options.out``, as far as they are missing there.
+    """Scores existing text with the teacher, and writes the missing traces to the cache ``options.out``.
 
     Raises: as `generate`.
     """
@@ -148,8 +148,10 @@ class _Texts:
                 raise PromptsError(f"{where}: `completion` is a {type(completion).__name__}, expected text")
             prompt, _ = prompts.parse(where, row)
             if contents.setdefault(prompt.id, prompt.digest()) != prompt.digest():
-                raise PromptsError(f"{where}: id {prompt.id!r} stands for another prompt above; give each its own")
-            # By content, not by place: a row put above others leaves their ids alone.
+                raise PromptsError(
+                    f"{where}: id {prompt.id!r} is used by another prompt above; give each prompt its own id"
+                )
+            # By content, not by position, so that inserting a row does not change other ids.
             text = hashlib.blake2b(
                 json.dumps([prompt.digest(), completion, reason]).encode(), digest_size=16
             ).hexdigest()
@@ -175,7 +177,7 @@ class _Texts:
 
 
 class _Traces:
-    """Traces of another cache: their tokens and sections, as they are."""
+    """Traces of another cache, with their tokens and sections."""
 
     scored, sampling = True, Sampling()
 
@@ -209,7 +211,7 @@ class _Traces:
         text, correct = trace.text, trace.correct
         if span != slice(0, len(trace.token_ids)):
             text = self._text(trace, span)
-        if verifier:  # of the whole answer, of which a crop may hold a part
+        if verifier:  # grades the whole answer, of which a crop may have only a part
             answer = answer_text(trace.text, trace.sections, identity.markers)
             correct = verdict(verifier, answer, trace.answer, trace.metadata)
         return replace(

@@ -1,4 +1,4 @@
-"""A finished completion becomes a trace."""
+"""Turns a finished completion into a trace."""
 
 from logitcache import sections, sparse_rows
 from logitcache.capture.job import Request
@@ -13,7 +13,7 @@ from logitcache.trace import Trace
 
 
 def rows_of(completion: Completion, identity: Identity) -> SparseRows:
-    """The rows of a completion as the cache stores them: sorted, with their tails, pinned ids added, trimmed.
+    """The rows of a completion as the cache stores them: sorted and trimmed, with tails and pinned ids.
 
     Raises: CacheError for a row that is not a distribution.
     """

@@ -66,7 +66,7 @@ def encode(
     delta_N = np.diff(rank_N, prepend=0)
     delta_N[starts] = 1
     if not delta_N.all():
-        raise CacheError("a row holds an id twice; give the top k without the realised token")
+        raise CacheError("a row holds an id twice; give the top k without the sampled token")
     delta_N[starts] = rank_N[starts]
 
     last_R = rows.logprobs[ends]

@@ -1,7 +1,7 @@
-"""What the command line offers: each command's module, its panel in --help, and a summary.
+"""The commands: for each its module, its panel in --help, and a summary.
 
 A module is imported when its command runs, so that ``logitcache --help`` imports none of them. The function in it has
-the command's name, with an underscore behind it where Python has that name: ``slice_``.
+the command's name, with an underscore appended if Python uses that name: ``slice_``.
 """
 
 from dataclasses import dataclass

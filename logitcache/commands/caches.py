@@ -35,7 +35,7 @@ def info(info: CacheInfo, json: Json = False) -> None:
 
 @command(verify_cache)
 def verify(report: VerifyReport, json: Json = False) -> int:
-    """Read all of CACHE and name whatever is wrong: checksums, columns, spans, ids, probabilities.
+    """Read all of CACHE and report every problem: checksums, columns, spans, ids, probabilities.
 
     The exit code is 2 if there are problems. With --repair damaged shards are moved to CACHE/set-aside, and `generate` makes
     their traces again.
@@ -51,7 +51,7 @@ def verify(report: VerifyReport, json: Json = False) -> int:
 def slice_(report: SliceReport) -> None:
     """Write a part of CACHE as a new cache, without the teacher: fewer ids, fewer rows, fewer traces.
 
-    A slice at --top-k 16 holds what a capture at 16 would have held. With --verifier answers are graded anew.
+    A slice at --top-k 16 equals a capture at --top-k 16. With --verifier, answers are graded again.
 
     Example: logitcache slice math-cache --out math-right --top-k 32 --where "correct and tokens<=8192"
     """
@@ -60,7 +60,7 @@ def slice_(report: SliceReport) -> None:
 
 @command(merge_caches)
 def merge(report: MergeReport) -> None:
-    """Join all traces of CACHES into one new cache. Caches of different identity are refused by the field that differs.
+    """Join all traces of CACHES into one new cache. Caches with different settings are refused, with the field that differs.
 
     Example: logitcache merge part-a part-b --out whole
     """
@@ -69,7 +69,7 @@ def merge(report: MergeReport) -> None:
 
 @command(split_cache)
 def split(report: SplitReport) -> None:
-    """Split CACHE into several new caches by prompt. A prompt's id alone decides its part, and no prompt is in two.
+    """Split CACHE into several new caches by prompt. The part depends only on the prompt's id, so no prompt is in two parts.
 
     Example: logitcache split math-cache --into train=0.95 --into test=0.05
     """

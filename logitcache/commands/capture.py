@@ -20,7 +20,7 @@ from logitcache.runtime.options import Option
 def generate(options: GenerateOptions) -> int:
     """Run the teacher on PROMPTS with vLLM; store its traces and their top-k log-probabilities in a cache.
 
-    Run the same command again to make only what is missing: after a crash, with more prompts, or with more samples.
+    Run the same command again to make only the missing traces: after a crash, with more prompts, or with more samples.
 
     Example: logitcache generate math.jsonl --teacher Qwen/Qwen3-8B --out math-cache --max-tokens 16384
     """
@@ -46,7 +46,7 @@ def plan(options: PlanOptions, json: Annotated[bool, Option("Print one JSON obje
 def score(options: ScoreOptions) -> int:
     """Have the teacher read TRACES, or those of another cache, and store its log-probabilities of every token.
 
-    For text from elsewhere, for a second teacher, and for crops, whose rows differ from those of the whole trace.
+    Use it for existing text, for a second teacher, and for crops, whose rows differ from those of the whole trace.
     Run the same command again to resume.
 
     Example: logitcache score --from-cache math-cache --crop right:0.5 --teacher Qwen/Qwen3-8B --out math-right
@@ -55,6 +55,6 @@ def score(options: ScoreOptions) -> int:
 
 
 def _finished(summary: Summary, out: Path) -> int:
-    """Prints what was made. Exit code: that of the signal that ended the call, or 1 if traces were lost."""
+    """Prints the summary. Returns: the exit code, which is 1 if traces failed, or that of the signal that stopped the call."""
     show(describe_summary(summary, out))
     return signal_code(summary.stopped) or int(bool(summary.failed))

@@ -1,4 +1,4 @@
-"""``--config FILE.yaml``: values of a command's options by their names."""
+"""Reads and writes ``--config FILE.yaml``: values of a command's options by name."""
 
 import difflib
 import re
@@ -19,10 +19,10 @@ class FromFile(Protocol):
 
 
 def read_config(path: Path, known: Mapping[str, FromFile], command: str) -> dict[str, Any]:
-    """The settings of a YAML file, in the form that the command line has them.
+    """The settings of a YAML file, as the values that the command line would have.
 
     Raises: InputError naming file and line for a file that is not YAML, a key that is not an option of the command (with
-        the nearest that is), a key that stands twice, and a value of another type.
+        the nearest that is), a repeated key, and a value of the wrong type.
     """
     import yaml
 

@@ -15,7 +15,7 @@ Json = Annotated[bool, Option("Print one JSON object.", "Output")]
 
 
 def _kind(values: Values) -> tuple[Any, str]:
-    """Which of the two evaluations is wanted."""
+    """Chooses one of the two evaluations."""
     if ("cache" in values.given) == ("prompts" in values.given):
         raise InputError(
             "give either `cache`, to compare the student with its teacher, or `prompts`, to measure accuracy"
@@ -31,8 +31,8 @@ def eval_(options: EvaluationOptions | AccuracyOptions, json: Json = False) -> i
 
     With CACHE: KL, top-1 agreement, calibration and tail, by section and by place in the completion.
 
-    With --prompts: the student answers problems through vLLM, with its reasoning whole and cut at budgets. Run the same command
-    again to resume, or with more prompts, samples or budgets.
+    With --prompts: the student answers problems with vLLM, with full reasoning and with reasoning cut at budgets. Run the
+    same command again to resume, or with more prompts, samples or budgets.
 
     Example: logitcache eval math-cache --student math-student
 

@@ -1,4 +1,4 @@
-"""How commands end: what they print, and their exit codes."""
+"""Output and exit codes of commands."""
 
 import json
 import os
@@ -27,5 +27,5 @@ def _print(text: str) -> None:
 
 
 def signal_code(name: str | None) -> int:
-    """Exit code of a command that a signal ended, as shells count it; 0 for None."""
+    """Exit code of a command that a signal stopped, 128 + its number as in shells; 0 for None."""
     return 128 + signal.Signals[name].value if name else 0

@@ -21,7 +21,8 @@ def export(report: formats.ExportReport) -> None:
 def import_(report: formats.ImportReport) -> None:
     """Make a cache from another tool's capture: from DistillKit, its ids and the log-probabilities stored as numbers.
 
-    Log-probabilities stored as a fitted curve are nats off; they are refused unless --exact-part-only adds them to the tail.
+    DistillKit can store log-probabilities as a fitted curve, which is off by nats. These are refused; with --exact-part-only
+    they join the tail.
 
     Example: logitcache import capture/ --from distillkit --tokenizer Qwen/Qwen3-8B --out cache
     """
@@ -30,9 +31,9 @@ def import_(report: formats.ImportReport) -> None:
 
 @command(hub.push)
 def push(report: hub.PushReport) -> None:
-    """Verify CACHE and upload it to the Hugging Face hub, with a card that says what it holds.
+    """Verify CACHE and upload it to the Hugging Face hub, with a card that describes it.
 
-    Files that are there already are not sent again.
+    Files that exist there are not uploaded again.
 
     Example: logitcache push math-cache me/math-cache
     """
@@ -41,7 +42,7 @@ def push(report: hub.PushReport) -> None:
 
 @command(hub.pull)
 def pull(report: hub.PullReport) -> None:
-    """Download a cache from the Hugging Face hub to OUT and verify it. OUT appears once all of it is valid.
+    """Download a cache from the Hugging Face hub to OUT and verify it. OUT appears only when everything is valid.
 
     Example: logitcache pull me/math-cache --out math-cache
     """

@@ -1,8 +1,8 @@
-"""Tables and numbers as all commands print them."""
+"""Tables and numbers for the output of commands."""
 
 
 def columns(table: list[list[str]]) -> list[str]:
-    """Lines of a table, its first column on the left and the others on the right."""
+    """Lines of a table; the first column is left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     return [
         "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])

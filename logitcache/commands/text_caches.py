@@ -12,7 +12,7 @@ from logitcache.transform.split import SplitReport
 
 def describe_info(info: CacheInfo) -> str:
     identity = info.identity
-    pins, judged = len(identity.pin_tokens), sum(info.verdicts.values())
+    pins, graded = len(identity.pin_tokens), sum(info.verdicts.values())
     lines = {
         "teacher": f"{identity.teacher} @ {identity.teacher_revision[:12]}, {identity.dtype}, {identity.engine}",
         "sampling": ", ".join(f"{key} {value}" for key, value in identity.sampling.items()) or "none by this teacher",
@@ -27,8 +27,8 @@ def describe_info(info: CacheInfo) -> str:
         "rows": f"{info.rows:,} (tokens with the teacher's distribution)",
         "size": f"{info.bytes:,} bytes; {info.bytes_per_row:.1f} per row, {info.block_bytes_per_row:.1f} of them top-k",
     }
-    if judged:
-        lines["verdicts"] = f"{info.verdicts['correct']:,} of {judged:,} judged are correct"
+    if graded:
+        lines["verdicts"] = f"{info.verdicts['correct']:,} of {graded:,} graded answers are correct"
     if identity.derived:
         lines["derived"] = ", then ".join(identity.derived)
     return "\n".join([f"{info.path}", *(f"  {name:<9}{text}" for name, text in lines.items())])
@@ -42,10 +42,10 @@ def describe_verify(report: VerifyReport) -> str:
 
 
 def describe_slice(report: SliceReport) -> str:
-    counts = report.verdicts | {"without a verdict": report.unjudged}
-    judged = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
+    counts = report.verdicts | {"without a verdict": report.ungraded}
+    graded = ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)
     sizes = f"{_size(report.before)} -> {_size(report.after)}"
-    return f"{report.out}: {sizes}" + (f" ({judged})" if judged else "")
+    return f"{report.out}: {sizes}" + (f" ({graded})" if graded else "")
 
 
 def describe_merge(report: MergeReport) -> str:

@@ -1,4 +1,4 @@
-"""What `generate`, `score` and `plan` print."""
+"""Text of `generate`, `score` and `plan`."""
 
 from pathlib import Path
 

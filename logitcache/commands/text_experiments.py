@@ -1,4 +1,4 @@
-"""What an experiment will cost and what it found, as text for a person."""
+"""Text of experiments: estimated costs and results."""
 
 from logitcache.commands.text import columns, shown
 from logitcache.student.experiments.catalog import get_experiment

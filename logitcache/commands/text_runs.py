@@ -1,4 +1,4 @@
-"""What training, evaluating and comparing found, as text for a person."""
+"""Text of training runs, evaluations and comparisons."""
 
 from pathlib import Path
 from typing import Any

@@ -15,7 +15,7 @@ SANDBOX = Sandbox(f"{__name__}:make_scorer")
 
 
 def grade(answer_text: str, gold: str | None, metadata: dict[str, Any]) -> bool | None:
-    """Right where reasoning-gym's ``score_answer`` gives 0.99 or more to what stands in <answer> or \\boxed, else to
+    """Right where reasoning-gym's ``score_answer`` gives 0.99 or more to the text in <answer> or \\boxed, else to
     the final answer, or to the whole text where the gold answer has several lines.
 
     Some of its scorers take the first number they find: where the gold answer is a number, a text with several numbers

@@ -1,1 +1,1 @@
-"""A model in vLLM: what its files say, the engine, the capture hooks."""
+"""Runs a model in vLLM: its files, the engine, and hooks that capture rows."""

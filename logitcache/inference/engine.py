@@ -24,22 +24,22 @@ from logitcache.inference.vllm_plugin import PARENT, PINNED
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """Which log-probabilities the engine is asked for."""
+    """Which log-probabilities to ask the engine for."""
 
     top_k: int
     prompt: bool = False  # rows of the prompt's tokens too
-    pinned: tuple[int, ...] = ()  # ids whose log-probabilities come with every row
-    scored: bool = False  # rows of what is submitted, and no completion of it
+    pinned: tuple[int, ...] = ()  # ids whose log-probabilities are returned with every row
+    scored: bool = False  # rows of the submitted tokens, without a completion
 
     @property
     def width(self) -> int:
-        """Entries that vLLM returns per row; the hook in its sampler puts the pinned ids over the last of them."""
+        """Entries that vLLM returns per row; the hook in its sampler overwrites the last ones with pinned ids."""
         return self.top_k + 2 * len(self.pinned)
 
 
 @dataclass(frozen=True, slots=True)
 class Completion:
-    """A finished request. R rows: of the completion's tokens, or of all tokens but the first; none if not asked for."""
+    """A finished request. It has R rows: of the completion's tokens, of all tokens but the first, or none if not asked for."""
 
     key: str
     token_ids: np.ndarray  # int32 [L], prompt and completion
@@ -53,7 +53,7 @@ class Completion:
 
     @property
     def made(self) -> int:
-        """Tokens of the completion."""
+        """Number of tokens of the completion."""
         return len(self.token_ids) - self.prompt_length
 
     def split_at(self, prompt_length: int, first: int) -> "Completion":
@@ -73,14 +73,14 @@ class Engine:
         """Loads the model: minutes for a large one.
 
         Args:
-            sampling: of the completions; its seed is not used.
-            seed: of the engine's one sampler.
+            sampling: how completions are sampled; its seed is not used.
+            seed: of the engine's sampler.
             rows: None asks for no log-probabilities.
         Raises: InputError for an option that vLLM does not know or refuses, EngineError if it cannot start.
         """
         os.environ[PARENT] = str(os.getpid())
         os.environ[PINNED] = ",".join(map(str, rows.pinned if rows else ()))
-        # A forked process would not load plugins again, and `vllm_plugin.prepare_process` is one.
+        # spawn: a forked process would not load plugins again, such as `vllm_plugin.prepare_process`.
         os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
         import vllm
 
@@ -106,10 +106,10 @@ class Engine:
         self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
 
     def submit(self, key: str, prompt_ids: list[int], max_tokens: int | None = None) -> None:
-        """Queues one request. Several of one prompt differ by the sampler's state.
+        """Queues one request. Requests with the same prompt get different samples, since the sampler's state advances.
 
         Args:
-            max_tokens: of this completion and those after it; None leaves it as it is.
+            max_tokens: limit for this completion and later ones; None keeps the current limit.
         Raises: InputError if vLLM refuses it, EngineError if the engine died.
         """
         if max_tokens not in (None, self._params.max_tokens):
@@ -123,7 +123,7 @@ class Engine:
             raise self._died(e) from e
 
     def step(self) -> list[Completion]:
-        """One step of the engine: the completions that finished in it.
+        """Runs one step of the engine. Returns: the completions that finished in it.
 
         Raises: EngineError if the engine died.
         """
@@ -131,10 +131,10 @@ class Engine:
             finished: list[Any] = [output for output in self._engine.step() if output.finished]
         except Exception as e:
             raise self._died(e) from e
-        # An engine that is told to end hands out what it has as if it were whole.
+        # When it is told to stop, the engine returns unfinished completions as if they were finished.
         if broken := [o for o in finished if o.outputs[0].finish_reason not in ("stop", "length", "repetition")]:
             raise EngineError(f"vLLM gave up its requests: {broken[0].outputs[0].finish_reason}")
-        finished.reverse()  # and each let go as it is converted: many long ones may end in one step
+        finished.reverse()  # each is freed once converted, since many long ones may end in one step
         return [_completion(finished.pop(), self._rows) for _ in range(len(finished))]
 
     def close(self) -> None:
@@ -146,23 +146,24 @@ class Engine:
         client: Any = self._engine.engine_core
         try:
             client.shutdown()
-        except psutil.NoSuchProcess:  # vLLM 0.32 trips over a process that ends by itself just then
-            client.resources()  # what it did not come to
+        except psutil.NoSuchProcess:  # vLLM 0.32 raises if a process ends by itself at this moment
+            client.resources()  # the cleanup that vLLM then skipped
 
     def _died(self, error: Exception) -> EngineError:
         killed = "its process was killed, perhaps for want of memory"
         return EngineError(f"vLLM died: {killed if self._killed else first_line(error)}")
 
     def _wake_on_death(self) -> None:
-        """vLLM 0.32 notices that its engine process was killed (by the kernel for memory, say) and still lets a caller
-        of ``step`` wait for it for ever: this puts the news where that caller waits."""
+        """Wakes ``step`` when the engine process is killed, for example by the kernel for lack of memory.
+
+        vLLM 0.32 notices the death, but lets a caller of ``step`` wait forever."""
         client: Any = self._engine.engine_core
         if not hasattr(client, "outputs_queue"):
             return  # the engine runs in this process
         while not client.resources.engine_dead:
             if self._closing.wait(1):
                 return
-        self._killed = client.outputs_queue.empty()  # what died of an error of its own has said so there
+        self._killed = client.outputs_queue.empty()  # an engine that failed with an error has reported it there
         client.outputs_queue.put(RuntimeError("the engine is dead"))
 
 
@@ -183,7 +184,7 @@ def _engine_args(spec: ModelSpec, seed: int, rows: Rows | None) -> dict[str, Any
     if rows:
         args |= {"max_logprobs": rows.width, "logprobs_mode": "raw_logprobs"}
     if prompt_rows:
-        # vLLM makes [tokens, vocabulary] in float32 outside its memory profile when it scores a prompt.
+        # When it scores a prompt, vLLM allocates [tokens, vocabulary] in float32 outside its memory profile.
         args.setdefault("max_num_batched_tokens", 2048)
     if current_platform.is_cpu():
         args.setdefault("kv_cache_memory_bytes", min(2 << 30, _available_memory() // 4))
@@ -253,7 +254,7 @@ def _rows(flat: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 @cache
 def _typed_rows() -> type:
-    """vLLM's flat log-probabilities in typed arrays: 8 bytes an entry instead of about 84 in Python objects."""
+    """vLLM's flat log-probabilities in typed arrays: 8 bytes per entry; Python objects need about 84."""
     from vllm.logprobs import FlatLogprobs
 
     class TypedRows(FlatLogprobs):
@@ -263,7 +264,7 @@ def _typed_rows() -> type:
 
         def append_fast(self, token_ids, logprobs, ranks, decoded_tokens) -> None:
             self.start_indices.append(len(self.logprobs))
-            self.token_ids.fromlist(token_ids)  # type: ignore[attr-defined] # 6 us a row at k = 64, extend takes 9
+            self.token_ids.fromlist(token_ids)  # type: ignore[attr-defined] # 6 us per row at k = 64; extend takes 9
             self.logprobs.fromlist(logprobs)  # type: ignore[attr-defined]
             self.first_ranks.append(next(iter(ranks)))
             self.end_indices.append(len(self.logprobs))
@@ -272,7 +273,7 @@ def _typed_rows() -> type:
 
 
 def _use_typed_rows() -> None:
-    """The narrowest hook: the two functions by which the front end makes an empty container."""
+    """Replaces the two functions with which vLLM's front end makes an empty container: the smallest possible hook."""
     typed = _typed_rows()
     try:
         module: Any = importlib.import_module("vllm.v1.engine.logprobs")
@@ -304,7 +305,7 @@ def _use_typed_rows() -> None:
 
 
 def cause_in(log: Path) -> str | None:
-    """The first exception that an engine's log reports, on one line: the root, not what followed from it."""
+    """The first exception in an engine's log, on one line: the cause of those that follow."""
     report = re.compile(r" ERROR .*\] ((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
     with log.open(errors="replace") as lines:
         return next((m.group(1).strip()[:500] for line in lines if (m := report.search(line))), None)

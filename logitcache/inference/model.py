@@ -1,4 +1,4 @@
-"""A model as its files describe it, and how it is to be run: all that is known before any weight is loaded."""
+"""A model's files and how to run it: everything that is known before weights are loaded."""
 
 import importlib
 import importlib.metadata
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 ENGINE, SAMPLING = "Engine", "Sampling"  # groups of options
-# Engine arguments that move work or memory around and leave every distribution as it is; all others are part of a
+# Engine arguments that affect speed and memory, but no distribution; all others are part of a
 # cache's identity.
 CAPACITY_ARGS = frozenset(
     [
@@ -41,7 +41,7 @@ CAPACITY_ARGS = frozenset(
         "trust_remote_code",
     ]
 )
-# Arguments of vLLM that options of ours set; None: they are fixed.
+# Arguments of vLLM that our options set; None: fixed.
 RESERVED_ARGS = {
     "model": "`model`",
     "revision": "`revision`",
@@ -100,7 +100,7 @@ class ModelSpec(ModelOptions):
     """
 
     model: str  # folder or hub id
-    option: str = "model"  # that named it: what messages say
+    option: str = "model"  # the option that named it, for messages
 
     def __post_init__(self) -> None:
         refuse_reserved("engine_args", self.engine_args, RESERVED_ARGS | {"model": f"`{self.option}`"})
@@ -115,7 +115,7 @@ class ModelSpec(ModelOptions):
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How completions are drawn.
+    """How completions are sampled.
 
     Raises: InputError for values that vLLM cannot sample with, or that have an option of their own.
     """
@@ -148,7 +148,7 @@ def refuse_reserved(option: str, given: dict[str, Any], reserved: dict[str, str 
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a model's files say."""
+    """Properties of a model, read from its files."""
 
     name: str
     revision: str
@@ -224,7 +224,7 @@ def _is_causal(config: Any) -> bool:
 
 
 def _eos_ids(spec: ModelSpec, tokenizer: Any) -> frozenset[int]:
-    """What ends a sequence: the tokenizer's token, and those of the generation config."""
+    """Ids that end a sequence: the tokenizer's, and those of the generation config."""
     from transformers import GenerationConfig
 
     try:
@@ -236,7 +236,7 @@ def _eos_ids(spec: ModelSpec, tokenizer: Any) -> frozenset[int]:
 
 
 def _dtype(saved: Any) -> str:
-    """What ``auto`` means on every machine: the weights' own dtype, but bfloat16 for float32 weights."""
+    """The dtype that ``auto`` stands for on every machine: that of the weights, but bfloat16 for float32 weights."""
     name = str(saved or "float32").removeprefix("torch.")
     return "bfloat16" if name == "float32" else name
 
@@ -256,7 +256,7 @@ def render(facts: ModelFacts, prompt: Prompt, template_args: dict[str, Any]) -> 
         text: Any = facts.tokenizer.apply_chat_template(
             prompt.content, tokenize=False, add_generation_prompt=True, **template_args
         )
-    except Exception as e:  # templates raise what they like
+    except Exception as e:  # a template may raise anything
         raise ModelError(f"prompt {prompt.id!r}: the chat template refuses its messages: {first_line(e)}") from None
     return facts.tokenizer(text, add_special_tokens=False)["input_ids"]
 
@@ -275,7 +275,7 @@ def token_texts(facts: ModelFacts, token_ids: list[int]) -> list[str | None]:
             found.append(stream.step(backend, token))
         except (OverflowError, TypeError):  # an id outside the tokenizer, from a padded head
             found.append(None)
-        except Exception:  # bytes that are no UTF-8 can leave the stream with a prefix it does not take back
+        except Exception:  # bytes that are not UTF-8 can leave the stream in a broken state
             stream = DecodeStream(skip_special_tokens=False)
             found.append(stream.step(backend, token))
     return found

@@ -25,14 +25,14 @@ from logitcache.inference.model import ModelSpec, Sampling
 from logitcache.runtime.console import Progress, Stop, chatter_to
 from logitcache.runtime.files import LOGS
 
-# Results that may wait for the background thread, which encodes ten times faster than one GPU generates: a raw trace of
+# Limit of results that wait for the background thread, which encodes ten times faster than one GPU generates: a raw trace of
 # 32k tokens at k = 64 takes 17 MB.
 _BACKLOG = 64
 
 
 @dataclass(frozen=True, slots=True)
 class EngineRequest:
-    """What the engine gets: token ids under a key of the caller's."""
+    """Token ids for the engine, under a key that the caller chooses."""
 
     key: str
     token_ids: list[int]
@@ -43,14 +43,14 @@ class Session:
     """Runs requests through one engine. A context manager: the engine ends with the block.
 
     Everything that vLLM and its processes print goes to a log file in ``out/logs``. SIGINT and SIGTERM end the session
-    early and set ``stopped``; what has finished until then is delivered.
+    early and set ``stopped``; completions that finished before are delivered.
 
     Args:
         out: directory of the command's output.
         name: first word of the log's file name.
         first: key of the first request. It is hashed into the engine's seed, since every new engine starts its sampler
             anew: one seed for two sessions would repeat the answers.
-        kept: what survives a dead engine, for its message.
+        kept: what is kept when the engine dies, for the message.
         greeting: the line to print while the model loads.
     """
 

@@ -1,4 +1,4 @@
-"""What runs inside vLLM's own processes: a plugin that ends them with the command and gives rows their pinned ids."""
+"""A plugin that runs inside vLLM's processes: ends them with the command, and adds pinned ids to rows."""
 
 import importlib
 import os
@@ -14,7 +14,7 @@ PINNED = "LOGITCACHEPINNED"
 
 
 def prepare_process() -> None:
-    """A vLLM plugin, run in each of its processes; does nothing where no `Engine` of ours started them."""
+    """The vLLM plugin, which runs in each of its processes. Does nothing unless our `Engine` started them."""
     parent = os.environ.get(PARENT)
     if parent is None:
         return
@@ -25,9 +25,9 @@ def prepare_process() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """An engine that `Engine` started is killed with it, where vLLM 0.32 lets it live on as an orphan.
+    """Has the engine process killed when its parent dies; vLLM 0.32 would leave it running.
 
-    Its workers end with it by vLLM's own means.
+    vLLM ends the engine's workers itself.
     """
     if os.getppid() == parent:
         import ctypes
@@ -39,15 +39,15 @@ def _end_with(parent: int) -> None:
 
 
 def _pin(pinned: list[int]) -> None:
-    """The narrowest hook: where the sampler gathers a row's most likely ids, the last of them give way to pinned ones.
+    """Hooks the sampler's gather of a row's most likely ids, and overwrites the last of them with the pinned ids.
 
-    Both of vLLM's model runners have such a place; a row without its pinned ids is refused when it arrives.
+    Both of vLLM's model runners are hooked. A row that arrives without its pinned ids is refused.
     """
     P = len(pinned)
     kept: dict[Any, Any] = {}
 
     def ids_beside(tensor: Any, token_ids: Any) -> Any:
-        """The pinned ids on a tensor's device, int64 as the sampled ones; sent there once."""
+        """The pinned ids on a tensor's device, as int64 like the sampled ids; copied there once."""
         if tensor.device not in kept:
             kept[tensor.device] = tensor.new_tensor(pinned, dtype=token_ids.dtype)
         return kept[tensor.device]

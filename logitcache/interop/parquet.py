@@ -35,7 +35,7 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
     """Writes each shard of ``cache`` as one Parquet file, zstd-compressed: the plain columns of a shard, and ``ids``,
     ``logprobs`` (nats) and ``tail`` (a log too: of the mass left out, nats) with one list entry a row.
 
-    The identity stands as JSON in the schema's metadata. Row groups are 64 MB and a trace before compression, and memory
+    The identity is JSON in the schema's metadata. Row groups are 64 MB and a trace before compression, and memory
     stays at a few of them: 220 MB for a shard of 64 traces of 4,000 rows at k = 64.
 
     Args:
@@ -55,7 +55,7 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
             try:
                 size += _write(part / f"{index.name}.parquet", source, schema)
             except OSError as e:
-                raise WriteError(f"{out}: {e.strerror or e}; nothing was written, mend that and run again") from e
+                raise WriteError(f"{out}: {e.strerror or e}; nothing was written; fix the cause and run again") from e
     return ExportReport(out, len(opened.shards), len(opened), sum(s.row_count for s in opened.shards), size)
 
 

@@ -79,7 +79,7 @@ def ends_of(sections: tuple[str, ...] | None, identity: Identity) -> tuple[str, 
 def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
     """The identity of the first cache, where the others' differ in nothing but what is allowed.
 
-    What surgery did may differ, since it changes no row's meaning; all of it is listed.
+    Earlier slices, merges and splits may differ, since they change no row; all of them are listed.
 
     Raises: InputError for ``allow``, IdentityError for a difference.
     """

@@ -104,7 +104,7 @@ def processes(workers: int | None, shards: Sequence[ShardIndex]) -> Iterator[Eac
 
 
 def _end_with_parent() -> None:
-    """A killed command leaves no process behind that goes on to write."""
+    """A killed command leaves no process behind that continues to write."""
     if parent := parent_process():
         Thread(target=lambda: connection.wait([parent.sentinel]) and os._exit(1), daemon=True).start()
 

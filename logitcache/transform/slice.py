@@ -36,7 +36,7 @@ class SliceReport:
     before: CacheSize
     after: CacheSize
     verdicts: dict[str, int]  # kept traces "correct" and "incorrect"
-    unjudged: int  # kept traces without a verdict of the verifier; 0 without a verifier
+    ungraded: int  # kept traces without a verdict of the verifier; 0 without a verifier
 
 
 def slice_cache(
@@ -122,20 +122,20 @@ def slice_cache(
             given = {"sections": ",".join(sections or ()), "where": chosen, "limit": limit}
             asked = " and ".join(f"`{name}` {value}" for name, value in given.items() if value)
             raise InputError(f"{cache}: the slice would be empty, {empty}; change {asked}")
-    judged = {name: sum(s.verdicts[name] for s in made) for name in ("correct", "incorrect")}
-    unjudged = after.traces - sum(judged.values()) if verifier else 0
-    return SliceReport(out, CacheSize.of(opened.shards), after, judged, unjudged)
+    graded = {name: sum(s.verdicts[name] for s in made) for name in ("correct", "incorrect")}
+    ungraded = after.traces - sum(graded.values()) if verifier else 0
+    return SliceReport(out, CacheSize.of(opened.shards), after, graded, ungraded)
 
 
 def _choose(cache: Cache, chosen: Filter | None, limit: int | None, verifier: str | None, each: Each) -> list[Piece]:
     """The traces of a slice, graded again if there is a verifier."""
     whole = [Piece(cache.path, index, list(range(index.trace_count))) for index in cache.shards]
-    judged: list[Any] = [None] * len(whole)
+    graded: list[Any] = [None] * len(whole)
     if verifier:
-        judged = list(each(partial(_judge, verifier=verifier, identity=cache.identity), whole))
+        graded = list(each(partial(_grade, verifier=verifier, identity=cache.identity), whole))
     masks = [np.ones(index.trace_count, bool) for index in cache.shards]
     if chosen:
-        seen = (replace(piece, correct=correct) for piece, correct in zip(whole, judged, strict=True))
+        seen = (replace(piece, correct=correct) for piece, correct in zip(whole, graded, strict=True))
         masks = chosen.select(piece.batch(piece.open()) for piece in seen)
     if limit is not None:
         left = {
@@ -147,10 +147,10 @@ def _choose(cache: Cache, chosen: Filter | None, limit: int | None, verifier: st
         taken = set(sorted(left, key=lambda p: (prompt_position(p, b"limit"), p))[:limit])
         for index, mask in zip(cache.shards, masks, strict=True):
             mask &= np.array([p in taken for p in index.prompt_ids], bool)
-    return pieces_of(cache, masks, judged)
+    return pieces_of(cache, masks, graded)
 
 
-def _judge(piece: Piece, verifier: str, identity: Identity) -> list[bool | None]:
+def _grade(piece: Piece, verifier: str, identity: Identity) -> list[bool | None]:
     """A verdict on each trace of a shard."""
     columns = ("text", "sections", "answer", "metadata")
     rows = piece.open().batch.select(columns).to_pylist()

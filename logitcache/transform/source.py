@@ -42,10 +42,10 @@ def prompt_position(prompt_id: str, purpose: bytes) -> float:
     return int.from_bytes(digest, "little") / 2**48
 
 
-def pieces_of(cache: Cache, masks: Sequence[np.ndarray], judged: Sequence[Any] | None = None) -> list[Piece]:
-    """The traces that boolean masks keep, one mask [traces of the shard] per shard; ``judged``: new verdicts per shard."""
+def pieces_of(cache: Cache, masks: Sequence[np.ndarray], graded: Sequence[Any] | None = None) -> list[Piece]:
+    """The traces that boolean masks keep, one mask [traces of the shard] per shard; ``graded``: new verdicts per shard."""
     return [
         Piece(cache.path, index, np.flatnonzero(mask).tolist(), correct)
-        for index, mask, correct in zip(cache.shards, masks, judged or [None] * len(masks), strict=True)
+        for index, mask, correct in zip(cache.shards, masks, graded or [None] * len(masks), strict=True)
         if mask.any()
     ]

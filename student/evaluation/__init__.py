@@ -1,1 +1,1 @@
-"""How far a student is from its teacher, and how runs compare."""
+"""Compares students with their teacher, and runs with each other."""

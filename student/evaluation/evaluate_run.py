@@ -1,4 +1,4 @@
-"""A student compared with its teacher on cached traces, on any number of ranks."""
+"""Evaluates a student against its teacher on cached traces, on any number of ranks."""
 
 import contextlib
 import sys
@@ -28,7 +28,7 @@ from logitcache.student.training.options import TrainOptions
 
 @dataclass(frozen=True, kw_only=True)
 class StudentEvaluation:
-    """A student beside its teacher, and on which traces."""
+    """The evaluation of a student, and the traces it was made on."""
 
     student: str  # as it was given
     weights: str  # where its weights are
@@ -44,7 +44,7 @@ class StudentEvaluation:
     found: Evaluation
 
     def to_json(self) -> dict[str, Any]:
-        """What `logitcache eval --json` prints: the settings, and the evaluation beside them."""
+        """The JSON of `logitcache eval --json`: settings and evaluation."""
         settings = {
             name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("sections", "found")
         }
@@ -52,7 +52,7 @@ class StudentEvaluation:
 
 
 def evaluate_run(options: EvaluationOptions) -> StudentEvaluation:
-    """Evaluates `options.student` on a cache's held-out traces, the same that training with that share holds out.
+    """Evaluates `options.student` on a cache's held-out traces, the ones that training with the same share holds out.
 
     Works under torchrun; every rank returns the same.
     Raises: StudentError for a student, a view or a choice of traces that leaves nothing to evaluate; InputError for
@@ -106,7 +106,7 @@ def evaluate_run(options: EvaluationOptions) -> StudentEvaluation:
 
 
 def _choose(options: EvaluationOptions, cache: Cache, run: dict[str, Any]) -> tuple[np.ndarray, float | None]:
-    """Indices of the traces to evaluate on, and the share held out; None for all."""
+    """Indices of the traces to evaluate, and the held-out share; None for all traces."""
     if options.everything and options.held_out is not None:
         raise StudentError("give either `everything` or `held_out`, not both")
     held_out = run.get("held_out", TrainOptions.held_out) if options.held_out is None else options.held_out

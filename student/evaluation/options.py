@@ -1,4 +1,4 @@
-"""What one call of `logitcache eval CACHE` is given."""
+"""Options of `logitcache eval CACHE`."""
 
 from dataclasses import dataclass
 from pathlib import Path

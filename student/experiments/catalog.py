@@ -135,7 +135,7 @@ def _losses(facts: CacheFacts) -> list[Variant]:
         return Variant(name, about, set={"divergence": divergence, "tail": tail, **short})
 
     fewer = [k for k in (facts.top_k // 4, facts.top_k // 16, 1) if 0 < k < facts.top_k]
-    short = [k for k in fewer if k > 1][-1:]  # one renormalised id teaches almost nothing
+    short = [k for k in fewer if k > 1][-1:]  # a single renormalised id carries almost no information
     tails = ["support", *(["sampled"] if facts.sampled else [])]
     variants = [variant(divergence) for divergence in DIVERGENCES]
     variants += [variant(k=k) for k in fewer]

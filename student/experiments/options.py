@@ -1,4 +1,4 @@
-"""What one call of `logitcache experiment` is given."""
+"""Options of `logitcache experiment`."""
 
 from dataclasses import dataclass, field
 from pathlib import Path

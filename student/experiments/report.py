@@ -1,4 +1,4 @@
-"""The report of an experiment, report.md with tables and plots. It says what was measured, not what follows from it."""
+"""The report of an experiment, report.md with tables and plots. It reports measurements and draws no conclusions."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ REPORT_FILE = "report.md"
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What the report says about an experiment besides its results."""
+    """Facts about an experiment for the report, besides its results."""
 
     teacher: str
     student: str

@@ -174,7 +174,7 @@ def test_the_interval_is_wilsons_of_the_effective_size(right_PS, accuracy, ci) -
     assert interval == pytest.approx(ci, abs=1e-5)
 
 
-def test_the_end_of_sequence_within_a_reasoning_is_not_fed_before_the_closing(run, engine) -> None:
+def test_the_end_of_sequence_within_a_reasoning_is_not_input_before_the_closing(run, engine) -> None:
     engine.natural = {"w10": "<think> w1 w2 <eos>"}
     found = run("w5 w10", budgets=("100%", "none")).budgets
     assert engine.sent[1][0] == "w5 w10 <think> w1 w2 </think>"

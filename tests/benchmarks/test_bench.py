@@ -137,7 +137,7 @@ def test_a_peer_that_takes_the_gpu_with_it_is_left_out_by_a_fresh_process(monkey
     assert options[-1] == "0"
 
 
-def test_a_step_from_the_cache_stands_beside_fine_tuning_and_a_resident_teacher(tmp_path: Path) -> None:
+def test_a_step_from_the_cache_is_compared_with_fine_tuning_and_a_resident_teacher(tmp_path: Path) -> None:
     teacher = tiny.save_model(tmp_path / "teacher", layers=6)
     tiny.write_cache(tmp_path / "cache")
     cases = run("bench_train", "--quick", "--teacher", str(teacher), "--cache", str(tmp_path / "cache"))

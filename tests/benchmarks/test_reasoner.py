@@ -88,7 +88,7 @@ def test_every_step_of_a_reasoning_is_true(family: str) -> None:
                 value += int(carry or 0)
 
 
-def test_the_answer_of_a_redundant_trace_stands_just_before_its_middle() -> None:
+def test_the_answer_of_a_redundant_trace_is_just_before_its_middle() -> None:
     for p in some("redundant"):
         first, rest = p.reasoning[: p.derived], p.reasoning[p.derived :]
         assert 0.4 < len(tok.encode(first)) / len(tok.encode(p.reasoning)) < 0.5

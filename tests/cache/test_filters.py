@@ -121,7 +121,7 @@ def test_a_filter_keeps(batch, text, kept) -> None:
         ("__import__('os').system('true')", "no condition at"),
     ],
 )
-def test_what_is_no_filter_is_refused_with_the_way_out(text, message) -> None:
+def test_what_is_not_a_filter_is_refused_with_the_way_out(text, message) -> None:
     with pytest.raises(InputError, match=message):
         Filter.parse(text)
 

@@ -51,7 +51,7 @@ def moved_ids(trace) -> bytes:
     return encode(SparseRows(rows.offsets, rows.ids + 40, rows.logprobs, rows.log_tail))
 
 
-def test_a_whole_cache_has_no_problems(path) -> None:
+def test_a_valid_cache_has_no_problems(path) -> None:
     assert verify(path, workers=1) == []
 
 
@@ -86,7 +86,7 @@ def test_what_is_wrong_in_itself_is_named_by_shard_trace_and_column(path, change
     assert any(re.search(what, p.what) for p in problems), problems
 
 
-def test_a_trace_that_stands_twice_is_named(path) -> None:
+def test_a_repeated_trace_is_named(path) -> None:
     for suffix in (".arrow", ".json"):
         source = path / "shards" / f"unit-000000{suffix}"
         (path / "shards" / f"unit-000007{suffix}").write_bytes(source.read_bytes())
@@ -95,7 +95,7 @@ def test_a_trace_that_stands_twice_is_named(path) -> None:
     assert {p.shard for p in problems} == {"unit-000007"}, "the first of the two is kept"
 
 
-def test_a_directory_without_a_manifest_is_no_cache(tmp_path) -> None:
+def test_a_directory_without_a_manifest_is_not_a_cache(tmp_path) -> None:
     with pytest.raises(NotACacheError):
         verify(tmp_path)
 

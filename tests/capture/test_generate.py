@@ -143,7 +143,7 @@ def test_a_full_disk_ends_the_command_and_keeps_the_shards_before(engine, prompt
     assert generate(options(source, tmp_path / "c")).made == 12 - len(cache)
 
 
-def test_an_orphan_without_an_index_is_no_shard(engine, prompts, tmp_path) -> None:
+def test_a_file_without_an_index_is_not_a_shard(engine, prompts, tmp_path) -> None:
     """What a kill between the two publications leaves."""
     source = prompts(6)
     generate(options(source, tmp_path / "c"))
@@ -185,7 +185,7 @@ def test_a_changed_setting_is_refused_before_the_engine_starts(engine, prompts, 
     assert engine.started == 1
 
 
-def test_rows_that_are_no_distribution_cost_no_other_trace(engine, prompts, tmp_path) -> None:
+def test_rows_that_are_not_a_distribution_fail_only_their_trace(engine, prompts, tmp_path) -> None:
     class Broken(engine):
         def _completion(self, key, prompt_ids, answer, rng):
             completion = super()._completion(key, prompt_ids, answer, rng)
@@ -299,7 +299,7 @@ def test_exact_rows_come_back_bit_for_bit(engine, prompts, tmp_path) -> None:
         np.testing.assert_array_equal(trace.logprobs, completion.logprobs_RK.ravel())
 
 
-def test_answers_are_judged_where_a_verifier_is_given(engine, tmp_path) -> None:
+def test_answers_are_graded_where_a_verifier_is_given(engine, tmp_path) -> None:
     rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"id": "no gold", "prompt": "question"}])))
     generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", verifier="exact"))

@@ -1,4 +1,4 @@
-"""logitcache.plan: the arithmetic from a handful of traces to a whole job."""
+"""logitcache.capture.plan: the arithmetic from a few traces to a whole job."""
 
 import json
 from dataclasses import asdict, replace
@@ -65,7 +65,7 @@ def test_a_range_never_exceeds_the_limit_of_a_completion(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("prompts", "least"), [(8, 0.85), (32, 0.9)])
-def test_the_range_of_a_sample_holds_the_truth_about_as_often_as_it_says(monkeypatch, prompts, least):
+def test_the_range_of_a_sample_holds_the_truth_about_as_often_as_promised(monkeypatch, prompts, least):
     from logitcache.capture import plan as module
 
     monkeypatch.setattr(module, "_DRAWS", 400)
@@ -84,7 +84,7 @@ def test_traces_cut_at_the_limit_suggest_a_larger_one(cache, tmp_path):
     assert any("75% of the traces were cut at 64 tokens" in w and "`max_tokens`" in w for w in job.warnings)
 
 
-def test_a_sample_that_says_little_asks_for_more(cache, tmp_path):
+def test_a_sample_that_is_too_small_asks_for_more(cache, tmp_path):
     assert not any("`try_prompts`" in warning for warning in plan(cache).warnings)
     one = plan(tiny.write_cache(tmp_path / "one", tiny.traces(4, 1), shards=1))
     assert one.tokens_per_trace.low == one.tokens_per_trace.mean == one.tokens_per_trace.high
@@ -102,7 +102,7 @@ def test_a_unit_size_that_makes_poor_shards_is_met_with_a_better_one(cache):
     assert not any("`unit_size`" in w for w in plan(cache, prompts=10, samples=1).warnings)  # one shard, however small
 
 
-def test_a_sample_without_a_table_of_ids_is_said_to_take_more_than_the_job(cache, tmp_path):
+def test_a_sample_without_a_table_of_ids_warns_that_it_takes_more_than_the_job(cache, tmp_path):
     assert any("14% fewer" in w for w in plan(cache, unit_size=1024).warnings)
     assert not any("fewer" in w for w in plan(cache, unit_size=2).warnings)  # nor would the job's shards have one
     full = tiny.write_cache(tmp_path / "full", tiny.traces(200, 20), shards=1)

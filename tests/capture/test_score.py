@@ -184,7 +184,7 @@ def test_each_row_is_the_engines_row_of_its_token(generated, tmp_path, captured,
         np.testing.assert_array_equal(trace.token_rank, given.token_rank[trace.row_start - 1 :])
 
 
-def test_an_answer_is_judged_and_sections_stay_those_of_the_source(tmp_path) -> None:
+def test_an_answer_is_graded_and_sections_stay_those_of_the_source(tmp_path) -> None:
     rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = {"teacher": "fake", "top_k": 8, "reasoning_markers": Markers()}
@@ -206,7 +206,7 @@ def test_a_text_put_above_others_leaves_their_traces_alone(tmp_path) -> None:
     score(options(lines(tmp_path / "t.jsonl", first, first), tmp_path / "c"))
     assert score(options(lines(tmp_path / "t.jsonl", second, first, first), tmp_path / "c")).made == 1
     other = {"id": "p", "prompt": "another question", "completion": "w2"}
-    with pytest.raises(PromptsError, match="id 'p' stands for another prompt above"):
+    with pytest.raises(PromptsError, match="id 'p' is used by another prompt above"):
         score(options(lines(tmp_path / "t.jsonl", first, other), tmp_path / "c"))
 
 

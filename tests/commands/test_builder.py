@@ -11,9 +11,9 @@ import typer
 import typer.main
 
 from logitcache import cli
-from logitcache.commands.builder import Values, command, parameters
+from logitcache.commands.builder import Values, command
 from logitcache.errors import InputError, with_flags
-from logitcache.runtime.options import Option
+from logitcache.runtime.options import Option, parameters
 from logitcache.sections import Markers
 
 

@@ -45,7 +45,7 @@ def test_info_says_what_a_cache_contains() -> None:
         "  traces   1,200 of 600 prompts in 2 shards",
         "  tokens   48,000: 8,000 prompt, 30,000 reasoning, 10,000 answer",
         "  size     4,000,000 bytes; 100.0 per row, 80.5 of them top-k",
-        "  verdicts 900 of 1,000 judged are correct",
+        "  verdicts 900 of 1,000 graded answers are correct",
     ):
         assert line in text.splitlines()
 
@@ -77,7 +77,7 @@ WHOLE, PART = CacheSize(24, 1000, 50_000), CacheSize(6, 250, 12_500)
 
 
 def test_slice_merge_and_split_give_sizes() -> None:
-    report = SliceReport(Path("s"), WHOLE, PART, {"correct": 4, "incorrect": 0}, unjudged=2)
+    report = SliceReport(Path("s"), WHOLE, PART, {"correct": 4, "incorrect": 0}, ungraded=2)
     sizes = "24 traces, 1,000 rows, 50,000 bytes -> 6 traces, 250 rows, 12,500 bytes"
     assert describe_slice(report) == f"s: {sizes} (4 correct, 2 without a verdict)"
     merged = MergeReport(Path("m"), {Path("a"): PART, Path("b"): PART}, PART, repeated=6, copied=1, rewritten=0)

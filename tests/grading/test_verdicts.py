@@ -154,14 +154,14 @@ def test_no_gold_answer_is_no_verdict():
 @pytest.mark.slow
 @pytest.mark.timeout(60)
 @pytest.mark.parametrize("kind", ["exact", "math"])
-def test_a_megabyte_is_judged_in_no_time(kind):
+def test_a_megabyte_is_graded_in_no_time(kind):
     rng = random.Random(0)
     texts = ["\\boxed{", "<answer>", "answer is ", "1 ", "1", "\n", "$1$ ", "answer     ", "*", "{", "\\text{a", "("]
     texts = [piece * (MEGABYTE // len(piece)) for piece in texts] + [
         "".join(rng.choices("\\{}$ab1 \n<>*_.(,", k=MEGABYTE)),
         *("The answer is " + piece * 4000 for piece in ("**", "$", "((", "1+", "1,", "\\frac{", "answer is ")),
     ]
-    verdict(kind, "1 + 1", "2", {})  # the judge starts
+    verdict(kind, "1 + 1", "2", {})  # the scorer process starts
     for text in texts:
         assert verdict(kind, text, "42", {}) is False
     assert not verdicts.unscored
@@ -171,10 +171,10 @@ def test_a_megabyte_is_judged_in_no_time(kind):
 def test_verdicts_from_many_threads_are_those_of_one():
     wrong = []
 
-    def judge(kind, table):
+    def grade(kind, table):
         wrong.extend(case for case in table if verdict(kind, case[0], case[1], {}) is not case[2])
 
-    threads = [threading.Thread(target=judge, args=case) for case in [("math", MATH), ("exact", EXACT)] * 2]
+    threads = [threading.Thread(target=grade, args=case) for case in [("math", MATH), ("exact", EXACT)] * 2]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -246,28 +246,28 @@ def test_a_scorer_that_raises_gives_no_verdict_counts_and_warns_once():
         pytest.param(r"\boxed{" + "(" * 900 + "1" + ")" * 900 + "}", id="nested", marks=pytest.mark.slow),
     ],
 )
-def test_a_scorer_without_end_is_ended_and_the_next_answer_is_judged(monkeypatch, text):
+def test_a_scorer_without_end_is_ended_and_the_next_answer_is_graded(monkeypatch, text):
     monkeypatch.setattr(sandbox, "_SECONDS", 0.5)
-    judge = Sandbox(formula.SANDBOX.scorer)
-    monkeypatch.setattr(formula, "SANDBOX", judge)
+    grader = Sandbox(formula.SANDBOX.scorer)
+    monkeypatch.setattr(formula, "SANDBOX", grader)
     with pytest.warns(UserWarning, match=r"no verdict of math: no result within 0\.5 s"):
         assert verdict("math", text, "5", {}) is None
     assert verdict("math", r"\boxed{1 + 4}", "5", {}) is True
 
 
 @pytest.mark.slow
-def test_a_judge_that_was_killed_is_replaced(monkeypatch):
-    judge = Sandbox(formula.SANDBOX.scorer)
-    monkeypatch.setattr(formula, "SANDBOX", judge)
+def test_a_scorer_process_that_was_killed_is_replaced(monkeypatch):
+    grader = Sandbox(formula.SANDBOX.scorer)
+    monkeypatch.setattr(formula, "SANDBOX", grader)
     assert verdict("math", "1 + 4", "5", {}) is True
-    assert judge._process is not None
-    judge._process.kill()
-    judge._process.wait()
+    assert grader._process is not None
+    grader._process.kill()
+    grader._process.wait()
     assert verdict("math", "1 + 4", "5", {}) is True
 
 
 @pytest.mark.slow
-def test_a_forked_process_starts_its_own_judge():
+def test_a_forked_process_starts_its_own_scorer_process():
     assert verdict("math", "1 + 4", "5", {}) is True
     before, formula.SANDBOX._owner = formula.SANDBOX._process, 0  # as a fork finds it
     assert verdict("math", "1 + 4", "5", {}) is True

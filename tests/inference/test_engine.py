@@ -107,8 +107,8 @@ def test_rows_are_those_of_the_same_model_in_transformers(resumed: Path, embedde
             p = np.exp(rows.logprobs[span])
             off.append(float((p * np.abs(rows.logprobs[span] - logp[at, rows.ids[span]])).sum()))
             shifted.append(float((p * np.abs(rows.logprobs[span] - logp[at + 1, rows.ids[span]])).sum()))
-            realised = trace.token_ids[trace.row_start + r]
-            assert abs(trace.token_logprob[r] - logp[at, realised]) < 1.0
+            sampled = trace.token_ids[trace.row_start + r]
+            assert abs(trace.token_logprob[r] - logp[at, sampled]) < 1.0
         np.testing.assert_allclose(
             np.add.reduceat(np.exp(rows.logprobs.astype(np.float64)), rows.offsets[:-1]) + np.exp(rows.log_tail),
             1,

@@ -29,7 +29,7 @@ def test_the_root_cause_is_read_from_an_engines_log(tmp_path: Path) -> None:
     assert cause_in(log) is None
 
 
-def test_capacity_settings_are_no_part_of_the_identity() -> None:
+def test_capacity_settings_are_not_part_of_the_identity() -> None:
     spec = ModelSpec(
         model="m", engine_args={"max_num_seqs": 4, "quantization": "fp8"}, template_args={"enable_thinking": True}
     )

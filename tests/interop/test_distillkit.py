@@ -77,7 +77,9 @@ def settle(path: Path, **changes) -> None:
     ("name", "kept", "fitted", "error"),
     [("bfloat16", 8, 16, 2.0**-8), ("deltas", 10, 6, 1e-5), ("legacy", 7, 5, 2.0**-11)],
 )
-def test_what_distillkit_wrote_is_read_as_the_teacher_said_it(tmp_path, tokenizer, name, kept, fitted, error) -> None:
+def test_a_capture_of_distillkit_is_read_as_the_teacher_computed_it(
+    tmp_path, tokenizer, name, kept, fitted, error
+) -> None:
     report = import_distillkit(
         GOLDEN / name, tmp_path / "c", tokenizer=tokenizer, exact_part_only=True, teacher="bigram"
     )
@@ -114,7 +116,7 @@ def test_packed_texts_come_apart_and_their_last_rows_go(tmp_path, tokenizer) -> 
     assert cache.identity.derived == ["import --from distillkit"]
 
 
-def test_realised_tokens_have_their_rank_and_where_it_is_kept_their_value(tmp_path, tokenizer) -> None:
+def test_sampled_tokens_have_their_rank_and_where_it_is_kept_their_value(tmp_path, tokenizer) -> None:
     report = import_distillkit(GOLDEN / "bfloat16", tmp_path / "c", tokenizer=tokenizer, exact_part_only=True)
     unseen = 0
     for trace in Cache.open(tmp_path / "c"):
@@ -249,7 +251,7 @@ def test_raw_columns_of_another_kind_are_refused_and_lists_of_a_fixed_size_are_r
     assert import_distillkit(tmp_path / "s", tmp_path / "c", tokenizer=tokenizer).kept == 6
 
 
-def test_what_is_no_capture_is_refused(tmp_path, tokenizer) -> None:
+def test_what_is_not_a_capture_is_refused(tmp_path, tokenizer) -> None:
     with pytest.raises(InputError, match="no .parquet files in it"):
         import_distillkit(tmp_path, tmp_path / "c", tokenizer=tokenizer)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")

@@ -370,7 +370,7 @@ def test_a_repository_that_is_none_or_no_cache_is_refused(hub, tmp_path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hub_that_cannot_be_reached_is_said_in_one_line(cache, tmp_path, monkeypatch) -> None:
+def test_a_hub_that_cannot_be_reached_is_reported_in_one_line(cache, tmp_path, monkeypatch) -> None:
     ask(monkeypatch, "http://127.0.0.1:9")
     for verb in (lambda: push(cache.path, "me/traces", token=TOKEN), lambda: pull("me/traces", tmp_path / "o")):
         with pytest.raises(LogitcacheError, match="me/traces: the hub cannot be reached .*HF_ENDPOINT") as raised:
@@ -378,7 +378,7 @@ def test_a_hub_that_cannot_be_reached_is_said_in_one_line(cache, tmp_path, monke
         assert "\n" not in str(raised.value)
 
 
-def test_what_is_no_cache_and_what_is_there_already_are_refused_before_the_hub_is_asked(cache, tmp_path) -> None:
+def test_what_is_not_a_cache_and_what_exists_already_are_refused_before_the_hub_is_asked(cache, tmp_path) -> None:
     with pytest.raises(NotACacheError):
         push(tmp_path, "me/traces")
     manifest.write(tmp_path, tiny.identity())

@@ -21,7 +21,7 @@ def cache(tmp_path) -> Cache:
     return tiny.write_cache(tmp_path / "cache", shards=3)
 
 
-def test_every_number_of_the_cache_stands_in_the_parquet_files(cache, tmp_path) -> None:
+def test_every_number_of_the_cache_is_in_the_parquet_files(cache, tmp_path) -> None:
     report = export_parquet(cache.path, tmp_path / "out")
     files = sorted((tmp_path / "out").iterdir())
     assert [f.name for f in files] == [f"{s.name}.parquet" for s in cache.shards]

@@ -28,7 +28,7 @@ def test_a_merge_takes_shards_byte_for_byte_with_where_they_came_from(tmp_path) 
     assert verify(out.path, workers=1) == []
 
 
-def test_a_trace_that_stands_in_several_is_kept_once_as_the_first_has_it(tmp_path) -> None:
+def test_a_trace_in_several_caches_is_kept_once_as_the_first_has_it(tmp_path) -> None:
     made = tiny.traces(24, 12)
     other = [replace(t, finish_reason="length") for t in made[9:]]
     a = write(tmp_path / "a", made[:12], tiny.identity(), per_shard=6, source="a")

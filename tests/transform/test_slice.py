@@ -202,18 +202,18 @@ def test_a_smaller_limit_lies_in_a_larger_one_and_counts_prompts(tmp_path, path)
     assert len(Cache.open(tmp_path / "both")) == 3
 
 
-def test_a_verifier_judges_anew_and_where_sees_it(tmp_path, path) -> None:
+def test_a_verifier_grades_again_and_where_sees_it(tmp_path, path) -> None:
     made = [replace(t, text=f"The answer is {7 if i % 3 else 8}", answer="7") for i, t in enumerate(Cache.open(path))]
-    write(tmp_path / "judged", made, tiny.identity())
-    report = slice_cache(tmp_path / "judged", tmp_path / "all", verifier="exact")
+    write(tmp_path / "graded", made, tiny.identity())
+    report = slice_cache(tmp_path / "graded", tmp_path / "all", verifier="exact")
     assert report.verdicts == {"correct": 16, "incorrect": 8}
     assert Cache.open(tmp_path / "all").identity == tiny.identity(), "a verdict takes nothing away"
-    slice_cache(tmp_path / "judged", tmp_path / "right", verifier="exact", where="correct")
+    slice_cache(tmp_path / "graded", tmp_path / "right", verifier="exact", where="correct")
     assert [t.correct for t in Cache.open(tmp_path / "right")] == [True] * 16
     assert verify(tmp_path / "right", workers=1) == []
 
 
-def test_traces_that_a_verifier_cannot_judge_are_counted(tmp_path, path) -> None:
+def test_traces_that_a_verifier_cannot_grade_are_counted(tmp_path, path) -> None:
     made = [replace(t, text="The answer is 7", answer="7" if i % 3 else None) for i, t in enumerate(Cache.open(path))]
     write(tmp_path / "c", made, tiny.identity())
     assert "(16 correct, 8 without a verdict)" in describe_slice(

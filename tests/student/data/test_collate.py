@@ -42,7 +42,7 @@ def test_a_batch_names_for_each_supervised_position_the_row_of_the_next_token(da
     assert row == len(batch.supervised) == batch.tokens
 
 
-def test_a_batch_of_traces_with_nothing_to_teach_is_a_dummy(data):
+def test_a_batch_of_traces_with_nothing_to_supervise_is_a_dummy(data):
     nothing = TraceDataset(data.cache, view=View(sections=("answer",)))[0]
     nothing = type(nothing)(
         nothing.trace_id, nothing.input_ids[:0], nothing.positions[:0], nothing.rows[:0], *[np.zeros(0)] * 5

@@ -62,7 +62,7 @@ def table(found: Comparison) -> dict[str, list[str]]:
     return {name: values for name, *values in rows}
 
 
-def test_runs_stand_side_by_side_and_what_differs_is_named(make):
+def test_runs_are_compared_and_what_differs_is_named(make):
     found = compare([make("a"), make("b", learning_rate=1e-2, set={"weight_decay": "0.1"}), make("c", view="lsp:0.5")])
     assert found.differs == {
         "view": ["full", "full", "lsp:0.5"],
@@ -178,7 +178,7 @@ def test_losses_at_zero_and_a_run_without_any_are_drawn_too(make, tmp_path):
         ("list", r"list/run\.json was not written by `logitcache train`"),
     ],
 )
-def test_a_directory_that_is_no_run_is_refused_by_name(make, tmp_path, name, message):
+def test_a_directory_that_is_not_a_run_is_refused_by_name(make, tmp_path, name, message):
     make("run", "running")
     (tmp_path / "empty").mkdir()
     for folder, text in (("other", '{"sta'), ("list", "[1]")):

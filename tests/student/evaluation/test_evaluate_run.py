@@ -115,7 +115,7 @@ def test_what_cannot_be_evaluated_is_refused_with_the_way_out(cache, home, messa
         ask(cache, home / student, **options)
 
 
-def test_a_view_that_teaches_nothing_is_refused(home, tmp_path):
+def test_a_view_that_supervises_nothing_is_refused(home, tmp_path):
     made = [tiny.trace(i, list(range(3, 20)), tiny.bigram()[9:18], row_start=8, prompts=4) for i in range(8)]
     with pytest.raises(StudentError, match="view full supervises no token of 2 traces;.*`prompt_logits`"):
         ask(tiny.write_cache(tmp_path / "bare", made, shards=1), home / "model", sections=("prompt",), held_out=0.01)

@@ -158,8 +158,8 @@ def test_an_experiment_in_miniature_trains_its_variants_and_writes_them_up(optio
     assert len({row["rows"] for row in rows}) == 1, "all are evaluated on the same positions"
     assert all(float(row["flops"]) > 0 and float(row["seconds"]) > 0 for row in rows[1:])
     if name == "halves":  # a step has as many traces, whichever half it is of
-        fed = [float(row["tokens_fed"]) for row in rows[1:]]
-        assert max(fed) < 1.2 * min(fed)
+        inputs = [float(row["tokens_fed"]) for row in rows[1:]]
+        assert max(inputs) < 1.2 * min(inputs)
     assert all(row["kl 0-10%"] and row["kl 90-100%"] for row in rows)
     text = (asked.out / "report.md").read_text()
     assert "| variant | 0-10% | 10-20% |" in text
@@ -373,7 +373,7 @@ def test_a_dry_run_of_halves_counts_what_the_teacher_reads(options, home):
         pytest.param({"prompts": "P", "shared": {"lora_rank": 4}}, "runs are adapters", id="adapters with prompts"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_anything_runs(options, spy, home, tmp_path, changes, message):
+def test_what_cannot_be_done_is_refused_before_anything_runs(options, spy, home, tmp_path, changes, message):
     (tmp_path / "unanswered.jsonl").write_text('{"id": "q", "prompt": "w3"}')
     files = {"UNANSWERED": str(tmp_path / "unanswered.jsonl"), "P": str(home / "prompts.jsonl")}
     files["MODEL"] = str(home / "model")
@@ -461,7 +461,7 @@ def test_the_command_line_reads_back_every_training_option(monkeypatch):
     off = subcommands.train(
         Path("c"), "s", Path("o"), {"compile": False, "gradient_checkpointing": False, "top_k": None}
     )
-    assert off == ["train", "c", "--student", "s", "--out", "o"]
+    assert off == ["train", "c", "--student", "s", "--out", "o", "--no-compile", "--no-gradient-checkpointing"]
 
 
 def test_a_crop_has_rows_of_the_caches_kind(home):

@@ -138,7 +138,7 @@ def test_a_trace_has_the_hidden_states_in_a_batch_that_it_has_alone(data):
     torch.testing.assert_close(supervised_hidden(student, batch), torch.cat(alone), rtol=0, atol=1e-5)
 
 
-def test_a_batch_with_nothing_to_teach_is_a_connected_zero():
+def test_a_batch_with_nothing_to_supervise_is_a_connected_zero():
     student = tiny.model()
     loss = distillation_loss(student, find_head(student), collate([]))
     loss.backward()

@@ -143,7 +143,7 @@ def test_accumulated_batches_equal_one_batch(options, accumulation):
         torch.testing.assert_close(a[name], b[name], rtol=0, atol=1e-6)
 
 
-def test_a_loss_that_is_no_number_stops_the_run_with_the_traces(options, home):
+def test_a_non_finite_loss_stops_the_run_with_the_traces(options, home):
     cache = Cache.open(home / "cache")
     config = DistillConfig(output_dir=str(options().out), use_cpu=True, tokens_per_batch=130, eval_strategy="no")
     student = tiny.model()
@@ -301,7 +301,7 @@ def test_a_token_supervised_without_a_row_counts_its_cross_entropy_alone(home):
     assert whole[0] == pytest.approx(total / count, rel=1e-5)
 
 
-def test_a_batch_with_nothing_to_teach_changes_nothing(home):
+def test_a_batch_with_nothing_to_supervise_changes_nothing(home):
     nothing = tiny.trace(0, [3, 4, 5], tiny.bigram()[[3, 4]])  # too short for an answer's rows
     path = home / "nothing"
     tiny.write_cache(path, [nothing, tiny.trace(1, [3, 4, 5], tiny.bigram()[[3, 4]])])
@@ -314,7 +314,7 @@ def test_a_batch_with_nothing_to_teach_changes_nothing(home):
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_a_step_that_is_no_number_names_its_traces_and_leaves_the_weights(home, tmp_path, monkeypatch, what):
+def test_a_non_finite_step_names_its_traces_and_leaves_the_weights(home, tmp_path, monkeypatch, what):
     config = DistillConfig(output_dir=str(tmp_path), use_cpu=True, tokens_per_batch=130, eval_strategy="no")
     student = tiny.model()
     run = DistillTrainer(student, config, TraceDataset(Cache.open(home / "cache")))
@@ -332,14 +332,14 @@ def test_a_step_that_is_no_number_names_its_traces_and_leaves_the_weights(home, 
 @pytest.mark.slow
 def test_caches_are_mixed_and_traces_chosen(options, home, tmp_path):
     cache = Cache.open(home / "cache")
-    tiny.write_cache(tmp_path / "judged", [replace(t, correct=i % 3 == 0) for i, t in enumerate(cache)])
+    tiny.write_cache(tmp_path / "graded", [replace(t, correct=i % 3 == 0) for i, t in enumerate(cache)])
     opts = options("mixed", where="correct", top_k=4, epochs=1)
     with pytest.raises(StudentError, match="cache: no training trace is left where correct"):
         train(opts)
-    run = train(replace(opts, caches=[tmp_path / "judged"]))
+    run = train(replace(opts, caches=[tmp_path / "graded"]))
     assert 0 < run.spent.counts.input_tokens < 0.6 * train(options("all", epochs=1)).spent.counts.input_tokens
     assert run.eval_before.rows == train(options("all", epochs=1)).eval_before.rows, "held out all the same"
-    both = train(options("both", epochs=1, caches=[], mix={str(home / "cache"): 0.5, str(tmp_path / "judged"): 0.5}))
+    both = train(options("both", epochs=1, caches=[], mix={str(home / "cache"): 0.5, str(tmp_path / "graded"): 0.5}))
     assert (both.settings["caches"], both.settings["share"], both.settings["traces_2"]["count"]) == (2, 0.5, 24)
 
 
