@@ -55,26 +55,26 @@ def import_distillkit(
 ) -> ImportReport:
     """Makes a cache of the Parquet shards of a DistillKit capture.
 
-        Each text becomes a trace; a packed row becomes as many as it holds. DistillKit trains on all of a text, so all of it
-        is the answer, but for what `labels` mask, where the capture has them: up to their last masked stretch it is the
-        prompt. The last row of a text that was cut belongs to a token that is not there, and is dropped, as is the padding
-        token that the capture appends to have one more row. Sampling, engine and dtype are not recorded, and stay "unknown".
-            The log-probability of a sampled token outside the kept ids is NaN; outside the capture's k its rank is 0.
-    
-        Half-precision values are off by up to 2^-8 of themselves, and their sum with them. So the tail is where the decay of
-        the row puts it, as in ``sparse_rows.log_tail``, no further from 1 - sum than that doubt, and the row is normalised.
-        Measured on a capture of SmolLM2-135M, 16 of its values in bfloat16: KL of the truth against the import 7e-5 on average,
-        5e-3 at worst; of plain 1 - sum 1.1e-4 and 2.2e-2.
+    Each text becomes a trace; a packed row becomes as many as it holds. DistillKit trains on all of a text, so all of it
+    is the answer, but for what `labels` mask, where the capture has them: up to their last masked stretch it is the
+    prompt. The last row of a text that was cut belongs to a token that is not there, and is dropped, as is the padding
+    token that the capture appends to have one more row. Sampling, engine and dtype are not recorded, and stay "unknown".
+    The log-probability of a sampled token outside the kept ids is NaN; outside the capture's k its rank is 0.
 
-        Args:
-            source: a directory of .parquet files, at any depth, or one of them.
-            tokenizer: the teacher's, a hub id or a folder.
-            teacher: hub id; the capture does not say.
-            settings: YAML file with the settings of the capture; None looks for compression_config.yaml beside the files.
-            vocab_size: columns of the teacher's logits where they are more than the capture's settings say: padding.
-            exact_part_only: keep the exact values and fold the fitted ones into the tail, instead of refusing.
-        Raises: InputError where the capture cannot be decoded, with the file and row; NotACacheError where ``out`` holds
-            something.
+    Half-precision values are off by up to 2^-8 of themselves, and their sum with them. So the tail is where the decay of
+    the row puts it, as in ``sparse_rows.log_tail``, no further from 1 - sum than that doubt, and the row is normalised.
+    Measured on a capture of SmolLM2-135M, 16 of its values in bfloat16: KL of the truth against the import 7e-5 on average,
+    5e-3 at worst; of plain 1 - sum 1.1e-4 and 2.2e-2.
+
+    Args:
+        source: a directory of .parquet files, at any depth, or one of them.
+        tokenizer: the teacher's, a hub id or a folder.
+        teacher: hub id; the capture does not say.
+        settings: YAML file with the settings of the capture; None looks for compression_config.yaml beside the files.
+        vocab_size: columns of the teacher's logits where they are more than the capture's settings say: padding.
+        exact_part_only: keep the exact values and fold the fitted ones into the tail, instead of refusing.
+    Raises: InputError where the capture cannot be decoded, with the file and row; NotACacheError where ``out`` holds
+        something.
     """
     files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
     if not files:
