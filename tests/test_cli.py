@@ -221,6 +221,7 @@ main()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "code"), [(["--help"], 0), (["info", "nowhere"], 2)])
 def test_a_librarys_thread_aborts_no_command_that_is_done(arguments, code) -> None:
     """Such a thread is sent away when the interpreter ends, and C++ does not take that."""
@@ -229,6 +230,7 @@ def test_a_librarys_thread_aborts_no_command_that_is_done(arguments, code) -> No
     assert ended.stdout or ended.stderr.count("\n") == 1
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_enough_is_no_error_and_a_full_disk_is_one() -> None:
     command = str(Path(sys.executable).with_name("logitcache"))
     piped = subprocess.run(f"{command} generate --help | true", shell=True, capture_output=True, text=True)

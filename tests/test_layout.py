@@ -1,6 +1,7 @@
 """What the repository promises about itself: who imports whom, and what a wheel installs."""
 
 import ast
+import functools
 import os
 import subprocess
 import sys
@@ -49,6 +50,7 @@ def unit_of(name: str) -> str | None:
     return wanted if wanted in LEVEL else None
 
 
+@functools.cache
 def imports(path: Path) -> set[str]:
     """Dotted names that a module imports anywhere, inside functions too."""
     names: set[str] = set()

@@ -115,6 +115,7 @@ def test_a_repaired_cache_is_filled_up_by_generate(path, options) -> None:
     assert verify(path, workers=1) == []
 
 
+@pytest.mark.slow
 def test_every_one_of_a_thousand_flipped_bytes_is_found(path) -> None:
     """In a shard, its index, or the manifest; reading the shard raises, and never gives numbers."""
     rng = random.Random(0)

@@ -89,6 +89,7 @@ def test_help_fits_80_columns_and_starts_with_the_everyday_options(run, monkeypa
             assert line.strip().startswith("Example: logitcache")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "wanted"),
     [("logitcache gen", "generate"), ("logitcache generate --tea", "--teacher"), ("logitcache slice --to", "--top-k")],

@@ -272,6 +272,7 @@ def test_extreme_students_stay_finite(divergence):
     torch.testing.assert_close(by_hand_NV, want_NV, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("vocab", [1000, 32003])
 def test_float32_is_no_further_from_float64_than_autograd_is(divergence, vocab):

@@ -221,6 +221,7 @@ def kept(view: str, epoch: int = 0) -> np.ndarray:
     return np.array([len(supervised.input_ids) - 4 for supervised in supervised_traces(view, 100, epoch)])
 
 
+@pytest.mark.slow
 def test_draws_from_a_range_are_uniform_and_new_in_each_epoch():
     first, second = kept("trsd:0.1-0.9", 0), kept("trsd:0.1-0.9", 1)
     for drawn in (first, second):
@@ -230,12 +231,14 @@ def test_draws_from_a_range_are_uniform_and_new_in_each_epoch():
     assert abs(np.corrcoef(first, second)[0, 1]) < 0.1
 
 
+@pytest.mark.slow
 def test_draws_from_a_list_take_each_share_alike():
     drawn, counts = np.unique(kept("trsd:0.25,0.5,1"), return_counts=True)
     assert drawn.tolist() == [25, 50, 100]
     assert abs(counts - 2000 / 3).max() < 5 * np.sqrt(2000 * 2 / 9)
 
 
+@pytest.mark.slow
 def test_a_random_mask_favours_no_row_and_no_neighbour():
     supervised_NT = np.zeros((2000, 24))
     for supervised_T, supervised in zip(supervised_NT, supervised_traces("random-mask:0.5", 20), strict=True):
@@ -405,6 +408,7 @@ def some_trace(draw):
     return made(bounds, row_start=row_start, length=length, rows=draw(st.none() | st.integers(0, length)))
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(some_view(), some_trace(), st.integers(0, 3))
 def test_a_view_never_uses_a_row_whose_context_the_student_does_not_see(view, trace, epoch):

@@ -385,6 +385,7 @@ def test_what_cannot_be_done_is_refused_before_anything_runs(options, spy, home,
     assert not asked.out.exists()
 
 
+@pytest.mark.slow
 def test_a_directory_of_other_things_is_left_alone(options, spy):
     asked = options("lsp")
     asked.out.mkdir()
@@ -535,6 +536,7 @@ def rows_by_hand() -> list[dict]:
     return [of(catalog.BEFORE, None, 3.0, 0.1, None), *(of(*each) for each in runs)]
 
 
+@pytest.mark.slow
 def test_tables_have_means_and_spread_and_shares_of_the_reference(tmp_path):
     rows = rows_by_hand()
     setup = report.Setup(

@@ -51,6 +51,7 @@ def counted(model: PreTrainedModel, backward: bool) -> int:
     return counter.get_total_flops()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", MODELS.values(), ids=MODELS.keys())
 def test_the_formula_agrees_with_torchs_counter(make):
     model = make().train()

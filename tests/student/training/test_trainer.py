@@ -493,6 +493,7 @@ def test_every_divergence_brings_the_student_nearer(options, name):
     assert run.eval_after.kl < run.eval_before.kl
 
 
+@pytest.mark.slow
 def test_an_adapter_learns_alone_and_is_loaded_merged(options, home):
     opts = options(lora_rank=4, epochs=4, learning_rate=3e-2)
     run = train(opts)
