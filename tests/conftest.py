@@ -1,5 +1,6 @@
 """Marks, and what several test files share."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -48,3 +49,20 @@ def options(home, tmp_path):
         return TrainOptions(**given | changes)
 
     return make
+
+
+@pytest.fixture
+def run(monkeypatch, capfd):
+    """Runs `logitcache ARGUMENTS` in this process: exit code, standard output, standard error."""
+    from logitcache import cli
+    from logitcache.errors import use_flags
+
+    def call(*arguments) -> tuple[int, str, str]:
+        capfd.readouterr()
+        monkeypatch.setattr(sys, "argv", ["logitcache", *map(str, arguments)])
+        code = cli.call()
+        found = capfd.readouterr()
+        return code, found.out, found.err
+
+    yield call
+    use_flags({})

@@ -149,3 +149,13 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+def flat(found: dict | list, name: str = "") -> dict:
+    """Every number of an evaluation by its path."""
+    items = found.items() if isinstance(found, dict) else enumerate(found)
+    numbers = {}
+    for key, value in items:
+        deep = isinstance(value, dict | list)
+        numbers |= flat(value, f"{name}{key}.") if deep else {f"{name}{key}": value}
+    return numbers

@@ -8,27 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from logitcache import cli
 from tests import fake_engine, tiny
 
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory) -> Path:
     return tiny.save_model(tmp_path_factory.mktemp("teacher") / "tiny")
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Runs `logitcache ARGUMENTS` in this process: exit code, standard output, standard error."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["logitcache", *map(str, arguments)])
-        code = cli.call()
-        out = capfd.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 def prompts(path: Path, *lines: str) -> Path:

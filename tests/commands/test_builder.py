@@ -1,7 +1,6 @@
 """Options are declared once: the builder makes flags, help and YAML of dataclasses and functions."""
 
 import re
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,7 +9,6 @@ import pytest
 import typer
 import typer.main
 
-from logitcache import cli
 from logitcache.commands.builder import Values, command
 from logitcache.errors import InputError, with_flags
 from logitcache.runtime.options import Option, parameters
@@ -260,18 +258,6 @@ def test_of_two_declarations_one_counts_and_the_others_options_are_refused() -> 
         app.main(args=["abc", "--place", "x", "--exact"], standalone_mode=False)
     app.main(args=["abc", "--place", "x", "--no-exact"], standalone_mode=False)
     assert made[-1] == Other(source="abc", place=Path("x")), "a default has no effect anyway"
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    def call(*arguments) -> tuple[int, str, str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["logitcache", *map(str, arguments)])
-        code = cli.call()
-        found = capfd.readouterr()
-        return code, found.out, found.err
-
-    return call
 
 
 def test_a_mistyped_command_or_option_names_the_nearest_and_version_says_it(run) -> None:

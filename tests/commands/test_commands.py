@@ -6,7 +6,6 @@ import sys
 
 import pytest
 
-from logitcache import cli
 from logitcache.commands import COMMANDS
 from logitcache.commands.results import show
 from logitcache.errors import use_flags
@@ -34,21 +33,6 @@ ARGUMENTS = [
     "push c me/x",
     "pull me/x --out o",
 ]
-
-
-@pytest.fixture
-def run(monkeypatch, capfd):
-    """Runs `logitcache ARGUMENTS` in this process: exit code, standard output, standard error."""
-
-    def call(*arguments) -> tuple[int, str, str]:
-        capfd.readouterr()
-        monkeypatch.setattr(sys, "argv", ["logitcache", *map(str, arguments)])
-        code = cli.call()
-        found = capfd.readouterr()
-        return code, found.out, found.err
-
-    yield call
-    use_flags({})
 
 
 def test_every_command_is_covered_here() -> None:

@@ -13,33 +13,8 @@ from logitcache.student.evaluation.evaluate_run import evaluate_run
 from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.model.metrics import evaluate
 from tests import tiny
-from tests.runs import last_lines
+from tests.runs import flat, last_lines
 from tests.tiny import one_thread  # noqa: F401
-
-
-@pytest.fixture(scope="module")
-def sharp():
-    """A teacher of the student's own shape that is sure of what it says."""
-    teacher = tiny.model(seed=7, tie_word_embeddings=False)
-    with torch.no_grad():
-        teacher.lm_head.weight.normal_(std=1.0)
-    return teacher
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, sharp):
-    return tiny.write_cache(tmp_path_factory.mktemp("cache") / "cache", tiny.traces_of(sharp, 16, 8))
-
-
-def flat(found: dict | list, name: str = "") -> dict:
-    """Every number of an evaluation by its path."""
-    items = found.items() if isinstance(found, dict) else enumerate(found)
-    numbers = {}
-    for key, value in items:
-        deep = isinstance(value, dict | list)
-        numbers |= flat(value, f"{name}{key}.") if deep else {f"{name}{key}": value}
-    return numbers
-
 
 # The command.
 

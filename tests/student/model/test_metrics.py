@@ -16,33 +16,10 @@ from logitcache.student.model.head import attach_head
 from logitcache.student.model.measures import Evaluation, Measures, TailMass
 from logitcache.student.model.metrics import BINS, evaluate
 from tests import tiny
+from tests.runs import flat
 from tests.tiny import one_thread  # noqa: F401
 
 NOTHING = Measures(kl=None, top1=None, rows=0, ce=None, ece=None, tail=TailMass(None, None))
-
-
-@pytest.fixture(scope="module")
-def sharp():
-    """A teacher of the student's own shape that is sure of what it says."""
-    teacher = tiny.model(seed=7, tie_word_embeddings=False)
-    with torch.no_grad():
-        teacher.lm_head.weight.normal_(std=1.0)
-    return teacher
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory, sharp):
-    return tiny.write_cache(tmp_path_factory.mktemp("cache") / "cache", tiny.traces_of(sharp, 16, 8))
-
-
-def flat(found: dict | list, name: str = "") -> dict:
-    """Every number of an evaluation by its path."""
-    items = found.items() if isinstance(found, dict) else enumerate(found)
-    numbers = {}
-    for key, value in items:
-        deep = isinstance(value, dict | list)
-        numbers |= flat(value, f"{name}{key}.") if deep else {f"{name}{key}": value}
-    return numbers
 
 
 def test_evaluation_is_the_mean_over_all_supervised_rows_and_over_those_of_a_part(cache):
