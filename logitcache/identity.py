@@ -60,7 +60,7 @@ class Identity:
         return Markers(opening, closing, self.answer_regex)
 
     @property
-    def not_drawn(self) -> str | None:
+    def sampled_otherwise(self) -> str | None:
         """Why the teacher's tokens are no plain draws from it at temperature 1; None where they are."""
         if "temperature" not in self.sampling:
             return "its tokens were scored, not sampled"

@@ -20,7 +20,7 @@ from logitcache.identity import first_difference
 from logitcache.inference import model
 from logitcache.inference.model import ModelFacts
 from logitcache.prompts import PromptSet
-from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
+from logitcache.runtime.files import LOCK, is_leftover, is_occupied, publish_json, read_json
 from logitcache.runtime.locks import exclusive
 from logitcache.sections import Markers
 
@@ -227,7 +227,7 @@ def _check_directory(out: Path, settings: dict[str, Any]) -> dict[str, list[int]
     Returns: the delimiters in use there; None if they are not decided yet, or if ``out`` holds no answers.
     Raises: IdentityError with the first setting that differs; NotACacheError for a directory with other files.
     """
-    foreign = taken(out, left_behind)
+    foreign = is_occupied(out, is_leftover)
     if (out / SETTINGS).is_file():
         there = read_json(out / SETTINGS)
         if difference := first_difference(there.get("settings", {}), settings):

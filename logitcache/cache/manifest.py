@@ -7,7 +7,7 @@ from pathlib import Path
 import logitcache
 from logitcache.errors import FormatVersionError, IdentityError, NotACacheError
 from logitcache.identity import Identity, as_json, first_difference
-from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
+from logitcache.runtime.files import LOCK, is_leftover, is_occupied, publish_json, read_json
 from logitcache.runtime.locks import exclusive
 
 FORMAT_VERSION = 1
@@ -55,7 +55,7 @@ def match(cache: Path, identity: Identity) -> Identity | None:
 
     Raises: IdentityError naming the first field that differs, NotACacheError for a directory with other files.
     """
-    foreign = taken(cache, left_behind)
+    foreign = is_occupied(cache, is_leftover)
     if (cache / FILE_NAME).exists():
         found = read(cache)
         refuse_difference(cache, found, identity)

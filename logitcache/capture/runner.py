@@ -169,7 +169,7 @@ class _Filling:
         progress = self.session.progress
         assert progress is not None
         if request.prompt_id not in self.summary.skipped:
-            progress.say(f"skipped {request.prompt_id}: {error}")
+            progress.print(f"skipped {request.prompt_id}: {error}")
         self.summary.skip(request.trace_id, request.prompt_id, str(error))
         progress.drop()
 

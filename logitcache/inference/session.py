@@ -22,7 +22,7 @@ from typing import Any, Self
 from logitcache.errors import EngineError, InputError
 from logitcache.inference.engine import Completion, Engine, Rows, cause_in
 from logitcache.inference.model import ModelSpec, Sampling
-from logitcache.runtime.console import Progress, Stop, chatter_to
+from logitcache.runtime.console import Progress, Stop, redirect_output
 from logitcache.runtime.files import LOGS
 
 # Limit of results that wait for the background thread, which encodes ten times faster than one GPU generates: a raw trace of
@@ -81,7 +81,7 @@ class Session:
     def __enter__(self) -> Self:
         """Raises: InputError for a setting that vLLM refuses, EngineError if the engine cannot start."""
         with ExitStack() as stack:
-            self._terminal = stack.enter_context(chatter_to(self.log))
+            self._terminal = stack.enter_context(redirect_output(self.log))
             stack.enter_context(self._stop)
             print(f"{self._greeting} (log: {self.log})", file=self._terminal)
             began = time.monotonic()

@@ -25,7 +25,7 @@ from logitcache.errors import (
     first_line,
 )
 from logitcache.identity import first_difference
-from logitcache.runtime.files import sync_directory, taken
+from logitcache.runtime.files import is_occupied, sync_directory
 from logitcache.runtime.locks import exclusive
 from logitcache.runtime.options import Option
 
@@ -141,7 +141,7 @@ def pull(
         where the disk refuses, LogitcacheError where the hub cannot be reached.
     """
     out = Path(out)  # a script may give text
-    if taken(out):
+    if is_occupied(out):
         raise InputError(f"{out} is not an empty directory; give `out` a new directory")
     api = _api(token)
     place = out.absolute()

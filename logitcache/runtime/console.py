@@ -15,7 +15,7 @@ from logitcache.errors import with_flags
 
 
 @contextlib.contextmanager
-def chatter_to(log: Path) -> Iterator[TextIO]:
+def redirect_output(log: Path) -> Iterator[TextIO]:
     """Redirects what this process and its children print to ``log``; yields the real standard error.
 
     Redirects file descriptors, so that C libraries and the engine's processes are included.
@@ -131,7 +131,7 @@ class Progress:
         """Tokens per second since the start."""
         return self.tokens / max(self.seconds, 1e-9)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Prints a line, above the bar if there is one, with the flags of the command that runs."""
         text = with_flags(text)
         if self._bar is not None:
@@ -142,7 +142,7 @@ class Progress:
     def _line(self) -> None:
         self._last = time.monotonic()
         left = _duration((self.total - self.done) * self.seconds / self.done) if self.done else "?"
-        self.say(f"{self.done}/{self.total} {self.what}, {self.speed:,.0f} tokens/s, {left} left")
+        self.print(f"{self.done}/{self.total} {self.what}, {self.speed:,.0f} tokens/s, {left} left")
 
 
 def _duration(seconds: float) -> str:

@@ -85,7 +85,7 @@ def _check(body: bytes) -> bytes:
     return f' "check": "{hashlib.sha256(body).hexdigest()}"\n}}\n'.encode()
 
 
-def taken(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bool:
+def is_occupied(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bool:
     """Whether ``path`` is a file, or a directory with an entry for which ``own`` is false.
 
     If several processes may start at once, call this before looking for the record of the directory: then the record
@@ -94,7 +94,7 @@ def taken(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bool:
     return path.exists() and not (path.is_dir() and all(map(own, path.iterdir())))
 
 
-def left_behind(path: Path) -> bool:
+def is_leftover(path: Path) -> bool:
     """Whether a command that ended before it wrote its record leaves such an entry: a lock, a log, a ``.part`` file."""
     return path.name.startswith(LOCK) or path.name == LOGS or path.suffix == ".part"
 
@@ -105,7 +105,7 @@ def atomic_directory(out: Path) -> Iterator[Path]:
 
     Raises: NotACacheError if ``out`` is not an empty directory; CacheBusyError if another process is writing it.
     """
-    if taken(out):
+    if is_occupied(out):
         raise NotACacheError(f"{out} is not an empty directory; give `out` a new directory")
     place = out.absolute()
     part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")

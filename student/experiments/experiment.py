@@ -21,7 +21,7 @@ from logitcache.accuracy.options import Budget
 from logitcache.errors import IdentityError, NotACacheError
 from logitcache.identity import first_difference, weights_fingerprint
 from logitcache.runtime.console import Stop
-from logitcache.runtime.files import LOCK, left_behind, publish_json, read_json, taken
+from logitcache.runtime.files import LOCK, is_leftover, is_occupied, publish_json, read_json
 from logitcache.runtime.locks import exclusive
 from logitcache.student.experiments import report
 from logitcache.student.experiments.catalog import BEFORE, Variant
@@ -118,7 +118,7 @@ def _claim(options: ExperimentOptions, plan: ExperimentPlan) -> list[str]:
                 f"{options.out} holds answers to {there['prompts']}, which the new report would lose; give the same `prompts`, "
                 "or set `out` to a new directory"
             )
-    elif taken(options.out, left_behind):
+    elif is_occupied(options.out, is_leftover):
         raise NotACacheError(f"{options.out} holds files that are not an experiment; set `out` to a new directory")
     machines = list(dict.fromkeys([*there.get("machines", ()), _machine()]))
     now = {"settings": settings, "machines": machines, "prompts": options.prompts}

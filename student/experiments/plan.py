@@ -66,7 +66,7 @@ def plan_experiment(options: ExperimentOptions) -> ExperimentPlan:
     if not len(cache):
         raise NotACacheError(f"{options.cache} has no traces yet; run `logitcache generate` first")
     identity = cache.identity
-    sampled = identity.not_drawn is None and not identity.prompt_logits
+    sampled = identity.sampled_otherwise is None and not identity.prompt_logits
     points = tuple(dict.fromkeys(options.points)) if options.points else None
     variants = chosen.variants(CacheFacts(identity.prompt_logits, identity.top_k, sampled, points))
     _check_shared(options, variants)

@@ -20,7 +20,7 @@ class ShowProgress(TrainerCallback):
         self.input_tokens = self.trainer.counts.input_tokens
         self.progress = Progress(sys.stderr, state.max_steps - state.global_step, "steps").__enter__()
         data, held, done = self.trainer.train_dataset, self.trainer.eval_dataset, state.global_step
-        self.progress.say(
+        self.progress.print(
             f"{len(data)} training traces, {len(held)} held out; {state.max_steps} steps of about "
             f"{args.tokens_per_step:,} tokens" + (f", {done} of them done" if done else "")
         )
@@ -37,7 +37,7 @@ class ShowProgress(TrainerCallback):
     def on_evaluate(self, args, state, control, **found: Any) -> None:
         metrics = found["metrics"]
         if self.progress is not None and metrics.get("eval_kl") is not None:
-            self.progress.say(
+            self.progress.print(
                 f"epoch {state.epoch:.2g}, step {state.global_step}: held-out KL {metrics['eval_kl']:.4f} nats per row, "
                 f"top-1 {metrics['eval_top1']:.1%}"
             )

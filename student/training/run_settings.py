@@ -14,7 +14,7 @@ from logitcache.cache.filters import Filter
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.identity import first_difference
-from logitcache.runtime.files import left_behind, publish, taken
+from logitcache.runtime.files import is_leftover, is_occupied, publish
 from logitcache.student.data.views import View
 from logitcache.student.training.checkpoints import RUN_FILE, find_run, latest_checkpoint
 from logitcache.student.training.config import DistillConfig
@@ -75,7 +75,7 @@ def claim(out: Path, wanted: dict[str, Any]) -> RunRecord | None:
 
     Raises: StudentError for a directory with other contents, and for a run with other settings, naming the difference.
     """
-    foreign = taken(out, left_behind)
+    foreign = is_occupied(out, is_leftover)
     _, found = find_run(out)
     if not found:
         if foreign:

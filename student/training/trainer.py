@@ -277,7 +277,7 @@ def _check_sampled(data: ExampleSource, tail: str) -> None:
     """Raises: StudentError for tail `sampled` with tokens that the teacher did not sample at temperature 1."""
     for part in data.parts if tail == "sampled" else []:
         identity, sections = part.cache.identity, getattr(part.view, "sections", ())
-        what = identity.not_drawn
+        what = identity.sampled_otherwise
         if what is None and identity.prompt_logits and "prompt" in sections:
             what = "prompts were not sampled: remove prompt from `sections`"
         if what:

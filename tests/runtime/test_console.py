@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.runtime.console import Progress, Stop, chatter_to
+from logitcache.runtime.console import Progress, Stop, redirect_output
 
 
 def test_chatter_of_children_goes_to_the_log_and_ours_to_the_terminal(tmp_path: Path, capfd) -> None:
-    with chatter_to(tmp_path / "logs" / "x.log") as terminal:
+    with redirect_output(tmp_path / "logs" / "x.log") as terminal:
         os.write(1, b"from python\n")
         subprocess.run([sys.executable, "-c", "print('from a child')"])
         os.write(2, b"from C\n")
@@ -25,7 +25,7 @@ def test_chatter_of_children_goes_to_the_log_and_ours_to_the_terminal(tmp_path: 
 
 
 def test_output_comes_back_after_an_error(tmp_path: Path, capfd) -> None:
-    with pytest.raises(ValueError, match="boom"), chatter_to(tmp_path / "x.log"):
+    with pytest.raises(ValueError, match="boom"), redirect_output(tmp_path / "x.log"):
         raise ValueError("boom")
     print("again")
     assert capfd.readouterr().out == "again\n"
@@ -35,7 +35,7 @@ def test_progress_is_plain_lines_where_there_is_no_terminal() -> None:
     out = io.StringIO()
     with Progress(out, total=4, every=0.0) as progress:
         progress.add(1, 100)
-        progress.say("a word")
+        progress.print("a word")
         progress.add(3, 300)
     lines = out.getvalue().splitlines()
     assert lines[0].startswith("1/4 traces, ")
@@ -48,7 +48,7 @@ def test_progress_is_a_bar_on_a_terminal() -> None:
     reader, writer = os.openpty()
     with os.fdopen(writer, "w", buffering=1) as out, Progress(out, total=2) as progress:
         progress.add(2, 10)
-        progress.say("a word")
+        progress.print("a word")
     text = b""
     with contextlib.suppress(OSError):  # the end of a pseudo-terminal
         while part := os.read(reader, 1 << 16):
