@@ -1,6 +1,6 @@
 """Reads prompts from a source: JSON lines, Parquet, or a reasoning-gym task.
 
-A kind of source is one entry of ``SOURCES``.
+Each kind of source is an entry of ``SOURCES``.
 """
 
 import hashlib
@@ -33,10 +33,10 @@ class Prompt:
 
 @dataclass(frozen=True, slots=True)
 class PromptSet:
-    """Prompts in source order, each id once."""
+    """Prompts in source order with distinct ids."""
 
     prompts: list[Prompt]
-    repeated: int = 0  # rows dropped: they have no id and the content of an earlier row
+    repeated: int = 0  # rows that were dropped: without an id, and with the content of an earlier row
 
     def __len__(self) -> int:
         return len(self.prompts)
@@ -52,8 +52,8 @@ def load(source: str, limit: int | None = None) -> PromptSet:
         source: a ``.jsonl`` or ``.parquet`` file with a column ``prompt`` (text) or ``messages`` (chat), and optionally
             ``id`` and ``answer``; every other column becomes metadata. Or ``gym:NAME?size=100&seed=1`` for a
             reasoning-gym task.
-        limit: the most prompts to read.
-    Raises: PromptsError naming file and row.
+        limit: the largest number of prompts to read.
+    Raises: PromptsError naming the file and the row.
     """
     prompts: list[Prompt] = []
     places: dict[str, str] = {}
@@ -77,9 +77,9 @@ def load(source: str, limit: int | None = None) -> PromptSet:
 
 
 def rows(source: str) -> Rows:
-    """The rows of a source, not parsed yet.
+    """Reads the rows of a source without parsing them.
 
-    Raises: PromptsError if no entry of ``SOURCES`` reads it, and while reading.
+    Raises: PromptsError if no entry of ``SOURCES`` reads the source, or, while reading, for a damaged row.
     """
     return _find(source).read(source)
 
@@ -130,7 +130,7 @@ def _parquet_rows(source: str) -> Rows:
                 number += 1
     except (pa.ArrowInvalid, OSError) as e:
         raise PromptsError(
-            f"{path}: damaged Parquet file, unreadable from row {number} on ({e}); write it again"
+            f"{path}: damaged Parquet file, cannot be read from row {number} on ({e}); write it again"
         ) from None
 
 
@@ -147,7 +147,7 @@ def _gym_rows(source: str) -> Rows:
     try:
         dataset = reasoning_gym.create_dataset(name, **{"seed": 0} | options)
     except (ValueError, TypeError, AssertionError) as e:
-        raise PromptsError(f"{source}: reasoning-gym refuses it: {_nearest_task(name, str(e))}") from None
+        raise PromptsError(f"{source}: not accepted by reasoning-gym: {_nearest_task(name, str(e))}") from None
     # (task, options, seed, position) determines an entry, so they make a stable id.
     seed, others = dataset.seed, {k: v for k, v in sorted(options.items()) if k not in ("seed", "size")}
     prefix = name + (f"[{json.dumps(others, sort_keys=True)}]" if others else "") + f":{seed}"
@@ -162,10 +162,10 @@ def _gym_rows(source: str) -> Rows:
 
 @dataclass(frozen=True, slots=True)
 class PromptSource:
-    """One kind of source, known by the suffix of its files or by a prefix.
+    """A kind of source, recognised by the suffix of its files or by a prefix.
 
     Attributes:
-        read: called with the source; yields each row with its place, such as "p.jsonl:3", for messages. Raises
+        read: called with the source; yields each row with its place, such as "p.jsonl:3", for messages. It raises
             PromptsError.
         example: how to write such a source, for messages.
     """
@@ -195,10 +195,10 @@ def _nearest_task(name: str, reason: str) -> str:
 
 
 def parse(place: str, row: dict[str, Any]) -> tuple[Prompt, bool]:
-    """The prompt of a row, and whether the row has an id.
+    """Parses a row; returns its prompt and whether the row has an id.
 
     Args:
-        place: of the row in its source, for messages.
+        place: where the row is in its source, for messages.
     Raises: PromptsError.
     """
     text, messages = row.pop("prompt", None), row.pop("messages", None)

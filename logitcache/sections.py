@@ -1,8 +1,8 @@
-"""Token ids -> spans: prompt, reasoning, answer and the two delimiters between them.
+"""Splits a trace into spans: prompt, reasoning, answer, and the delimiters around the reasoning.
 
-A reasoning model writes ``prompt <think> reasoning </think> answer``. The five spans tile the trace in that order, and
-any of them but the prompt may be empty. Text positions come from one incremental decode, so each span begins and ends
-on a token.
+The trace of a reasoning model is ``prompt <think> reasoning </think> answer``. Its five spans follow each other in this
+order without gaps, and all but the prompt may be empty. Spans are found in the text of an incremental decode, which tells
+the token of each character, so that each span begins and ends at a token.
 """
 
 import re
@@ -14,7 +14,7 @@ from itertools import pairwise
 from logitcache.errors import InputError
 
 SPANS = ("prompt", "opening", "reasoning", "closing", "answer")
-# What options name: both delimiters belong to the reasoning.
+# The names that options use: both delimiters belong to the reasoning.
 SECTIONS = {"prompt": ("prompt",), "reasoning": ("opening", "reasoning", "closing"), "answer": ("answer",)}
 
 # Opening and closing markers of published reasoning models, tried in this order.
@@ -42,7 +42,7 @@ class Sections:
     def __post_init__(self) -> None:
         bounds = self.bounds()
         if any(a > b for a, b in pairwise(bounds)) or bounds[0] < 0:
-            raise InputError(f"sections are not in order: {bounds}")
+            raise InputError(f"section bounds {bounds} are not in ascending order")
 
     def bounds(self) -> tuple[int, ...]:
         return (self.prompt_end, self.reasoning_start, self.reasoning_end, self.answer_start, self.length)
@@ -79,7 +79,7 @@ class Sections:
 
 @dataclass(frozen=True, slots=True)
 class Markers:
-    """How reasoning and answer are told apart: two delimiters, or a pattern that begins the answer, or neither."""
+    """How reasoning and answer are separated: by two delimiters, by a pattern at which the answer begins, or not at all."""
 
     opening: str | None = None
     closing: str | None = None
@@ -87,7 +87,7 @@ class Markers:
 
     def __post_init__(self) -> None:
         if (self.opening is None) != (self.closing is None):
-            raise InputError(f"reasoning markers come in pairs: {self.opening!r} and {self.closing!r}")
+            raise InputError(f"reasoning markers {self.opening!r} and {self.closing!r}: give both or neither")
         if self.answer_regex is not None:
             try:
                 re.compile(self.answer_regex)
@@ -99,12 +99,15 @@ class Markers:
 
     @property
     def pair(self) -> list[str] | None:
-        """Both delimiters, None where there are none."""
+        """Both delimiters, or None."""
         return [self.opening, self.closing] if self.opening and self.closing else None
 
     @classmethod
     def parse(cls, text: str) -> "Markers":
-        """``"<think>,</think>"`` or ``"none"``."""
+        """Parses ``"<think>,</think>"`` or ``"none"``.
+
+        Raises: InputError.
+        """
         if text == "none":
             return cls()
         opening, comma, closing = text.partition(",")
@@ -116,7 +119,7 @@ class Markers:
 
     @classmethod
     def detect(cls, vocabulary: Iterable[str], chat_template: str | None) -> "Markers":
-        """The first known pair whose closing marker is a token of its own or appears in the chat template."""
+        """The first known pair whose closing marker is a single token or appears in the chat template."""
         tokens, template = set(vocabulary), chat_template or ""
         for opening, closing in KNOWN_MARKERS:
             if closing in tokens or closing in template:
@@ -125,11 +128,11 @@ class Markers:
 
 
 class TokenText:
-    """The text of a token sequence, and which token holds which character.
+    """The text of a token sequence, and the token of each character.
 
     Args:
-        pieces: the text each token adds, as an incremental decoder gives it: None (or "") where the token's bytes wait
-            for a later token to become a character. Such tokens belong to that character.
+        pieces: the text that each token adds in an incremental decode; None or "" for a token whose bytes are part of a
+            character that a later token completes. Such a token belongs to that character.
     """
 
     def __init__(self, pieces: Sequence[str | None]) -> None:
@@ -145,7 +148,7 @@ class TokenText:
                 self.ends[i] = self.ends[i + 1]
 
     def token_at(self, char: int) -> int:
-        """The first token that holds character ``char``."""
+        """The first token of the character ``char``."""
         return bisect_right(self.ends, char)
 
     def token_after(self, char: int) -> int:
@@ -154,16 +157,16 @@ class TokenText:
 
 
 def find(pieces: Sequence[str | None], prompt_length: int, markers: Markers) -> Sections:
-    """Sections of a trace.
+    """Finds the sections of a trace.
 
-    The opening marker counts where it begins the completion or ends the prompt (a chat template may put it there, or
-    both markers when thinking is switched off). A completion cut before the closing marker is all reasoning; one
-    without any marker is all answer; a closing marker alone ends a reasoning that began with the completion. A token
-    that holds any character of a marker belongs to the delimiter.
+    The opening marker is recognised at the start of the completion or at the end of the prompt, where a chat template may
+    put it (or both markers, if thinking is switched off). A completion cut before the closing marker is all reasoning. A
+    completion without markers is all answer. If there is only a closing marker, the reasoning starts with the completion.
+    A token with any character of a marker belongs to the delimiter.
 
     Args:
-        pieces: text added by each of the L tokens, prompt included, from one incremental decode.
-        prompt_length: tokens of the prompt, <= L.
+        pieces: the text that each of the L tokens adds, prompt included, from one incremental decode.
+        prompt_length: number of prompt tokens, <= L.
     """
     tokens, length = TokenText(pieces), len(pieces)
     text, split = tokens.text, tokens.starts[prompt_length] if prompt_length < length else len(tokens.text)
@@ -191,7 +194,7 @@ def find(pieces: Sequence[str | None], prompt_length: int, markers: Markers) -> 
 
 
 def answer_text(text: str, spans: Sections, markers: Markers) -> str:
-    """The answer of a completion's text; empty where the completion ended before it."""
+    """The answer in the text of a completion; empty if the completion ended before it."""
     if spans.answer.start == spans.answer.stop:
         return ""
     if markers.closing is not None and (close := text.find(markers.closing)) >= 0:
@@ -202,7 +205,7 @@ def answer_text(text: str, spans: Sections, markers: Markers) -> str:
 
 
 def _without_markers(tokens: TokenText, split: int, prompt_length: int, pattern: str | None) -> Sections:
-    """The answer begins where the pattern first matches, else all is reasoning; without a pattern all is answer."""
+    """The answer begins at the first match of the pattern; without a match all is reasoning, without a pattern all is answer."""
     answer, length = prompt_length, len(tokens.starts)
     if pattern is not None:
         match = re.compile(pattern).search(tokens.text, split)

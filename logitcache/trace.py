@@ -1,4 +1,4 @@
-"""A trace in memory: one prompt, one completion, and the teacher's rows."""
+"""A trace in memory: one prompt, one completion, and the teacher's distribution at each token."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,9 +11,9 @@ from logitcache.sparse_rows import SparseRows
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """One prompt with one completion of the teacher. L tokens, R rows, nnz kept entries.
+    """A prompt with one completion. L tokens, R rows, nnz kept entries.
 
-    Row r holds the teacher's distribution of token ``row_start + r`` given the tokens before it.
+    Row r is the teacher's distribution of token ``row_start + r``, given the tokens before it.
     """
 
     trace_id: str
@@ -23,8 +23,8 @@ class Trace:
     sections: Sections
     row_start: int
     rows: SparseRows
-    token_logprob: np.ndarray  # float32 [R], the sampled token's log-probability in nats, T=1
-    token_rank: np.ndarray  # int32 [R], its rank in the whole vocabulary, 1 = most likely
+    token_logprob: np.ndarray  # float32 [R], log-probability of the sampled token, nats at temperature 1
+    token_rank: np.ndarray  # int32 [R], rank of the sampled token in the vocabulary, 1 = most likely
     text: str  # the completion
     finish_reason: str
     answer: str | None = None  # gold answer of the prompt
@@ -33,7 +33,7 @@ class Trace:
 
     @property
     def row_offsets(self) -> np.ndarray:
-        """int64 [R+1]: entries of row r are ``row_offsets[r]:row_offsets[r+1]``."""
+        """int64 [R + 1]: row r has the entries ``row_offsets[r]:row_offsets[r + 1]``."""
         return self.rows.offsets
 
     @property
@@ -43,10 +43,10 @@ class Trace:
 
     @property
     def logprobs(self) -> np.ndarray:
-        """float32 [nnz], log-probabilities in nats at temperature 1, descending in each row."""
+        """float32 [nnz], log-probabilities, nats at temperature 1, descending in each row."""
         return self.rows.logprobs
 
     @property
     def log_tail(self) -> np.ndarray:
-        """float32 [R], log of the mass outside the kept ids."""
+        """float32 [R], log of the probability mass outside the kept ids, nats."""
         return self.rows.log_tail

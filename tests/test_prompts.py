@@ -82,7 +82,7 @@ def test_a_bad_row_is_named_by_file_and_line(tmp_path, rows, message) -> None:
         ("gim:gsm_symbolic?size=2", "no such file or kind of source; did you mean gym:"),
         ("gym:gsm_simbolic?size=2", "did you mean 'gsm_symbolic'"),
         ("gym:gsm_symbolic?size", "cannot read the options"),
-        ("gym:gsm_symbolic?sice=3", "refuses it"),
+        ("gym:gsm_symbolic?sice=3", "not accepted by reasoning-gym"),
     ],
 )
 def test_a_bad_source_is_named(source, message) -> None:
@@ -103,7 +103,7 @@ def test_a_file_of_another_kind_is_named(tmp_path) -> None:
     ):
         load(str(tmp_path / "p.csv"))
     (tmp_path / "p.parquet").write_text("prompt\nhi")
-    with pytest.raises(PromptsError, match="damaged Parquet file, unreadable from row 0 on"):
+    with pytest.raises(PromptsError, match="damaged Parquet file, cannot be read from row 0 on"):
         load(str(tmp_path / "p.parquet"))
 
 

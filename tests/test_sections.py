@@ -80,7 +80,7 @@ def test_a_completion_without_the_models_markers_falls_back_on_the_pattern() -> 
 
 
 def test_markers_come_in_pairs() -> None:
-    with pytest.raises(InputError, match="come in pairs"):
+    with pytest.raises(InputError, match="give both or neither"):
         Markers(None, "</think>")
 
 

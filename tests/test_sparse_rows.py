@@ -111,10 +111,10 @@ def test_entries_of_probability_zero_are_dropped():
     [
         ([[1, 100]], [[-1.0, -2.0]], "outside 0..99"),
         ([[-1, 2]], [[-1.0, -2.0]], "outside 0..99"),
-        ([[3, 3]], [[-1.0, -2.0]], "row 0 holds an id twice"),
+        ([[3, 3]], [[-1.0, -2.0]], "row 0 contains an id twice"),
         ([[1, 2]], [[-1.0, np.nan]], "NaN"),
         ([[1, 2]], [[-0.1, -0.2]], "sum to 1.7"),
-        ([[1, 2]], [[-5.0, -12.0]], "at most: no distribution"),
+        ([[1, 2]], [[-5.0, -12.0]], "not a distribution"),
     ],
 )
 def test_what_no_teacher_gives_is_refused(ids, logprobs, message):

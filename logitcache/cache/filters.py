@@ -47,7 +47,7 @@ _CLAUSE = re.compile(
     r"""\s*(?:(?P<op><=|>=|!=|==|=|<|>)\s*(?P<value>"[^"]*"|'[^']*'|[^\s<>=!"']+))?(?=\s|\Z)"""
 )
 _WORDS = {"true": True, "false": False, "none": None}
-_NOTHING = object()  # null is a value
+_NOTHING = object()  # None is a valid value
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,7 +64,7 @@ class Clause:
 
     @property
     def path(self) -> str | None:
-        """The dotted name in the metadata; None for a column."""
+        """The dotted name in the metadata; None for the name of a column."""
         return self.name.removeprefix("meta.") if self.name.startswith("meta.") else None
 
 

@@ -33,7 +33,7 @@ SCHEMA = pa.schema(
 
 
 def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
-    """A trace as one record of a shard; ``block``: its rows, encoded."""
+    """Converts a trace to a record of a shard; ``block``: its encoded rows."""
     bounds = trace.sections.bounds()
     return {
         "trace_id": trace.trace_id,

@@ -23,7 +23,7 @@ from logitcache.trace import Trace
 
 DIRECTORY = "shards"
 TABLE_KEY = b"logitcache.table"  # in the Arrow schema's metadata
-_TABLE_ROWS = 4096  # rows from which on a shard has a table: it takes up to 36 KB and saves about 16 bytes per row
+_TABLE_ROWS = 4096  # shards of fewer rows have no table: it takes up to 36 KB and saves about 16 bytes per row
 
 
 # Fields of an index that have another name in its file.
@@ -32,7 +32,7 @@ _ON_DISK = {"trace_count": "rows", "row_count": "taught_rows"}
 
 @dataclass(frozen=True, slots=True)
 class ShardIndex:
-    """What a reader knows of a shard without reading it. A shard counts once its index exists."""
+    """Ids, counts and checksum of a shard. A shard without an index is ignored."""
 
     name: str
     trace_count: int
@@ -76,7 +76,7 @@ class EncodedTrace:
 
     @classmethod
     def of(cls, trace: Trace, identity: Identity) -> "EncodedTrace":
-        """Encodes a trace, which makes its rows five times smaller in memory."""
+        """Encodes a trace; encoded rows take a fifth of the memory."""
         block = codec.encode(trace.rows, exact=identity.exact, pinned=identity.pin_tokens)
         return cls.counted(to_record(trace, block), trace)
 
@@ -112,7 +112,7 @@ def write(
 ) -> ShardIndex:
     """Writes shard ``number``: the Arrow file first, then its index.
 
-    Raises: WriteError; then the shard does not count, since it has no index.
+    Raises: WriteError; the shard is then ignored, since it has no index.
     """
     table = _share_table(traces, identity)
     # Base64: strict readers of Arrow expect metadata to be text.
@@ -185,7 +185,10 @@ def _section_tokens(records: list[dict[str, Any]]) -> dict[str, int]:
 
 
 def read_index(path: Path) -> ShardIndex:
-    """Raises: ShardCorruptError, FormatVersionError."""
+    """Reads the index of a shard.
+
+    Raises: ShardCorruptError, FormatVersionError.
+    """
     entries = read_json(path)
     if entries.pop("format", None) != FORMAT_VERSION:
         raise FormatVersionError(f"{path}: written by a newer logitcache; upgrade with `pip install -U logitcache`")

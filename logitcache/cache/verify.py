@@ -1,4 +1,4 @@
-"""Finds and names everything that can be wrong with a cache on disk."""
+"""Verifies a cache on disk: checksums, columns, counts, ids and probabilities."""
 
 import os
 from collections.abc import Iterator
@@ -59,7 +59,7 @@ def verify_cache(
 
     Raises: as ``verify`` and ``set_aside_damage``.
     """
-    cache = Path(cache)  # a script may give text
+    cache = Path(cache)  # callers may pass text
     if repair:
         return set_aside_damage(cache, workers)
     return VerifyReport(cache, verify(cache, workers), [])
@@ -102,7 +102,7 @@ def set_aside_damage(cache: Path, workers: int | None = None) -> VerifyReport:
     with Worker().alone(cache):
         problems, moved = verify(cache, workers), []
         for name in sorted({problem.shard for problem in problems}):
-            # The index first: without an index a shard does not count, whatever happens next.
+            # The index first: a shard without an index is ignored, even if this is interrupted.
             for suffix in (".json", ".arrow"):
                 path = cache / shard.DIRECTORY / f"{name}{suffix}"
                 if path.exists():
@@ -124,7 +124,7 @@ def _verify_shard(path: Path, identity: Identity) -> tuple[list[Problem], list[s
         opened = shard.read(path.parent, index)
     except LogitcacheError as e:
         return [Problem(path.stem, None, str(e))], []
-    except Exception as e:  # Arrow's own, for bytes that match their checksum but were never valid
+    except Exception as e:  # Arrow's errors, for bytes that match their checksum but are not valid
         return [Problem(path.stem, None, f"cannot be read: {e}")], []
     columns = {name: opened.batch.column(name).to_pylist() for name in ("trace_id", "prompt_id")}
     problems = [
@@ -134,7 +134,7 @@ def _verify_shard(path: Path, identity: Identity) -> tuple[list[Problem], list[s
     ]
     if len(index.token_lengths) != index.trace_count or index.trace_count != opened.batch.num_rows:
         problems.append(
-            Problem(index.name, None, f"{opened.batch.num_rows} traces, its index says {index.trace_count}")
+            Problem(index.name, None, f"{opened.batch.num_rows} traces, the index says {index.trace_count}")
         )
         return problems, columns["trace_id"]
     for row, trace_id in enumerate(columns["trace_id"]):
@@ -168,10 +168,10 @@ def _faults(trace: Trace, length: int, identity: Identity) -> Iterator[str]:
                 yield f"column topk: pinned id {pin} is in {held} of {len(rows)} rows, expected all"
         key_N = (np.repeat(np.arange(len(rows)), rows.counts) << 32) + rows.ids
         K = rows.counts[0] if (rows.counts == rows.counts[0]).all() else len(key_N)
-        key_N = np.sort(key_N.reshape(-1, K)).ravel()  # rows of equal length sort apart: a sixth of the time
+        key_N = np.sort(key_N.reshape(-1, K)).ravel()  # rows of equal length are sorted separately: six times as fast
         if len(repeats := np.flatnonzero(key_N[1:] == key_N[:-1])):
             row, repeated = divmod(int(key_N[repeats[0]]), 1 << 32)
-            yield f"column topk: row {row} holds id {repeated} twice"
+            yield f"column topk: row {row} contains id {repeated} twice"
         mass = np.add.reduceat(np.exp(rows.logprobs.astype(np.float64)), rows.offsets[:-1]) + np.exp(rows.log_tail)
         worst = int(np.abs(mass - 1).argmax())
         if not abs(mass[worst] - 1) <= _MASS_SLACK:

@@ -1,4 +1,4 @@
-"""Several processes that fill one cache, each with its own share of the prompts."""
+"""Several processes that generate one cache, each with its own share of the prompts."""
 
 import hashlib
 import os
@@ -42,7 +42,7 @@ class Worker:
 
     @classmethod
     def of_slurm(cls, environment: Mapping[str, str]) -> "Worker | None":
-        """The place of a Slurm job in its array, whatever index the array starts at; None outside an array."""
+        """The worker of a Slurm array job, for arrays with any first index and step; None outside an array."""
         try:
             task, count = int(environment["SLURM_ARRAY_TASK_ID"]), int(environment["SLURM_ARRAY_TASK_COUNT"])
             first = int(environment.get("SLURM_ARRAY_TASK_MIN", 0))
@@ -73,18 +73,18 @@ class Worker:
 
     @contextmanager
     def alone(self, cache: Path) -> Iterator[None]:
-        """Locks this worker's place in the cache during the block.
+        """Locks the cache for this worker during the block.
 
         Raises: CacheBusyError if the same worker is running, or a worker of another count.
         """
         with ExitStack() as stack:
             stack.enter_context(exclusive(cache / f"{LOCK}-{self.index}-of-{self.count}", f"{cache}, worker {self},"))
-            # After taking the own lock: of two that start at once, at least one sees the other.
+            # Checked after locking: if two workers start at once, at least one sees the other.
             for path in cache.glob(f"{LOCK}-*"):
                 match = _LOCK.fullmatch(path.name)
                 if match and int(match[2]) != self.count and (who := holder(path)):
                     raise CacheBusyError(
                         f"{cache}: worker {match[1]}/{match[2]} is running ({who}), and worker {self} would generate the same "
-                        "prompts; stop all workers before N changes"
+                        "prompts; stop all workers before you change N"
                     )
             yield

@@ -50,7 +50,7 @@ class CacheWriter:
         self.directory.mkdir(exist_ok=True)
         source, target = cache.path / shard.DIRECTORY / f"{index.name}.arrow", self.directory / f"{name}.arrow"
         try:
-            os.link(source.resolve(), target)  # resolved: a link to a symbolic link would dangle
+            os.link(source.resolve(), target)  # resolved, since a hard link to a symbolic link may dangle
         except OSError:  # another file system, or one without links
             publish(target, source.read_bytes())
         shard.publish_index(self.directory, replace(index, name=name))

@@ -1,4 +1,4 @@
-"""Sparse rows <-> bytes."""
+"""Encodes sparse rows as bytes and decodes them."""
 
 from logitcache.codec.rows import decode, encode
 

@@ -1,4 +1,4 @@
-"""One top-k block from outside: its header, its checksum, and the planes between them (FORMAT.md)."""
+"""The container of a top-k block: header, byte planes and checksum, as FORMAT.md specifies them."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import numpy as np
 from logitcache.codec import byte_planes
 from logitcache.errors import FormatVersionError, ShardCorruptError
 
-# R rows, N entries of all rows together without the pinned ones, E pinned ids.
+# R rows; N entries of all rows, pinned ones excluded; E pinned ids.
 
 VERSION = 1
-STORED, EXACT = 1, 2  # flags: planes uncompressed; values bit for bit
+STORED, EXACT = 1, 2  # flags: planes are not compressed; values are exact
 
 _MAGIC = b"LK"
 _LAYOUT = struct.Struct("<2s10B3I")
@@ -23,7 +23,7 @@ _NONE = np.empty(0, np.uint8)
 
 
 class Columns(NamedTuple):
-    """What a block holds, each a list of unsigned integers, in the order of their planes; empty at width 0."""
+    """The columns of a block: arrays of unsigned integers in the order of their planes; empty at width 0."""
 
     tail_R: np.ndarray
     last_R: np.ndarray
@@ -44,15 +44,15 @@ class Header(NamedTuple):
     flags: int
     grid: int  # values are multiples of 2^-grid nat
     fine_bits: int  # steps = coarse << fine_bits + fine
-    tail_width: int  # planes of each kind
-    count_width: int  # 0: all rows have N / R entries
+    tail_width: int  # widths are in planes, one byte per value each
+    count_width: int  # 0: every row has N / R entries
     id_width: int
     fine_width: int
     residual_width: int
-    E: int  # pinned ids, one entry of each in every row, apart from the N others
+    E: int  # pinned ids: each has one entry per row, not counted in N
     R: int
     N: int
-    table_id: int  # 0: ids are stored as they are
+    table_id: int  # 0: ids are stored without a table
 
     @property
     def exact(self) -> bool:
@@ -78,7 +78,7 @@ class Header(NamedTuple):
 
     @property
     def planes(self) -> tuple[tuple[int, int], ...]:
-        """Integers and planes of each column."""
+        """Number of integers and of planes of each column."""
         flags, _, _, value_width, count_width, id_width, fine_width, residual_width, E, R, N, _ = self
         return (
             (R, value_width),
@@ -94,7 +94,7 @@ class Header(NamedTuple):
 
 
 def seal(header: Header, columns: Columns, level: int) -> bytes:
-    """A whole block; the planes are stored as they are where compression gains nothing."""
+    """Builds a block; its planes stay uncompressed if compression saves nothing."""
     shapes = zip(columns, header.planes, strict=True)
     parts = [part for column, (count, width) in shapes if count for part in byte_planes.split(column, width)]
     payload = byte_planes.compress(parts, level) if header.N else None
@@ -106,7 +106,7 @@ def seal(header: Header, columns: Columns, level: int) -> bytes:
 
 
 def read_header(block: bytes | memoryview) -> Header:
-    """The header, its checksum and that of all behind it verified.
+    """Reads the header and verifies the checksum of the block.
 
     Raises: ShardCorruptError; FormatVersionError for a later version.
     """
@@ -115,24 +115,24 @@ def read_header(block: bytes | memoryview) -> Header:
         raise ShardCorruptError(f"a top-k block of {len(view)} bytes is shorter than its header")
     magic, version, *fields = _LAYOUT.unpack_from(view)
     if magic != _MAGIC:
-        raise ShardCorruptError(f"a top-k block begins with {magic!r}, expected {_MAGIC!r}")
+        raise ShardCorruptError(f"a top-k block starts with {magic!r}, expected {_MAGIC!r}")
     if version > VERSION:
         raise FormatVersionError(
-            f"a top-k block has version {version}, this logitcache reads up to {VERSION}: upgrade it"
+            f"a top-k block has version {version}, this logitcache reads versions up to {VERSION}; upgrade it"
         )
     body = view[: -_CRC.size]
     if zlib.crc32(body) != _CRC.unpack_from(view, len(body))[0]:
         raise ShardCorruptError("a top-k block does not match its checksum")
     header = Header(*fields)
     if version < 1 or not header.sane:
-        raise ShardCorruptError("the header of a top-k block contradicts itself")
+        raise ShardCorruptError("the fields in the header of a top-k block contradict each other")
     return header
 
 
 def unseal(block: bytes | memoryview) -> tuple[Header, Columns]:
-    """Header and columns; counts are checked against the bytes there are before memory is taken.
+    """Reads header and columns; checks all counts against the size of the block before it allocates memory.
 
-    Raises: as read_header.
+    Raises: as ``read_header``.
     """
     header = read_header(block)
     payload = memoryview(block)[_LAYOUT.size : -_CRC.size]
@@ -141,7 +141,7 @@ def unseal(block: bytes | memoryview) -> tuple[Header, Columns]:
     if not header.flags & STORED:
         payload = byte_planes.decompress(payload, size)
     elif len(payload) != size:
-        raise ShardCorruptError(f"a top-k block holds {len(payload)} bytes, its counts say {size}")
+        raise ShardCorruptError(f"a top-k block has {len(payload)} bytes of planes, its header says {size}")
     raw, start, columns = np.frombuffer(payload, np.uint8), 0, []
     for count, width in shapes:
         if count and width:

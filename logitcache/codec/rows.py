@@ -1,8 +1,9 @@
-"""Sparse rows to bytes and back: the top-k block of one trace, as FORMAT.md specifies it.
+"""Encodes the sparse rows of a trace as one top-k block, and decodes it. FORMAT.md specifies the block.
 
-Each row's ids are sorted and delta-coded; the values follow in that order, as steps of 2^-6 nat above the row's last.
-All is split in byte planes that zstd compresses. Reading sorts (value, id) pairs packed in one integer, about 1 ns an
-entry in numpy, and renormalises the support to 1 - tail, so that rounding moves no mass into or out of the tail.
+The ids of each row are sorted and delta-coded. The values follow in the same order, in steps of 2^-6 nat above the row's
+smallest. Both are split into byte planes, which zstd compresses. The decoder sorts (value, id) pairs packed in one
+integer, about 1 ns per entry in numpy, and renormalises the support to 1 - tail, so that rounding moves no mass into or
+out of the tail.
 """
 
 from __future__ import annotations
@@ -18,8 +19,8 @@ from logitcache.codec.quantization import COARSE_GRID, PIN_ZERO, renormalise, st
 from logitcache.errors import CacheError, ShardCorruptError
 from logitcache.sparse_rows import SparseRows
 
-# R rows, N entries of all rows together, K entries of a row where all have the same number; E pinned ids, whose entries
-# are not among the N; M = N + E * R.
+# R rows; N entries of all rows, pinned ones excluded; K entries per row if all rows have the same number, else 0;
+# E pinned ids; M = N + E * R.
 
 DEFAULT_LEVEL = 8
 HIGHEST_LEVEL = 12  # 13 to 22 take longer and save nothing
@@ -36,18 +37,18 @@ def encode(
     table: FrequencyTable | None = None,
     pinned: Sequence[int] = (),
 ) -> bytes:
-    """One self-describing block.
+    """Encodes rows as one self-describing block.
 
     Args:
-        rows: at least one entry in each; ids of a row differ; entries of equal log-probability are read back by id.
-        level: of zstd, 1 to 22.
-        exact: log-probabilities and tails are read back bit for bit; otherwise to 2^-7 nat against each other, and to
-            5e-6 nat of KL over a block's rows.
-        table: the order of ids by frequency; reading needs the same. It need not count the pinned ids.
-        pinned: up to 255 ids that every row holds whatever their rank, beside at least one other. Often 10 to 25 nats
-            below their rows, they are stored apart; reading needs no word of them.
-    Raises: CacheError for rows that no teacher gives: empty, not descending, not finite, an id twice or negative, or
-        outside the table's vocabulary; for a row without its pinned ids, or without others.
+        rows: each with at least one entry and distinct ids. Entries of equal log-probability are decoded in order of id.
+        level: zstd level, 1 to 22.
+        exact: keep log-probabilities and tails bit for bit. Otherwise differences between log-probabilities are kept to
+            2^-7 nat, and the mean KL over the rows of a block is below 5e-6 nat.
+        table: order of ids by frequency; ``decode`` needs the same table. Pinned ids need not be counted in it.
+        pinned: up to 255 ids that every row contains whatever their rank, besides at least one other id. They are stored
+            separately, since they often lie 10 to 25 nats below the rest. ``decode`` does not need to be told them.
+    Raises: CacheError for invalid rows: empty, not descending, not finite, with an id that repeats, is negative or is
+        outside the table's vocabulary; without one of the pinned ids, or with only pinned ids.
     """
     table_id = 0 if table is None else table.table_id
     R = len(rows)
@@ -61,12 +62,13 @@ def encode(
     counts, starts, ends = rows.counts, rows.offsets[:-1], rows.offsets[1:] - 1
     K = int(counts[0]) if (counts == counts[0]).all() else 0
     rank_N = (rows.ids if table is None else _ranks(rows.ids, table)).astype(np.int64)
-    pair_N = _sort_rows(rank_N << 32 | rows.logprobs.view(np.uint32), rows.offsets, K)  # values go with their ids
+    # Each value is packed with its rank, so that sorting moves both.
+    pair_N = _sort_rows(rank_N << 32 | rows.logprobs.view(np.uint32), rows.offsets, K)
     rank_N, logprob_N = pair_N >> 32, pair_N.astype(np.uint32).view(np.float32)
     delta_N = np.diff(rank_N, prepend=0)
     delta_N[starts] = 1
     if not delta_N.all():
-        raise CacheError("a row holds an id twice; give the top k without the sampled token")
+        raise CacheError("a row contains an id twice; pass the top k without the sampled token")
     delta_N[starts] = rank_N[starts]
 
     last_R = rows.logprobs[ends]
@@ -100,18 +102,18 @@ def encode(
 
 
 def decode(block: bytes | memoryview, *, table: FrequencyTable | None = None) -> SparseRows:
-    """The rows of one block, each descending, equal values by id.
+    """Decodes one block. Rows are in descending order, entries of equal log-probability by id.
 
-    What this gives, encode keeps: writing rows again, with any table, loses nothing more.
+    Encoding decoded rows again, with any table, loses nothing more.
 
-    Raises: ShardCorruptError where the bytes are not what encode wrote; FormatVersionError for a later version;
-        CacheError where the block was written with another table. The caller knows the file and adds its name.
+    Raises: ShardCorruptError if the bytes are not a valid block; FormatVersionError for a later version; CacheError if the
+        block was written with another table. The caller adds the name of the file.
     """
     header, columns = unseal(block)
     if header.table_id != (0 if table is None else table.table_id):
         given = "none was given" if table is None else f"{table.table_id:08x} was given"
         raise CacheError(
-            f"a top-k block needs frequency table {header.table_id:08x}, {given}: read it with its shard's"
+            f"a top-k block needs frequency table {header.table_id:08x}, {given}; use the table of its shard"
         )
     if header.R == 0:
         return SparseRows.concatenate([])
@@ -129,7 +131,7 @@ def decode(block: bytes | memoryview, *, table: FrequencyTable | None = None) ->
 
 
 def _offsets(header: Header, counts_R: np.ndarray) -> tuple[np.ndarray, int]:
-    """Where rows begin, int64 [R + 1], and K; 0 where they differ in their lengths."""
+    """Offsets of the rows, int64 [R + 1], and K; 0 if rows differ in length."""
     R, N = header.R, header.N
     if not header.count_width:
         return np.arange(0, N + 1, N // R), N // R
@@ -143,7 +145,7 @@ def _offsets(header: Header, counts_R: np.ndarray) -> tuple[np.ndarray, int]:
 def _exact(
     header: Header, columns: Columns, id_N: np.ndarray, step_N: np.ndarray, offsets: np.ndarray, K: int
 ) -> SparseRows:
-    """Rows with the captured bits."""
+    """Decodes exact rows: the captured bits."""
     ordered_N = _ordered(_predict(columns.last_R.view(np.float32), step_N, header.grid, offsets[1:] - offsets[:-1]))
     if header.residual_width:
         ordered_N += _unzigzag(columns.residual_N)
@@ -165,7 +167,7 @@ def _rounded(
     K: int,
     table: FrequencyTable | None,
 ) -> SparseRows:
-    """Rows on the grid; their entries are sorted as one integer each, most steps first, then the smallest id."""
+    """Decodes rounded rows. Entries are sorted as one integer each: most steps first, then the smallest id."""
     most = (255 << header.fine_bits) + 255 if header.fine_width < 2 else int(step_N.max())
     most_id = max(int(id_N.max()), *columns.pin_E.tolist(), 0) if table is None else len(table.class_V) - 1
     pin_step_ER = columns.pin_ER.reshape(header.E, -1).astype(np.int64) - PIN_ZERO if header.E else None
@@ -190,21 +192,23 @@ def _rounded(
 
 def _check(rows: SparseRows) -> None:
     if rows.logprobs.dtype != np.float32 or rows.log_tail.dtype != np.float32:
-        raise TypeError(f"log-probabilities are float32, not {rows.logprobs.dtype} and {rows.log_tail.dtype}")
+        raise TypeError(f"logprobs and log_tail must be float32, not {rows.logprobs.dtype} and {rows.log_tail.dtype}")
     if int(rows.counts.min()) < 1:
-        raise CacheError("a row holds no entry; keep at least one")
+        raise CacheError("a row has no entries; keep at least one")
     if not (np.isfinite(rows.logprobs).all() and (rows.log_tail <= 0).all()):
-        raise CacheError("a row holds a log-probability that is not finite, or a tail above 1")
+        raise CacheError("a row contains a log-probability that is not finite, or a tail above 1")
     if int(rows.ids.min()) < 0 or int(rows.ids.max()) > _MAX_ID:
-        raise CacheError(f"a row holds an id outside 0..{_MAX_ID}")
+        raise CacheError(f"a row contains an id outside 0..{_MAX_ID}")
     ascent_N = rows.logprobs[1:] > rows.logprobs[:-1]
     ascent_N[rows.offsets[1:-1] - 1] = False
     if ascent_N.any():
-        raise CacheError("a row's log-probabilities do not descend; sort it with topk.from_topk")
+        raise CacheError(
+            "the log-probabilities of a row are not in descending order; sort them with sparse_rows.from_topk"
+        )
 
 
 def _set_apart(rows: SparseRows, pin_E: np.ndarray, table: FrequencyTable | None) -> tuple[SparseRows, np.ndarray]:
-    """The rows without their pinned entries, and the log-probabilities of those, float32 [E, R]."""
+    """Splits rows into those without pinned entries and the log-probabilities of the pinned ids, float32 [E, R]."""
     E, R = len(pin_E), len(rows)
     pin_ER = np.empty((E, R), np.float32)
     if E == 0:
@@ -217,13 +221,13 @@ def _set_apart(rows: SparseRows, pin_E: np.ndarray, table: FrequencyTable | None
         here_N = rows.ids == pin
         if (np.add.reduceat(here_N, rows.offsets[:-1], dtype=np.int64) != 1).any():
             raise CacheError(
-                f"a row does not hold the pinned id {pin} once; capture its log-probability at every token"
+                f"a row does not contain the pinned id {pin} exactly once; capture its log-probability at every token"
             )
         pin_ER[e] = rows.logprobs[here_N]
         other_N &= ~here_N
     offsets = rows.offsets - E * np.arange(R + 1)
     if not np.diff(offsets).all():
-        raise CacheError("a row holds nothing but pinned ids; keep at least one other")
+        raise CacheError("a row contains only pinned ids; keep at least one other")
     return SparseRows(offsets, rows.ids[other_N], rows.logprobs[other_N], rows.log_tail), pin_ER
 
 
@@ -232,14 +236,14 @@ def _ranks(id_N: np.ndarray, table: FrequencyTable) -> np.ndarray:
         return table.rank_of_id.take(id_N)
     except IndexError:
         raise CacheError(
-            f"a row holds id {id_N.max()}, its frequency table orders {len(table.class_V)}: build it for this teacher"
+            f"a row contains id {id_N.max()}, its frequency table has {len(table.class_V)} ids; build it for this teacher"
         ) from None
 
 
 def _ids(delta_N: np.ndarray, offsets: np.ndarray, K: int, table: FrequencyTable | None) -> np.ndarray:
-    """Ids in ascending order of rank, int32 [N]."""
+    """Ids of each row in ascending order of rank, int32 [N]."""
     most = (K or len(delta_N)) << 8 * delta_N.itemsize
-    dtype = np.int32 if most < 2**31 else np.int64  # twice the time
+    dtype = np.int32 if most < 2**31 else np.int64  # takes twice as long
     if K:
         rank_N = np.add.accumulate(delta_N.reshape(-1, K), axis=1, dtype=dtype).ravel()
     else:
@@ -250,9 +254,9 @@ def _ids(delta_N: np.ndarray, offsets: np.ndarray, K: int, table: FrequencyTable
         try:
             return table.id_of_rank.take(rank_N)
         except IndexError:
-            raise ShardCorruptError("a top-k block holds a rank outside its frequency table") from None
+            raise ShardCorruptError("a top-k block contains a rank outside its frequency table") from None
     if int(rank_N.max()) > _MAX_ID:
-        raise ShardCorruptError("a top-k block holds an id above 2^31 - 1")
+        raise ShardCorruptError("a top-k block contains an id above 2^31 - 1")
     return rank_N.astype(np.int32, copy=False)
 
 
@@ -261,11 +265,11 @@ def _check_pins(pin_E: np.ndarray, id_N: np.ndarray, table: FrequencyTable | Non
     if pins != sorted(set(pins)) or pins[-1] > (_MAX_ID if table is None else len(table.class_V) - 1):
         raise ShardCorruptError("a top-k block pins an id twice, or one outside the vocabulary")
     if any(np.count_nonzero(id_N == pin) for pin in pins):
-        raise ShardCorruptError("a top-k block holds a pinned id among the others")
+        raise ShardCorruptError("a top-k block contains a pinned id among the others")
 
 
 def _insert(pin_ER: np.ndarray, value_N: np.ndarray, offsets: np.ndarray, K: int) -> tuple[np.ndarray, np.ndarray, int]:
-    """Pinned values put before the others of their rows: values [M], the rows' offsets and K."""
+    """Puts pinned values before the others of their rows: values [M], the offsets of the rows, and K."""
     E, R = pin_ER.shape
     whole_offsets = offsets + E * np.arange(R + 1)
     if K:
@@ -278,8 +282,8 @@ def _insert(pin_ER: np.ndarray, value_N: np.ndarray, offsets: np.ndarray, K: int
 
 
 def _sort_rows(pair_N: np.ndarray, offsets: np.ndarray, K: int) -> np.ndarray:
-    """Integers [N] sorted inside each row. Ragged rows are padded: to the longest, or where that takes too much
-    memory, to the next power of two."""
+    """Sorts the integers [N] of each row. Rows of different lengths are padded to the longest, or to the next power of
+    two if that takes too much memory."""
     if K:
         pair_N.reshape(-1, K).sort(axis=1)
         return pair_N
@@ -295,7 +299,7 @@ def _sort_rows(pair_N: np.ndarray, offsets: np.ndarray, K: int) -> np.ndarray:
 
 
 def _sort_padded(pair_N: np.ndarray, counts: np.ndarray, width: int) -> np.ndarray:
-    dtype = np.min_scalar_type(width)  # bytes compare in a third of the time
+    dtype = np.min_scalar_type(width)  # bytes compare three times as fast
     inside = np.arange(width, dtype=dtype) < counts.astype(dtype)[:, None]
     padded = np.full(inside.shape, np.iinfo(pair_N.dtype).max, pair_N.dtype)
     padded[inside] = pair_N
@@ -304,18 +308,18 @@ def _sort_padded(pair_N: np.ndarray, counts: np.ndarray, width: int) -> np.ndarr
 
 
 def _predict(last_R: np.ndarray, step_N: np.ndarray, grid: int, counts: np.ndarray | int) -> np.ndarray:
-    with np.errstate(all="ignore"):  # a forged block may hold anything
+    with np.errstate(all="ignore"):  # a forged block may contain any value
         return (np.repeat(last_R.astype(np.float64), counts) + step_N * 2.0**-grid).astype(np.float32)
 
 
 def _ordered(value_N: np.ndarray) -> np.ndarray:
-    """Float32 as int32 in the same order, neighbours next to each other; applied twice, the same bits again."""
+    """Maps the bits of float32 to int32 in the same order, neighbours to neighbours. It is its own inverse."""
     bits_N = value_N.view(np.int32)
     return bits_N ^ ((bits_N >> 31) & 0x7FFFFFFF)
 
 
 def _zigzag(value_N: np.ndarray) -> np.ndarray:
-    """Int32 as uint32 with small numbers of either sign small."""
+    """Maps int32 to uint32 so that small numbers of either sign stay small."""
     return ((value_N << 1) ^ (value_N >> 31)).view(np.uint32)
 
 

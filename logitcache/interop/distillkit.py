@@ -1,8 +1,8 @@
-"""Captures that DistillKit published -> a cache, as far as they hold numbers; what was fitted is never made up.
+"""Imports DistillKit captures as caches. Log-probabilities stored as numbers are imported, fitted curves are not.
 
-DistillKit (github.com/arcee-ai/DistillKit, read at a61c2e7) scores given text and writes one Parquet row a text, or a few
-texts packed into one. Row j of a text is the teacher's distribution of token j + 1: the first token has none. The most
-likely ids of a row have their log-probabilities as numbers, the others share a fitted curve.
+DistillKit (github.com/arcee-ai/DistillKit, read at a61c2e7) scores given texts. It writes one Parquet row per text, or
+packs several texts into one row. Row j of a text is the teacher's distribution of token j + 1; the first token has none.
+The log-probabilities of a row's most likely ids are stored as numbers, those of the others as a fitted curve.
 """
 
 import hashlib
@@ -34,12 +34,12 @@ from logitcache.sections import Sections
 from logitcache.sparse_rows import MASS_SLACK, SparseRows, _log_power_sum, from_topk
 from logitcache.trace import Trace
 
-# R rows, L tokens, K ids of a row, E of them with exact values, V vocabulary.
+# R rows; L tokens; K ids per row, E of them with exact values; V vocabulary.
 
 UNKNOWN = "unknown"
 _PLAIN = (pa.types.is_string, pa.types.is_boolean, pa.types.is_integer, pa.types.is_floating)
 _ALIGNMENT_ROWS = 1000
-_ABOVE_ZERO = 1e-3  # nats: further than rounding lifts a log-probability
+_ABOVE_ZERO = 1e-3  # nats; rounding raises no log-probability further above 0
 
 
 def import_distillkit(
@@ -55,42 +55,41 @@ def import_distillkit(
 ) -> ImportReport:
     """Makes a cache of the Parquet shards of a DistillKit capture.
 
-    Each text becomes a trace; a packed row becomes as many as it holds. DistillKit trains on all of a text, so all of it
-    is the answer, but for what `labels` mask, where the capture has them: up to their last masked stretch it is the
-    prompt. The last row of a text that was cut belongs to a token that is not there, and is dropped, as is the padding
-    token that the capture appends to have one more row. Sampling, engine and dtype are not recorded, and stay "unknown".
-    The log-probability of a sampled token outside the kept ids is NaN; outside the capture's k its rank is 0.
+    Each text becomes a trace; a row with several packed texts becomes several traces. DistillKit trains on whole texts, so
+    the whole text is the answer. If the capture has `labels`, the tokens up to the end of their last masked stretch are the
+    prompt. The last row of a text that was cut belongs to a token that is not stored, and is dropped. So is the padding
+    token that a capture appends to get one more row. Captures do not record sampling, engine and dtype: these are
+    "unknown". A sampled token outside the kept ids has the log-probability NaN; outside the capture's k its rank is 0.
 
-    Half-precision values are off by up to 2^-8 of themselves, and their sum with them. So the tail is where the decay of
-    the row puts it, as in ``sparse_rows.log_tail``, no further from 1 - sum than that doubt, and the row is normalised.
-    Measured on a capture of SmolLM2-135M, 16 of its values in bfloat16: KL of the truth against the import 7e-5 on average,
-    5e-3 at worst; of plain 1 - sum 1.1e-4 and 2.2e-2.
+    Half-precision values have a relative error of up to 2^-8, which their sum inherits. So the tail is estimated from the
+    decay of the row, as in ``sparse_rows.log_tail``, and clipped to 1 - sum within this error; then the row is normalised.
+    Measured on a capture of SmolLM2-135M with 16 values in bfloat16: KL(true | imported) 7e-5 on average, 5e-3 at worst;
+    with a tail of 1 - sum 1.1e-4 and 2.2e-2.
 
     Args:
-        source: a directory of .parquet files, at any depth, or one of them.
-        tokenizer: the teacher's, a hub id or a folder.
-        teacher: hub id; the capture does not say.
+        source: a directory with .parquet files at any depth, or one file.
+        tokenizer: the teacher's tokenizer: hub id or folder.
+        teacher: hub id of the teacher, which captures do not record.
         settings: YAML file with the settings of the capture; None looks for compression_config.yaml beside the files.
-        vocab_size: columns of the teacher's logits where they are more than the capture's settings say: padding.
-        exact_part_only: keep the exact values and fold the fitted ones into the tail, instead of refusing.
-    Raises: InputError where the capture cannot be decoded, with the file and row; NotACacheError where ``out`` holds
-        something.
+        vocab_size: columns of the teacher's logits, if padding makes them more than the capture's settings say.
+        exact_part_only: keep the exact values and fold the fitted ones into the tail, instead of refusing them.
+    Raises: InputError naming file and row if the capture cannot be decoded; NotACacheError if ``out`` is not empty.
     """
     files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
     if not files:
-        raise InputError(f"{source}: no .parquet files in it; give the directory of a DistillKit capture")
+        raise InputError(f"{source}: contains no .parquet files; give the directory of a DistillKit capture")
     loaded = _load_tokenizer(tokenizer)
     facts = read_settings(settings or find_settings(files[0], source))
     layout = read_layout(files[0], facts, vocab_size or len(loaded))
     if layout.exact_k == 0:
         raise InputError(
-            f"{source}: every log-probability is a fitted curve, none is a number; nothing can be imported"
+            f"{source}: all log-probabilities are stored as fitted curves, none as numbers; nothing can be imported"
         )
     fitted = layout.k - layout.exact_k
     if fitted and not exact_part_only:
         raise InputError(
-            f"{source}: a row holds {layout.exact_k} log-probabilities as numbers and {fitted} as a fitted curve, "
-            "which can be nats off; `exact_part_only` keeps the numbers and leaves the rest to the tail"
+            f"{source}: a row stores {layout.exact_k} log-probabilities as numbers and {fitted} as a fitted curve, "
+            "which can be wrong by several nats; `exact_part_only` keeps the numbers and folds the rest into the tail"
         )
     identity = Identity(
         teacher=teacher,
@@ -117,7 +116,7 @@ def import_distillkit(
                 writer.add(trace)
         reader.check_alignment()
         if not reader.rows:
-            raise InputError(f"{source}: no text of two tokens or more in it")
+            raise InputError(f"{source}: contains no text of two tokens or more")
     return ImportReport(
         out=out,
         texts=writer.traces,
@@ -132,14 +131,14 @@ def import_distillkit(
 
 
 class _Reader:
-    """Source rows -> traces, with the counts of a report."""
+    """Converts source rows to traces, and counts for the report."""
 
     def __init__(self, source: Path, layout: Layout, identity: Identity, tokenizer: Any) -> None:
         self.source, self.layout, self.identity, self.tokenizer = source, layout, identity, tokenizer
         pad, eos = tokenizer.pad_token_id, tokenizer.eos_token_id
-        self.padding = pad if pad is not None and pad != eos else None  # an EOS at the end may well be the text's own
+        self.padding = pad if pad is not None and pad != eos else None  # an EOS at the end may belong to the text
         self.tokens = self.rows = self.unknown = self.skipped = self.probed = 0
-        # Tokens found among the ids of a row: the one before the row's own, its own, the one after.
+        # How often the ids of a row contain the token before the row's own, its own, and the token after it.
         self.hits = np.zeros(3, np.int64)
 
     def traces(self, path: Path) -> Iterator[Trace]:
@@ -147,7 +146,7 @@ class _Reader:
         number = 0
         name = path.name if path == self.source else path.relative_to(self.source).as_posix()
         try:
-            for batch in open_parquet(path).iter_batches(batch_size=8):  # a packed row takes megabytes
+            for batch in open_parquet(path).iter_batches(batch_size=8):  # a row of packed texts takes megabytes
                 for i in range(batch.num_rows):
                     yield from self._row(batch.slice(i, 1), f"{name}:{number}")
                     number += 1
@@ -198,8 +197,8 @@ class _Reader:
     ) -> Trace:
         if not 0 <= tokens.min() <= tokens.max() < min(self.identity.vocab_size, 1 << self.layout.id_bits):
             raise CacheError(
-                f"token ids up to {tokens.max()}, the capture's settings say {self.identity.vocab_size} and "
-                f"{self.layout.id_bits} bits an id: they are not its settings, or its ids wrapped"
+                f"token ids up to {tokens.max()}, the settings give {self.identity.vocab_size} ids of "
+                f"{self.layout.id_bits} bits: they are not those of this capture, or its ids overflowed"
             )
         E = self.layout.exact_k
         rows = _rows(ids_RK[:, :E], exact_RE, self.identity.vocab_size, ROUNDING[self.layout.dtype])
@@ -228,10 +227,10 @@ class _Reader:
         )
 
     def _align(self, tokens: np.ndarray, ids_RK: np.ndarray) -> None:
-        """Counts where sampled tokens are found, until that tells whose rows these are."""
+        """Counts which tokens the rows contain, until there are enough rows for ``check_alignment``."""
         if self.probed >= _ALIGNMENT_ROWS or len(tokens) < 3:
             return
-        inner_RK = ids_RK[:-1]  # of tokens that have one after them
+        inner_RK = ids_RK[:-1]  # rows of tokens that are not the last
         for shift in range(3):
             self.hits[shift] += np.count_nonzero(inner_RK == tokens[shift : shift + len(inner_RK), None])
         self.probed += len(inner_RK)
@@ -239,41 +238,42 @@ class _Reader:
             self.check_alignment()
 
     def check_alignment(self) -> None:
-        """Raises: InputError for a capture whose rows fit another token better than their own."""
+        """Raises: InputError for a capture whose rows fit a neighbouring token better than their own."""
         before, own, after = self.hits.tolist()
         if max(before, after) > 1.1 * own + 50:  # of 1,186 rows of a real capture at k = 64: 436, 1,109 and 591
             place = "before" if before > after else "after"
             raise InputError(
                 f"{self.source}: the rows fit the token {place} the one they belong to ({max(before, after):,} sampled tokens "
-                f"found, against {own:,}): they are off by one; DistillKit writes the row of token j + 1 at j"
+                f"found, against {own:,}): they are off by one; DistillKit stores the row of token j + 1 at j"
             )
 
 
 def _rows(ids_RE: np.ndarray, exact_RE: np.ndarray, vocab_size: int, rounding: float) -> SparseRows:
-    """Rows of E entries each, normalised within the doubt that the rounding of their values leaves.
+    """Makes rows of E entries each, normalised within the rounding error of their values.
 
     Args:
-        exact_RE: float64, log-probabilities in nats, each off by up to ``rounding`` of itself.
-    Raises: CacheError for values that are no log-probabilities.
+        exact_RE: float64 [R, E], log-probabilities in nats.
+        rounding: largest relative error of a value.
+    Raises: CacheError for values that are not log-probabilities.
     """
     if not np.isfinite(exact_RE).all() or (np.diff(exact_RE, axis=1) > 0).any():
-        raise CacheError("its values are not finite and falling; these are not the settings of its capture")
+        raise CacheError("its values are not finite and descending; the settings are not those of this capture")
     if exact_RE.max() > _ABOVE_ZERO:
         raise CacheError(
-            f"a value of {exact_RE.max():.3g}, no log-probability but a logit: without its log-sum-exp the mass outside the kept "
-            "ids is lost, and the row cannot be read"
+            f"a value of {exact_RE.max():.3g}, not a log-probability but a logit: without the log-sum-exp, the mass "
+            "outside the kept ids is unknown, and the row cannot be imported"
         )
     R, E = exact_RE.shape
     probs_RE = np.exp(exact_RE)
     mass_R = probs_RE.sum(axis=1)
     entropy_R = -(probs_RE * exact_RE).sum(axis=1)
-    # What a float32 log-softmax leaves, as in topk.log_tail, and what rounding adds: all of it at worst; as a rule half of
-    # each in quadrature, since they are independent.
+    # The error of a float32 log-softmax, as in sparse_rows.log_tail, plus that of rounding. The worst case adds all rounding
+    # errors; the usual case adds half of each in quadrature, since they are independent.
     slack_R = 2.0**-22 * (1 + entropy_R)
     worst_R = slack_R + rounding * entropy_R
     doubt_R = slack_R + rounding / 2 * np.sqrt(((probs_RE * exact_RE) ** 2).sum(axis=1))
     with np.errstate(divide="ignore", invalid="ignore"):
-        cap_R = exact_RE[:, -1] + np.log(float(vocab_size - E))  # no id left out beats the last kept one
+        cap_R = exact_RE[:, -1] + np.log(float(vocab_size - E))  # no other id is more likely than the last kept one
         floor_R = np.log(np.maximum(1 - mass_R - doubt_R, 0))
         ceiling_R = np.minimum(np.log(np.clip(1 - mass_R + doubt_R, doubt_R, 1)), cap_R)
         decay_R = (exact_RE[:, E // 2 - 1] - exact_RE[:, -1]) / np.log(E / (E // 2)) if E > 1 else np.ones(R)
@@ -282,8 +282,8 @@ def _rows(ids_RE: np.ndarray, exact_RE: np.ndarray, vocab_size: int, rounding: f
     if wrong_R.any():
         row = int(wrong_R.argmax())
         raise CacheError(
-            f"the {E} largest probabilities of its row {row} sum to {mass_R[row]:.6f}: no distribution at temperature 1; these "
-            "are not the settings of its capture"
+            f"the {E} largest probabilities of its row {row} sum to {mass_R[row]:.6f}: not a distribution at temperature 1; the "
+            "settings are not those of this capture"
         )
     tail_R = np.minimum(np.maximum(guess_R, floor_R), ceiling_R)
     exact_RE = exact_RE + (np.log1p(-np.exp(tail_R)) - np.log(mass_R))[:, None]
@@ -292,12 +292,12 @@ def _rows(ids_RE: np.ndarray, exact_RE: np.ndarray, vocab_size: int, rounding: f
 
 
 def _texts(row: pa.RecordBatch, L: int, R: int) -> Iterator[tuple[int, int]]:
-    """Where the texts of a source row begin and end: one, or those that packing numbered in its attention mask."""
+    """Start and end of each text of a source row: one text, or the packed texts that its attention mask numbers."""
     if R not in (L - 1, L):
-        raise CacheError(f"{R} rows for {L} tokens, expected one fewer, or as many where texts were cut and packed")
+        raise CacheError(f"{R} rows for {L} tokens, expected one less, or as many if texts were cut and packed")
     if "attention_mask" not in row.schema.names:
         if R == L:
-            raise CacheError("its texts were packed, and no column attention_mask tells them apart")
+            raise CacheError("its texts were packed, and there is no column attention_mask that separates them")
         yield 0, L
         return
     mask = vector(row, "attention_mask")
@@ -308,7 +308,7 @@ def _texts(row: pa.RecordBatch, L: int, R: int) -> Iterator[tuple[int, int]]:
 
 
 def _prompt_end(labels: np.ndarray) -> int:
-    """Where the last stretch of tokens that are trained on begins."""
+    """Where the last stretch of supervised tokens begins."""
     masked = labels < 0
     if masked.all():
         return len(labels)

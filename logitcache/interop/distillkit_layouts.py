@@ -1,15 +1,15 @@
-"""DistillKit's files on disk: columns, settings, and the numbers of a row.
+"""Decodes DistillKit's files: their columns, their settings, and the numbers of a row.
 
-Of a row's k ids, sorted by falling log-probability, the first exact_k have theirs as floats; the others share the
-coefficients of a curve, with quantised residuals perhaps. Three layouts, told apart by their columns:
+The k ids of a row are sorted by descending log-probability. Those of the first exact_k are stored as floats, the others as
+the coefficients of a curve, in some captures with quantised residuals. There are three layouts, with different columns:
 
-    compressed_logprobs   bytes: exact_k floats, coefficients, residuals; with delta_encoding each is the step from the last
+    compressed_logprobs   bytes: exact_k floats, coefficients, residuals; with delta_encoding, floats are differences
     bytepacked_indices    bytes: k ids of ceil(log2 d) bits, most significant bit first
 
-    exact_values, coeffs  floats, of log-probabilities, or of logits in captures that cannot be read
-    packed_indices        64-bit words of 64 // bits ids each, least significant first
+    exact_values, coeffs  floats: log-probabilities, or logits in captures that cannot be imported
+    packed_indices        64-bit words of 64 // bits ids each, least significant bits first
 
-    token_ids, top_values ids and floats, all of them exact
+    token_ids, top_values ids and floats, all exact
 """
 
 from dataclasses import dataclass
@@ -23,23 +23,28 @@ import pyarrow.parquet as pq
 
 from logitcache.errors import CacheError, InputError, first_line
 
-# R rows, K ids of a row, E of them with exact values.
+# R rows; K ids per row, E of them with exact values.
 
-CONFIG = "compression_config.yaml"  # what DistillKit's capture leaves beside its shards
+CONFIG = "compression_config.yaml"  # DistillKit writes it beside its shards
 LAYOUTS = {
     "packed": ("compressed_logprobs", "bytepacked_indices"),
     "legacy": ("exact_values", "coeffs", "packed_indices"),
     "raw": ("token_ids", "top_values"),
 }
-_FLOATS = {"exact_values", "coeffs", "top_values"}  # the columns of them; all others hold whole numbers
+_FLOATS = {"exact_values", "coeffs", "top_values"}  # columns of floats; all others are integers
 _LISTS = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
 _DTYPES = {"float16": "<f2", "bfloat16": "<u2", "float32": "<f4", "float64": "<f8"}
-ROUNDING = {"float16": 2.0**-11, "bfloat16": 2.0**-8, "float32": 2.0**-24, "float64": 2.0**-53}  # relative, at worst
+ROUNDING = {
+    "float16": 2.0**-11,
+    "bfloat16": 2.0**-8,
+    "float32": 2.0**-24,
+    "float64": 2.0**-53,
+}  # largest relative error
 
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the rows of a capture are written."""
+    """How the rows of a capture are stored."""
 
     kind: str  # one of LAYOUTS
     vocab_size: int
@@ -54,11 +59,11 @@ class Layout:
         return max(1, (self.vocab_size - 1).bit_length())
 
     def decode(self, cells: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Ids int64 [R, K] and the log-probabilities of the first of them, float64 [R, E].
+        """Decodes ids, int64 [R, K], and the log-probabilities of the first E, float64 [R, E].
 
         Args:
             cells: the layout's columns of one text, [R, width of a row].
-        Raises: CacheError where they are not of this layout.
+        Raises: CacheError if they do not fit this layout.
         """
         if self.kind == "raw":
             _expect("top_values", cells["top_values"].shape[1], self.k)
@@ -88,7 +93,10 @@ class Layout:
 
 
 def open_parquet(path: Path) -> pq.ParquetFile:
-    """Raises: InputError for what is no Parquet file."""
+    """Opens a Parquet file.
+
+    Raises: InputError if it cannot be read.
+    """
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as e:
@@ -96,9 +104,9 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
 
 def _cell(row: pa.RecordBatch, name: str, depth: int) -> pa.Array | None:
-    """What the cell of column ``name`` lists, in a batch of one row; None for null.
+    """The flat values of the list in column ``name`` of a batch of one row; None for null.
 
-    Raises: CacheError for a column that is missing, or of other than lists of numbers, ``depth`` deep.
+    Raises: CacheError if the column is missing, or is not of lists of numbers nested ``depth`` deep.
     """
     if name not in row.schema.names:
         raise CacheError(f"no column {name}")
@@ -114,7 +122,7 @@ def _cell(row: pa.RecordBatch, name: str, depth: int) -> pa.Array | None:
 def vector(row: pa.RecordBatch, name: str) -> np.ndarray:
     """The list of numbers in column ``name`` of a batch of one row.
 
-    Raises: CacheError where there is none.
+    Raises: CacheError if there is none.
     """
     values = _cell(row, name, 1)
     if values is None or values.null_count:
@@ -125,7 +133,7 @@ def vector(row: pa.RecordBatch, name: str) -> np.ndarray:
 def matrix(row: pa.RecordBatch, name: str) -> np.ndarray:
     """The lists of numbers in column ``name`` of a batch of one row, [R, width].
 
-    Raises: CacheError where there are none, or their widths differ.
+    Raises: CacheError if there are none, or if their widths differ.
     """
     lists = _cell(row, name, 2)
     widths = [] if lists is None else pc.call_function("list_value_length", [lists]).unique().to_pylist()
@@ -139,27 +147,27 @@ def matrix(row: pa.RecordBatch, name: str) -> np.ndarray:
 
 def _bytes(values: np.ndarray) -> np.ndarray:
     if values.dtype != np.uint8 and values.size and not 0 <= values.min() <= values.max() <= 255:
-        raise CacheError(f"bytes from {values.min()} to {values.max()}")
+        raise CacheError(f"values from {values.min()} to {values.max()}, expected bytes")
     return values.astype(np.uint8)
 
 
 def _expect(column: str, found: int, width: int) -> None:
     if found != width:
         raise CacheError(
-            f"column {column}: {found} numbers a row, the capture's settings give {width}: they are not its settings"
+            f"column {column}: {found} numbers per row, the settings give {width}; they are not those of this capture"
         )
 
 
 def read_layout(path: Path, settings: dict[str, Any], vocab_size: int) -> Layout:
-    """The layout of a capture, from the columns of its first file and its settings.
+    """Determines the layout of a capture from the columns of its first file and its settings.
 
-    Raises: InputError where the columns are none of DistillKit's, or the settings are missing or others.
+    Raises: InputError if DistillKit does not write such columns, or if settings are missing or invalid.
     """
     file = open_parquet(path)
     names = file.schema_arrow.names
     kind = next((kind for kind, columns in LAYOUTS.items() if {*columns, "input_ids"} <= {*names}), None)
     if kind is None:
-        raise InputError(f"{path}: columns {', '.join(names)} are none that DistillKit writes")
+        raise InputError(f"{path}: columns {', '.join(names)} are not those of a DistillKit capture")
     if kind == "raw":
         try:
             first = next(file.iter_batches(batch_size=1, columns=["top_values"]), None)
@@ -186,25 +194,23 @@ def read_layout(path: Path, settings: dict[str, Any], vocab_size: int) -> Layout
         row_bytes = exact_k * size[dtype] + terms + bins
         return Layout(kind, int(settings["d"]), int(settings["k"]), exact_k, dtype, deltas, row_bytes)
     except (KeyError, TypeError, ValueError) as e:
-        raise InputError(
-            f"{path}: the settings of its capture miss {e} or have a wrong value for it; set `settings` to another file"
-        ) from None
+        raise InputError(f"{path}: in its settings {e} is missing or wrong; give another file as `settings`") from None
 
 
 def find_settings(path: Path, source: Path) -> Path | None:
-    """DistillKit's settings in the directory of a file, or in one above it up to ``source``."""
+    """Finds DistillKit's settings in the directory of a file, or in a parent up to ``source``; None if there are none."""
     places = [p for p in path.parents if p == source or source in p.parents] or [path.parent]
     return next((p / CONFIG for p in places if (p / CONFIG).is_file()), None)
 
 
 def read_settings(path: Path | None) -> dict[str, Any]:
-    """The settings of a compressor, on their own or inside a training run's file; none for no file.
+    """Reads the settings of a compressor, from a file of their own or from that of a training run; {} for None.
 
-    Raises: InputError for a file that holds none.
+    Raises: InputError for a file without such settings.
     """
     if path is None:
         return {}
-    import yaml  # of transformers, which the tokenizer needs anyway
+    import yaml  # transformers depends on it, and the tokenizer needs transformers
 
     try:
         found = yaml.safe_load(path.read_text())
@@ -214,5 +220,5 @@ def read_settings(path: Path | None) -> dict[str, Any]:
         if isinstance(found, dict):
             found = found.get(name) or found
     if not isinstance(found, dict) or "k" not in found:
-        raise InputError(f"{path}: holds no settings of a DistillKit capture (d, k, exact_k, ...)")
+        raise InputError(f"{path}: contains no settings of a DistillKit capture (d, k, exact_k, ...)")
     return found

@@ -1,4 +1,4 @@
-"""Importers (another tool's capture -> a cache) and exporters (a cache -> another format): one entry each of two tables."""
+"""The tables of importers (from another tool's capture to a cache) and exporters (from a cache to another format)."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,14 +13,14 @@ from logitcache.runtime.options import Option
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
-    """What an importer wrote, and what it could not."""
+    """What an importer wrote and what it dropped."""
 
     out: Path
     texts: int
     tokens: int
     rows: int
     kept: int  # ids per row
-    fitted: int  # ids per row stored as a fitted curve: dropped, their mass is in the tail
+    fitted: int  # ids per row that were stored as a fitted curve: dropped, their mass is in the tail
     unknown: int  # tokens outside the ids of their row: their log-probability is NaN in the cache
     skipped: int  # texts of one token, which have no rows
     shards: int
@@ -38,9 +38,9 @@ class ExportReport:
 
 
 class Import(Protocol):
-    """Makes the cache ``out`` of the capture ``source``; the keywords are those of ``import_capture``.
+    """Makes the cache ``out`` from the capture ``source``; the keywords are those of ``import_capture``.
 
-    Raises: InputError for a keyword that has no meaning for this tool's captures.
+    Raises: InputError for a keyword that does not apply to this tool's captures.
     """
 
     def __call__(
@@ -64,7 +64,7 @@ class Export(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """An importer or an exporter, imported when it is used: ``function`` is "module:function"."""
+    """An importer or an exporter. ``function`` is "module:function"; the module is imported when it is used."""
 
     about: str
     function: str
@@ -104,14 +104,14 @@ def import_capture(
         bool, Option("Fold log-probabilities stored as a fitted curve into the tail, instead of refusing them.")
     ] = False,
 ) -> ImportReport:
-    """Makes a cache of another tool's capture.
+    """Makes a cache from another tool's capture.
 
-    Raises: InputError for an unknown ``tool`` and for a capture that cannot be read; NotACacheError where ``out`` is not
-        empty; WriteError.
+    Raises: InputError for an unknown ``tool`` or a capture that cannot be read; NotACacheError if ``out`` is not empty;
+        WriteError.
     """
     run: Import = _find(IMPORTERS, "tool", tool).load()
     return run(
-        Path(source),  # a script may give text
+        Path(source),  # callers may pass text
         Path(out),
         tokenizer=tokenizer,
         teacher=teacher,
@@ -129,7 +129,7 @@ def export(
 ) -> ExportReport:
     """Writes a cache in another format.
 
-    Raises: InputError for an unknown ``format``, else as the exporter: see ``parquet.export_parquet``.
+    Raises: InputError for an unknown ``format``; otherwise as the exporter (see ``parquet.export_parquet``).
     """
     run: Export = _find(EXPORTERS, "format", format).load()
     return run(Path(cache), Path(out))

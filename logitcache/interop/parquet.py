@@ -1,4 +1,4 @@
-"""A cache as plain Parquet, for readers that know nothing of top-k blocks."""
+"""Exports a cache as plain Parquet files, for readers that cannot decode top-k blocks."""
 
 import json
 import os
@@ -21,27 +21,29 @@ from logitcache.runtime.files import atomic_directory
 from logitcache.sparse_rows import SparseRows
 
 PLAIN = [field for field in SCHEMA if field.name != "topk"]
-# The block of a trace, unpacked: one list entry a row, one list of entries inside it.
+# The decoded block of a trace: one list element per row, with the list of its entries.
 ROWS = [
     pa.field("ids", pa.list_(pa.list_(pa.int32())), nullable=False),
     pa.field("logprobs", pa.list_(pa.list_(pa.float32())), nullable=False, metadata={"unit": "nats"}),
     pa.field("tail", pa.list_(pa.float32()), nullable=False, metadata={"unit": "log of the mass outside ids, nats"}),
 ]
 IDENTITY_KEY = "logitcache.identity"  # in the schema's metadata, JSON
-_GROUP_BYTES = 64 << 20  # of a row group before compression: what is in memory at once, besides one trace
+_GROUP_BYTES = 64 << 20  # of a row group before compression; memory holds one row group and one trace
 
 
 def export_parquet(cache: Path, out: Path) -> ExportReport:
-    """Writes each shard of ``cache`` as one Parquet file, zstd-compressed: the plain columns of a shard, and ``ids``,
-    ``logprobs`` (nats) and ``tail`` (a log too: of the mass left out, nats) with one list entry a row.
+    """Writes each shard of ``cache`` as one Parquet file, compressed with zstd.
 
-    The identity is JSON in the schema's metadata. Row groups are 64 MB and a trace before compression, and memory
-    stays at a few of them: 220 MB for a shard of 64 traces of 4,000 rows at k = 64.
+    A file has the plain columns of a shard, and ``ids``, ``logprobs`` (nats) and ``tail`` (log of the mass outside the ids,
+    nats) as lists with one element per row.
+
+    The identity is JSON in the schema's metadata. Before compression, a row group has 64 MB or up to one trace more. Memory
+    use is a few row groups: 220 MB for a shard of 64 traces of 4,000 rows at k = 64.
 
     Args:
-        out: a new directory, outside the cache; it appears once all of it is written.
-    Raises: InputError for an ``out`` inside the cache, NotACacheError where it holds something, CacheBusyError where
-        another process makes it, CacheError for a cache that cannot be read, WriteError where the disk refuses.
+        out: a new directory outside the cache, written atomically.
+    Raises: InputError if ``out`` is inside the cache, NotACacheError if it is not empty, CacheBusyError if another process
+        is writing it, CacheError if the cache cannot be read, WriteError if ``out`` cannot be written.
     """
     opened = Cache.open(cache)
     about = {IDENTITY_KEY: json.dumps(asdict(opened.identity)), "logitcache.format": str(FORMAT_VERSION)}
@@ -60,7 +62,7 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
 
 
 def _write(path: Path, source: Shard, schema: pa.Schema) -> int:
-    """Bytes of the file."""
+    """Writes a shard as one file; returns its size in bytes."""
     with path.open("wb") as file:
         with pq.ParquetWriter(file, schema, compression="zstd") as writer:
             for batch in _groups(source, schema):
@@ -71,7 +73,7 @@ def _write(path: Path, source: Shard, schema: pa.Schema) -> int:
 
 
 def _groups(source: Shard, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """The traces of a shard, as many at once as fill a row group."""
+    """The traces of a shard in batches of one row group each."""
     start, size, waiting = 0, 0, []
     for i in range(source.batch.num_rows):
         waiting.append(source.trace(i).rows)
@@ -84,7 +86,7 @@ def _groups(source: Shard, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
 
 
 def _lists(traces: list[SparseRows]) -> list[pa.Array]:
-    """``ids``, ``logprobs`` and ``tail`` of some traces, straight from their offsets."""
+    """The columns ``ids``, ``logprobs`` and ``tail`` of some traces, without copying per row."""
     rows = SparseRows.concatenate(traces)
     # A group of 64 MB and one trace: entries stay far below the 2^31 that Arrow's offsets count.
     trace_offsets = pa.array(np.cumsum([0, *map(len, traces)]), pa.int32())

@@ -1,4 +1,4 @@
-"""Some traces of some shards, cut and written as shards of another cache, side by side in several processes."""
+"""Writes selected traces of some shards as shards of another cache, in parallel; cuts their rows if asked to."""
 
 import io
 import os
@@ -26,19 +26,19 @@ from logitcache.identity import Identity
 from logitcache.runtime.files import publish
 from logitcache.trace import Trace
 
-Each = Callable[..., Iterator[Any]]  # map, over processes
-_ROWS_A_PROCESS = 1 << 16  # take about a second, as starting a process does
+Each = Callable[..., Iterator[Any]]  # like map, in parallel
+_ROWS_A_PROCESS = 1 << 16  # they take about a second, as long as starting a process
 
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """What is left of the rows of a trace."""
+    """Cuts the rows of a trace."""
 
     top_k: int
-    top_p: float | None  # None: rows stay as long as they are, but for top_k
+    top_p: float | None  # None: only top_k cuts
     min_k: int
     pinned: Sequence[int]
-    ends: tuple[str, str] | None  # the first and the last span whose tokens keep their rows; None: all do
+    ends: tuple[str, str] | None  # first and last span whose tokens keep their rows; None: all tokens do
 
     def __call__(self, trace: Trace) -> Trace:
         rows, first = trace.rows, trace.row_start
@@ -55,12 +55,12 @@ class Cut:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Some traces of a shard."""
+    """Selected traces of a shard."""
 
     cache: Path
     index: ShardIndex
     rows: list[int]
-    correct: list[bool | None] | None = None  # new verdicts, one a trace of the shard
+    correct: list[bool | None] | None = None  # new verdicts, one per trace of the shard
 
     @property
     def whole(self) -> bool:
@@ -70,14 +70,14 @@ class Piece:
         return shard.read(self.cache / shard.DIRECTORY, self.index)
 
     def batch(self, opened: Shard) -> pa.RecordBatch:
-        """The columns of the whole shard, with the new verdicts."""
+        """All columns of the shard, with the new verdicts."""
         if self.correct is None:
             return opened.batch
         place = SCHEMA.get_field_index("correct")
         return opened.batch.set_column(place, SCHEMA.field(place), pa.array(self.correct, pa.bool_()))
 
     def traces(self, opened: Shard) -> Iterator[Trace]:
-        """Its traces, decoded one at a time."""
+        """Decodes the selected traces one at a time."""
         for row in self.rows:
             trace = opened.trace(row)
             yield trace if self.correct is None else replace(trace, correct=self.correct[row])
@@ -85,9 +85,12 @@ class Piece:
 
 @contextmanager
 def processes(workers: int | None, shards: Sequence[ShardIndex]) -> Iterator[Each]:
-    """A ``map`` over so many processes; None: as many as the machine has cores and the rows are worth."""
+    """Yields a ``map`` that runs in ``workers`` processes; None chooses by the number of cores and of rows.
+
+    Raises: InputError; LogitcacheError if a process dies.
+    """
     if workers is not None and workers < 1:
-        raise InputError(f"`workers` {workers}: at least 1")
+        raise InputError(f"`workers` {workers}: give at least 1")
     worth = 1 + sum(s.row_count for s in shards) // _ROWS_A_PROCESS
     workers = min(workers or min(os.cpu_count() or 1, worth), len(shards) or 1)
     if workers == 1:
@@ -98,7 +101,7 @@ def processes(workers: int | None, shards: Sequence[ShardIndex]) -> Iterator[Eac
             yield pool.map
     except BrokenProcessPool as e:
         raise LogitcacheError(
-            "a process died, for want of memory perhaps, or since a script calls this outside `if __name__ == "
+            "a worker process died: it may have run out of memory, or the calling script has no `if __name__ == "
             '"__main__"`; run again with fewer workers, or with 1'
         ) from e
 
@@ -112,14 +115,14 @@ def _end_with_parent() -> None:
 def write(
     writer: CacheWriter, pieces: Sequence[Piece], each: Each, cut: Cut | None = None, *, join: bool = True
 ) -> list[ShardIndex]:
-    """Writes pieces as shards: first the whole ones that are not cut, byte for byte, then the others.
+    """Writes pieces as shards: first copies complete shards that are not cut byte for byte, then rewrites the others.
 
     Args:
-        join: neighbours that together are no larger than the largest shard they come from become one.
+        join: combine neighbouring pieces while they have no more traces than the largest source shard.
     Raises: ShardCorruptError naming the shard, WriteError.
     """
     whole = [piece for piece in pieces if piece.whole and cut is None]
-    for piece, _ in zip(whole, each(_hold, whole), strict=True):
+    for piece, _ in zip(whole, each(_check, whole), strict=True):
         writer.copy_shard(Cache(piece.cache, writer.identity, [piece.index]), piece.index)
     rest = [piece for piece in pieces if not piece.whole or cut is not None]
     groups = _groups(rest) if join else [[piece] for piece in rest]
@@ -130,8 +133,8 @@ def write(
     return [piece.index for piece in whole] + made
 
 
-def _hold(piece: Piece) -> None:
-    """Holds a shard against its checksum."""
+def _check(piece: Piece) -> None:
+    """Verifies the checksum of a shard."""
     piece.open()
 
 
@@ -149,12 +152,12 @@ def _groups(pieces: Sequence[Piece]) -> list[list[Piece]]:
 
 
 def _rewrite(group: Sequence[Piece], number: int, *, writer: CacheWriter, cut: Cut | None) -> ShardIndex:
-    """One shard of all traces of a group, one trace at a time."""
+    """Writes all traces of a group as one shard, encoding one trace at a time."""
     piece, identity = group[0], writer.identity
     if cut is None and len(group) == 1 and 2 * len(piece.rows) >= piece.index.trace_count:
         return _copy(piece, number, writer.directory)
     encoded = [trace for piece in group for trace in _encoded(piece, cut, identity)]
-    # Fewer traces, of rows as they were, still come from where they came from.
+    # Traces whose rows are not cut keep the provenance of their shard.
     provenance = piece.index.provenance if cut is None and len(group) == 1 else writer.provenance
     return shard.write(writer.directory, number, encoded, identity, provenance)
 
@@ -169,7 +172,7 @@ def _encoded(piece: Piece, cut: Cut | None, identity: Identity) -> Iterator[Enco
 
 
 def _copy(piece: Piece, number: int, directory: Path) -> ShardIndex:
-    """Traces of a shard with the bytes of their blocks, and the table that those need."""
+    """Copies traces with the bytes of their blocks, and the frequency table of the shard."""
     opened = piece.open()
     batch = piece.batch(opened).take(pa.array(piece.rows, pa.int64()))
     records = batch.drop_columns(["token_logprob", "token_rank", "text", "metadata"]).to_pylist()

@@ -70,7 +70,7 @@ def test_processes_find_what_one_process_finds(path) -> None:
         (lambda t: {"topk": encode(t.rows[:2])}, "column topk: 2 rows"),
         (
             lambda _: {"sections": {"prompt_end": 3, "reasoning_start": 1, "reasoning_end": 4, "answer_start": 5}},
-            "sections are not in order",
+            "are not in ascending order",
         ),
         (lambda t: {"token_ids": t.token_ids + 40}, "column token_ids: ids from .* the vocabulary size is 50"),
         (lambda t: {"topk": moved_ids(t)}, "column topk: ids from .* the vocabulary size is 50"),

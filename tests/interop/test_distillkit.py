@@ -147,7 +147,7 @@ def test_raw_rows_of_ids_and_log_probabilities_are_read(tmp_path, tokenizer) -> 
     assert [t.token_ids.tolist() for t in Cache.open(tmp_path / "c")] == made
     logits = [(v + 9).tolist() for v in values]
     pq.write_table(pa.table(table | {"top_values": logits}), tmp_path / "s" / "train-0.parquet")
-    with pytest.raises(InputError, match="train-0.parquet, row 0: .* no log-probability but a logit"):
+    with pytest.raises(InputError, match="train-0.parquet, row 0: .* not a log-probability but a logit"):
         import_distillkit(tmp_path / "s", tmp_path / "d", tokenizer=tokenizer)
 
 
@@ -182,11 +182,11 @@ def test_a_capture_that_is_off_by_one_is_refused(tmp_path, tokenizer, shift, pla
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
-        ({"k": 16, "exact_k": 16}, "column bytepacked_indices: 11 numbers a row, the capture's settings give 14"),
-        ({"d": 129}, "column bytepacked_indices: 11 numbers a row, the capture's settings give 12"),
-        ({"exact_dtype": "bfloat16"}, "column compressed_logprobs: 48 numbers a row, the capture's settings give 24"),
-        ({"delta_encoding": True}, "no distribution at temperature 1"),
-        ({"exact_dtype": "int8"}, "the settings of its capture miss 'int8'"),
+        ({"k": 16, "exact_k": 16}, "column bytepacked_indices: 11 numbers per row, the settings give 14"),
+        ({"d": 129}, "column bytepacked_indices: 11 numbers per row, the settings give 12"),
+        ({"exact_dtype": "bfloat16"}, "column compressed_logprobs: 48 numbers per row, the settings give 24"),
+        ({"delta_encoding": True}, "not a distribution at temperature 1"),
+        ({"exact_dtype": "int8"}, "in its settings 'int8' is missing or wrong"),
     ],
 )
 def test_settings_of_another_capture_are_refused(tmp_path, tokenizer, changes, what) -> None:
@@ -211,7 +211,9 @@ def test_packed_texts_that_nothing_tells_apart_are_refused(tmp_path, tokenizer) 
     table = pq.read_table(source / "data_0.parquet")
     cut = pa.array([ids[:-1] for ids in table["input_ids"].to_pylist()], pa.list_(pa.uint64()))
     pq.write_table(table.set_column(0, "input_ids", cut), source / "data_0.parquet")
-    with pytest.raises(InputError, match="data_0.parquet, row 0: its texts were packed, and no column attention_mask"):
+    with pytest.raises(
+        InputError, match="data_0.parquet, row 0: its texts were packed, and there is no column attention_mask"
+    ):
         import_distillkit(source, tmp_path / "c", tokenizer=tokenizer)
 
 
@@ -255,7 +257,7 @@ def test_what_is_not_a_capture_is_refused(tmp_path, tokenizer) -> None:
     with pytest.raises(InputError, match="no .parquet files in it"):
         import_distillkit(tmp_path, tmp_path / "c", tokenizer=tokenizer)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(InputError, match="columns text are none that DistillKit writes"):
+    with pytest.raises(InputError, match="columns text are not those of a DistillKit capture"):
         import_distillkit(tmp_path, tmp_path / "c", tokenizer=tokenizer)
     (tmp_path / "a.parquet").write_bytes(b"PAR1")
     with pytest.raises(InputError, match="a.parquet: cannot be read as Parquet"):

@@ -69,11 +69,11 @@ CHANGES = {
 @pytest.mark.parametrize(
     ("field", "allow", "message"),
     [
-        ("engine", [], "engine = 'tiny 0', .* with 'tiny 1'; `allow` engine if you mean"),
+        ("engine", [], "engine = 'tiny 0', .* with 'tiny 1'; `allow` engine to merge them anyway"),
         ("engine_args", [], "engine_args.max_model_len = None, .* with 9; `allow` engine_args.max_model_len"),
         ("engine_args", ["sampling"], "`allow` engine_args.max_model_len"),
-        ("teacher", [], "teacher = 'tiny', .* with 'other'; the rows of two teachers make no cache"),
-        ("teacher", ["teacher"], "`allow` teacher: the rows of two teachers make no cache; it cannot differ"),
+        ("teacher", [], "teacher = 'tiny', .* with 'other'; a cache has the rows of one teacher only"),
+        ("teacher", ["teacher"], "`allow` teacher: a cache has the rows of one teacher only; it cannot differ"),
         ("teacher_revision", ["teacher_revision"], "it cannot differ"),
         ("tokenizer_hash", ["tokenizer_hash"], "its token ids would lose their meaning"),
         ("vocab_size", [], "vocab_size = 64, .* with 65; its token ids would lose their meaning"),
@@ -81,7 +81,7 @@ CHANGES = {
         ("top_p", [], r"top_p = None, .* with 0.9; `logitcache slice \S+/a --top-p 0.9` first"),
         ("prompt_logits", [], r"`logitcache slice \S+/a --sections reasoning,answer` first"),
         ("pin_tokens", [], "generate one of the two again"),
-        ("engine", ["engin"], "`allow` engin is no field .* did you mean engine"),
+        ("engine", ["engin"], "`allow` engin: not a field .* did you mean engine"),
     ],
 )
 def test_a_difference_is_refused_by_name_with_the_way_out(tmp_path, field, allow, message) -> None:

@@ -85,8 +85,8 @@ def test_a_row_that_holds_an_id_twice_is_found_and_refused_by_shard_and_trace(tm
     manifest.create_or_match(tmp_path / "c", tiny.identity())
     shard.write(tmp_path / "c" / shard.DIRECTORY, 0, encoded, tiny.identity(), {})
     (problem,) = verify(tmp_path / "c", workers=1)
-    assert str(problem) == f"unit-000000: trace {1:032x}: column topk: row 3 holds id {repeated} twice"
-    with pytest.raises(ShardCorruptError, match=rf"unit-000000\.arrow: trace {1:032x}: a row holds an id twice"):
+    assert str(problem) == f"unit-000000: trace {1:032x}: column topk: row 3 contains id {repeated} twice"
+    with pytest.raises(ShardCorruptError, match=rf"unit-000000\.arrow: trace {1:032x}: a row contains an id twice"):
         slice_cache(tmp_path / "c", tmp_path / "out", sections=("prompt", "reasoning"))
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
