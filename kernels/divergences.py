@@ -1,11 +1,11 @@
-"""The divergences of a student's row from a teacher's, and the ways to treat the mass outside the teacher's row.
+"""The divergences between a student's row and its teacher's, and the ways to treat the mass outside the teacher's ids.
 
-Each is one entry of a table here. Option names, help texts, checks, the plain torch loss with its gradient, and the
+Each is an entry of a table in this module. Option names, help texts, checks, the plain torch loss with its gradient, and the
 tests are made from these tables; the Triton kernel (`triton_rows._terms`) has one branch for each divergence.
 docs/extending.md adds one.
 
 P is the teacher, Q the student, over the k + 1 buckets of a row: its k ids, and all other ids together. A loss gives the
-term of every bucket; a slope gives h_b = Q_b dL/dQ_b, from which `reference` makes the gradient by the logits.
+term of every bucket; a slope gives h_b = Q_b dL/dQ_b, from which `reference` computes the gradient with respect to the logits.
 Sources: GKD (arXiv 2306.13649) for jsd, DistiLLM (arXiv 2402.03898) for the skewed ones.
 
 Losses use tensor methods only, so that this module does not import torch and command help stays quick.

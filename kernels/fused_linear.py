@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 # N rows, H hidden, V vocabulary, C rows of a chunk, S ids of a slice of the vocabulary.
 
-CUDA_ROWS, CUDA_BYTES = 2048, 512 << 20  # beyond 2048 rows the products gain nothing
+CUDA_ROWS, CUDA_BYTES = 2048, 512 << 20  # above 2048 rows the matrix products do not get faster
 CPU_ROWS, CPU_BYTES = 512, 256 << 20
 BORROW_BYTES = 4 << 20  # of a slice of logits' gradients that dW is about to overwrite
 FLOAT32_CHUNKS = 16  # bf16 dW is rounded once a chunk: above this many, accumulate in float32
@@ -117,17 +117,17 @@ def linear_sparse_metrics(
 ) -> dict[str, Tensor]:
     """Per-row values for evaluation, in the same chunks and without gradients.
 
-    Returns: tensors [N]: `forward_kl` (bucketed, nats), `ce` (nats, 0 where there is no label), `log_tail` (the
+    Returns: tensors [N]: `forward_kl` (bucketed, nats), `ce` (nats, 0 without a label), `log_tail` (the
     student's log mass outside the support), `log_top` (the student's log-probability of its best id),
     `teacher_log_top` (the teacher's of that id, -inf outside the support), all float32; `argmax` int64, the student's
-    best id; `top1` bool, whether it is also the teacher's best id, false where the support is empty.
+    best id; `top1` bool, whether it is also the teacher's best id, false if the support is empty.
     """
     objective = Objective.of(softcap=softcap, logit_scale=logit_scale)
     hidden_NH, weight_VH, bias_V = _plain(hidden_NH, weight_VH, bias_V, targets)
     vocab = _real_rows(weight_VH, vocab_size)
     if check:
         targets.check(vocab)
-    # The best id takes the label's place: its cross-entropy is -log_top, and the label's is `behind` it.
+    # The best id replaces the label: its cross-entropy is -log_top, and that of the label is larger by `behind`.
     label_N = torch.full_like(targets.offsets[1:], -1) if targets.labels is None else targets.labels
     best_N = torch.empty_like(targets.offsets[1:])
     bias_V = None if bias_V is None else bias_V[:vocab]
@@ -205,7 +205,7 @@ def _real_rows(weight_VH: Tensor, vocab_size: int | None) -> int:
 
 @functools.cache
 def _triton_rows(device: str, dtype: torch.dtype) -> ModuleType | None:
-    """The Triton kernels, where they apply; None: plain torch. Only this function chooses."""
+    """The Triton kernels if they apply, or None for plain torch. Only this function chooses."""
     if device != "cuda" or dtype == torch.float64:
         return None
     try:
@@ -242,7 +242,9 @@ class _Chunks:
         if self.borrowed and grad_weight_VH is not None:
             rows, self.buffer_CV = n, grad_weight_VH[:, :n].t()
         else:
-            stride = -(-vocab // 16) * 16  # rows start on 32 bytes: vector loads and aligned products for any V
+            stride = (
+                -(-vocab // 16) * 16
+            )  # rows start at multiples of 32 bytes: vector loads and aligned products for any V
             self.buffer_CV = hidden_NH.new_empty(rows, stride)[:, :vocab]
         self.spans = [(start, min(start + rows, n)) for start in range(0, n, rows)]
         self.wide_CV = self.buffer_CV.new_empty(rows, vocab, dtype=wide) if narrow else None

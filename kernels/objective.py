@@ -1,4 +1,4 @@
-"""What is minimised: a divergence, what becomes of the tail, and how logits are made of hidden states."""
+"""The objective: a divergence, the treatment of the tail, and how logits are computed from hidden states."""
 
 import difflib
 import math
@@ -12,7 +12,7 @@ from logitcache.kernels.divergences import ALPHA, BETA, DIVERGENCES, TAILS
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised, with its options checked. `mix` is the divergence's parameter, beta or alpha."""
+    """A checked combination of options. `mix` is the parameter of the divergence, beta or alpha."""
 
     divergence: str = "forward_kl"
     tail: str = "bucket"
@@ -32,20 +32,20 @@ class Objective:
         softcap: float | None = None,
         logit_scale: float = 1.0,
     ) -> "Objective":
-        """Checks the options as a user gives them.
+        """Makes an objective from the options that a user gives.
 
-        Raises: ValueError for an unknown name, with the nearest one, and for options that do not go together.
+        Raises: ValueError for an unknown name, with the nearest one, and for options that cannot be combined.
         """
         for name, value, good in (("divergence", divergence, DIVERGENCES), ("tail", tail, TAILS)):
             if value not in good:
                 near = difflib.get_close_matches(value, good, n=1, cutoff=0.0)[0]
                 raise ValueError(f"unknown `{name}` {value!r}: did you mean {near!r}? All: {', '.join(good)}")
         parameter = DIVERGENCES[divergence].parameter
-        mix = {"beta": beta, "alpha": alpha, None: 0.5}[parameter]  # None: no divergence reads it
+        mix = {"beta": beta, "alpha": alpha, None: 0.5}[parameter]  # None: the divergence has no parameter
         if not 0.0 < mix < 1.0:
             raise ValueError(
                 f"`divergence` {divergence} needs 0 < `{parameter}` < 1, found {mix}; its limits are forward_kl and "
-                "reverse_kl: ask for those by name"
+                "reverse_kl; use their names"
             )
         if not temperature > 0.0:
             raise ValueError(f"`temperature` {temperature}: give a number above 0")
@@ -75,8 +75,8 @@ class Objective:
         return z.masked_fill(raw == -math.inf, -math.inf)
 
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
-        """The divergence's term of every bucket, differentiable in log_q."""
-        log_p = log_p.clamp(min=-1e4)  # exp is 0 and 0 * log_p is 0, where -inf would make NaN
+        """The term of every bucket, differentiable with respect to log_q."""
+        log_p = log_p.clamp(min=-1e4)  # exp is 0 and 0 * log_p is 0; -inf would give NaN
         return DIVERGENCES[self.divergence].loss(log_p, log_q, self.mix)
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ def sparse_divergence(
     filters.
 
     Edge cases. The loss includes T^2, so gradients keep their size at any temperature. A bucket without teacher mass
-    counts as e^-30 in the logarithm of reverse_kl. There is no tail where the support is all V ids, or all other logits
+    counts as e^-30 in the logarithm of reverse_kl. There is no tail if the support is all V ids, or if all other logits
     are -inf. A logit of -inf is a masked id, also under a softcap (which would give it e^-softcap): it has no probability
     and no gradient. A row without a support has no divergence; its `sampled` tail is a cross-entropy.
 
@@ -58,7 +58,7 @@ def sparse_divergence(
         ce_weight, ce_weights_N: weight of the cross-entropy with `targets.labels`, for all rows or float [N].
         check: check the targets against V, which waits for the device.
     Returns: float32 (float64) [N], nats.
-    Raises: ValueError for options that do not go together, and for targets that do not fit.
+    Raises: ValueError for options that cannot be combined, and for targets that do not fit.
     """
     objective = Objective.of(divergence, tail, beta, alpha, temperature, softcap, logit_scale)
     ce_weights_N = resolve_ce_weights(targets, objective, ce_weight, ce_weights_N)
@@ -97,7 +97,7 @@ def sparse_divergence(
 
 
 def _labels(targets: SparseTargets, ids_NK: Tensor, valid_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Labels [N], negative where there is none; whether a label is outside the support, bool [N]."""
+    """Labels [N], negative for none; whether each label is outside the support, bool [N]."""
     if targets.labels is None:
         none_N = torch.full_like(targets.offsets[1:], IGNORED)
         return none_N, torch.zeros_like(none_N, dtype=torch.bool)
@@ -124,7 +124,7 @@ def sparse_divergence_(
     *,
     grad: bool = True,
 ) -> RowValues:
-    """The same with a hand-written gradient, in place: float32 (float64) logits [N, V] become the gradient of the sum.
+    """The same loss with a hand-written gradient, in place: float32 (float64) logits [N, V] become the gradient of the sum.
 
     Needs a second buffer only with a softcap. With grad=False the logits are overwritten. Targets must be checked.
     """
@@ -156,7 +156,7 @@ def sparse_divergence_(
     ce_N = (lse_N - z_label_N) * (label_N >= 0)
 
     dense_N = torch.zeros_like(lse_N)  # factor of the tail's softmax r
-    at_label_N = torch.zeros_like(lse_N)  # what the label's own entry loses
+    at_label_N = torch.zeros_like(lse_N)  # subtracted from the entry of the label
     if objective.tail == "support":
         t = objective.temperature
         log_p_NK = (log_p_NK / t).masked_fill_(hidden_NK, -1e4).log_softmax(dim=1)
@@ -201,7 +201,7 @@ def sparse_divergence_(
 
 
 def softmax_(logits_NV: Tensor) -> Tensor:
-    """Softmax of each row in place; returns the log-sum-exp [N]. A row of nothing but -inf becomes zeros, and -inf."""
+    """Softmax of each row in place; returns the log-sum-exp [N]. A row of only -inf becomes zeros, its log-sum-exp is -inf."""
     top_N = logits_NV.amax(dim=1)
     empty_N = top_N == -math.inf
     logits_NV.sub_(top_N.masked_fill(empty_N, 0.0)[:, None]).exp_()

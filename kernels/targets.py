@@ -1,4 +1,4 @@
-"""The teacher's sparse rows, and the checks of what a caller passes in."""
+"""The teacher's sparse rows, and the checks of arguments."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class SparseTargets:
     )
     ids: Tensor  # int32 or int64 [E]; an id < 0 is padding and masked; no id twice in a row, none >= V
     logprobs: Tensor  # float32 [E], teacher log-probabilities at T = 1, nats
-    log_tail: Tensor  # float32 [N], log of the mass outside the row's ids; -inf where the ids are all there are
+    log_tail: Tensor  # float32 [N], log of the mass outside the row's ids; -inf if there are no other ids
     labels: Tensor | None = None  # int64 [N], the sampled token, for cross-entropy and the `sampled` tail; -100 = none
 
     def __len__(self) -> int:
@@ -96,7 +96,7 @@ class SparseTargets:
 def resolve_ce_weights(
     targets: SparseTargets, objective: Objective, ce_weight: float, ce_weights_N: Tensor | None
 ) -> Tensor | None:
-    """The cross-entropy's weight of each row, float [N]; None where it is off."""
+    """Weight of the cross-entropy for each row, float [N]; None if it is off."""
     if ce_weights_N is not None and ce_weight:
         raise ValueError("give ce_weight, one number for all rows, or ce_weights_N, one per row: not both")
     wanted = bool(ce_weight) or ce_weights_N is not None

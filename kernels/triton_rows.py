@@ -27,10 +27,10 @@ logger = logging.getLogger(__name__)
 # N rows, V vocabulary, K entries of a row (a power of two), E entries of all rows, R x L a tile: R vectors of 16 bytes.
 
 TILES = ((4, 2), (8, 2), (16, 1), (16, 2), (32, 2))  # warps and vectors a thread that compile without spills
-LOWEST = tl.constexpr(-3.0e38)  # finite, so that an online maximum over nothing but -inf makes no NaN
+LOWEST = tl.constexpr(-3.0e38)  # finite, so that the online maximum of only -inf gives no NaN
 LOG_FLOOR = tl.constexpr(divergences.LOG_FLOOR)
 SAME_LOG = tl.constexpr(divergences.SAME_LOG)
-MOST_K = 4096  # a row's entries live in registers
+MOST_K = 4096  # the entries of a row stay in registers
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def _row_kernel(
     ce = tl.where(label >= 0, lse - z_label, 0.0)
 
     dense = 0.0  # factor of the tail's softmax
-    at_label = 0.0  # what the label's own entry loses
+    at_label = 0.0  # subtracted from the entry of the label
     if TAIL == "support":
         log_p_K = tl.where(valid_K, log_p_K / temperature, -1e4)
         log_p_K -= tl.max(log_p_K, axis=0)
@@ -250,7 +250,7 @@ def _row_kernel(
             z_RL, tanh_RL = _logits(tl.load(at_RL).to(tl.float32), scale, softcap, SCALE, SOFTCAP)
             grad_RL = _chain(tl.exp(z_RL - lse_tail) * dense, tanh_RL, scale, SCALE, SOFTCAP)
             tl.store(at_RL, grad_RL.to(logits_ptr.dtype.element_ty))
-        tl.debug_barrier()  # the dense factor lies everywhere; the entries go over it
+        tl.debug_barrier()  # the dense part is written everywhere before the entries overwrite theirs
         entry_K = _chain(entry_K, tanh_K, scale, SCALE, SOFTCAP)
         tl.store(logits_ptr + id_K, entry_K.to(logits_ptr.dtype.element_ty), mask=valid_K)
         if LABELS:
@@ -336,7 +336,7 @@ def sparse_divergence_(
     if n == 0:
         return values
     nothing, both = targets.log_tail, (weights_N, ce_weights_N)
-    # The kernel reads rows one after the other, whatever the strides of what it is given.
+    # The kernel needs contiguous inputs.
     offsets, ids, logprobs, log_tail_N, label_N, weights_N, ce_weights_N = (
         (nothing if tensor is None else tensor).contiguous()
         for tensor in (targets.offsets, targets.ids, targets.logprobs, nothing, targets.labels, *both)
@@ -379,7 +379,7 @@ def sparse_divergence_(
             enable_fp_fusion=True,
         )
 
-    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device, whatever its arguments are on
+    with torch.cuda.device_of(logits_NV):  # Triton launches on the current device, not on that of its arguments
         if os.environ.get("LOGITCACHE_AUTOTUNE") == "1" and num_warps is None and vectors is None:
             key = (vocab, str(logits_NV.dtype), str(logits_NV.device), *constants.values())
             num_warps, vectors = autotuned(key, logits_NV, launch)
@@ -390,7 +390,7 @@ def sparse_divergence_(
 @triton.jit
 def _scale_kernel(values_ptr, factor_ptr, size, BLOCK: tl.constexpr):
     factor = tl.load(factor_ptr).to(tl.float32)
-    if factor == 1.0:  # known on the device only: asking on the host would wait for it
+    if factor == 1.0:  # checked on the device, since the host would have to wait for the value
         return
     at_B = values_ptr + tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside_B = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK) < size

@@ -80,7 +80,7 @@ def groups(lengths: np.ndarray) -> list[slice]:
 
 
 def collate(examples: list[Example], packed: bool = False) -> Batch:
-    """The examples as one batch, the longest first; those without a supervised position are left out."""
+    """The examples as one batch, the longest first; those without a supervised position are dropped."""
     examples = sorted((e for e in examples if len(e.positions)), key=lambda e: -len(e.input_ids))
     lengths = np.array([len(e.input_ids) for e in examples], np.int64)
     blocks, starts = _pack(examples, lengths) if packed else _pad(examples, lengths)

@@ -2,7 +2,7 @@
 
 The order of an epoch is a pure function of seed, epoch and trace ids. An optimizer step takes the next traces of that order
 by a budget of tokens. Ranks and gradient accumulation only divide a step's traces, so they change the order of a sum and
-nothing else. Tokens are counted on whole traces, whatever a view cuts off: two runs with different views see the same
+nothing else. Tokens are counted on whole traces, before a view cuts them: two runs with different views see the same
 traces in the same steps.
 """
 

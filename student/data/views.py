@@ -1,4 +1,4 @@
-"""Views: a pure function from a trace to what a student sees of it, and which of its cached rows supervise the student.
+"""Views: pure functions from a trace to the student's input and to the cached rows that supervise it.
 
     view = step { "+" step }      step = NAME [":" ARGUMENT]      such as lsp:0.5, trsd:0.1-0.9+random-mask:0.5
 
@@ -42,7 +42,7 @@ UNSUPERVISED = -1
 
 @dataclass(frozen=True, slots=True, eq=False)
 class SupervisedTrace:
-    """What a student sees of one trace. It ends at the last supervised position: later input could change no row."""
+    """The student's input for one trace. It ends at the last supervised position, since later tokens affect no loss."""
 
     input_ids: np.ndarray  # int64 [T]
     target: np.ndarray  # int64 [T], the token a position predicts, as an index into the trace; or UNSUPERVISED

@@ -1,4 +1,4 @@
-"""The student's head, run on supervised positions only and inside the model's own forward; what it does is probed."""
+"""The student's head, run on supervised positions only, inside the model's own forward."""
 
 import contextlib
 import types

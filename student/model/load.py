@@ -19,8 +19,9 @@ from logitcache.student.model.lora import adapter_base, import_peft
 def load_student(
     model: str | Path, identity: Identity, dtype: torch.dtype = torch.float32, attention: str | None = None
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """Loads a student and its tokenizer, and checks that it fits the cache. For a folder with a LoRA adapter, as a run
-    with `lora_rank` writes, it is the base model with the adapter merged.
+    """Loads a student and its tokenizer, and checks that it fits the cache.
+
+    A folder with a LoRA adapter, as a run with `lora_rank` writes it, gives the base model with the adapter merged.
 
     Args:
         identity: of the cache. attention: transformers' attn_implementation; None: the model's default.

@@ -1,4 +1,4 @@
-"""What an evaluation finds, as records. Light: run.json is read with them where torch is not wanted."""
+"""Results of an evaluation as records. Imports no torch: commands read run.json with them."""
 
 from dataclasses import asdict, dataclass
 from typing import Any

@@ -47,9 +47,9 @@ def choose_traces(options: TrainOptions, caches: dict[Path, Cache]) -> dict[Path
     """The training and held-out traces of each cache.
 
     Each cache is split as if it were alone, so that it can be evaluated alone. A prompt that is held out of one cache is
-    in the training traces of none, whatever its id is there. Without shares, a trace that is in several caches is used
+    not in the training traces of any other, even under another id. Without shares, a trace that is in several caches is used
     once.
-    Raises: StudentError where no training trace is left.
+    Raises: StudentError if no training trace remains.
     """
     several, mixed = len(caches) > 1, None not in options.shares.values()
     held_out = {path: split(cache.prompt_ids, options.held_out)[1] for path, cache in caches.items()}
@@ -84,9 +84,9 @@ def _prompts(cache: Cache) -> np.ndarray:
 def datasets(
     options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], chosen: dict[Path, Split], view: View
 ) -> tuple[ExampleSource, ExampleSource]:
-    """The training set, and the evaluation set: whole held-out traces with all their rows, whatever the run trains on.
+    """The training set, and the evaluation set: whole held-out traces with all their rows, for any view.
 
-    Raises: StudentError where nothing is supervised.
+    Raises: StudentError if nothing is supervised.
     """
     parts = [TraceDataset(cache, chosen[path].training, view, top_k=options.top_k) for path, cache in caches.items()]
     shares = list(options.shares.values())

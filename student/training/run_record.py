@@ -1,4 +1,4 @@
-"""What run.json and a checkpoint's spent.json contain. Light: they are also read where torch is not wanted."""
+"""What run.json and a checkpoint's spent.json contain. Imports no torch, so that commands can read them quickly."""
 
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -75,7 +75,7 @@ class RunRecord:
     again: bool = False  # whether it was finished before this call
 
     def to_json(self) -> dict[str, Any]:
-        """The contents of run.json; what is not known yet is left out."""
+        """The contents of run.json; fields that are not known yet are omitted."""
         found: dict[str, Any] = {"status": self.status, **self.settings}
         found |= {"eval_before": self.eval_before and self.eval_before.to_json(), "versions": self.versions}
         found |= self.spent.to_json() if self.spent else {}

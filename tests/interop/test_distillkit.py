@@ -254,7 +254,7 @@ def test_raw_columns_of_another_kind_are_refused_and_lists_of_a_fixed_size_are_r
 
 
 def test_what_is_not_a_capture_is_refused(tmp_path, tokenizer) -> None:
-    with pytest.raises(InputError, match="no .parquet files in it"):
+    with pytest.raises(InputError, match="contains no .parquet files"):
         import_distillkit(tmp_path, tmp_path / "c", tokenizer=tokenizer)
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="columns text are not those of a DistillKit capture"):
@@ -263,7 +263,7 @@ def test_what_is_not_a_capture_is_refused(tmp_path, tokenizer) -> None:
     with pytest.raises(InputError, match="a.parquet: cannot be read as Parquet"):
         import_distillkit(tmp_path / "a.parquet", tmp_path / "c", tokenizer=tokenizer)
     source = write_capture(tmp_path / "s", [[5]] * 2)
-    with pytest.raises(InputError, match="no text of two tokens or more"):
+    with pytest.raises(InputError, match="contains no text of two tokens or more"):
         import_distillkit(source, tmp_path / "c", tokenizer=tokenizer)
     with pytest.raises(NotACacheError, match="is not an empty directory"):
         import_distillkit(write_capture(tmp_path / "w", texts(1)), tmp_path / "s", tokenizer=tokenizer)

@@ -80,7 +80,7 @@ CHANGES = {
         ("top_k", ["top_k"], r"top_k = 8, .* with 16; `logitcache slice \S+/b --top-k 8` first"),
         ("top_p", [], r"top_p = None, .* with 0.9; `logitcache slice \S+/a --top-p 0.9` first"),
         ("prompt_logits", [], r"`logitcache slice \S+/a --sections reasoning,answer` first"),
-        ("pin_tokens", [], "generate one of the two again"),
+        ("pin_tokens", [], "generate one of the two caches again"),
         ("engine", ["engin"], "`allow` engin: not a field .* did you mean engine"),
     ],
 )
@@ -106,7 +106,7 @@ def test_imports_that_differ_are_refused_with_what_was_done_to_each(tmp_path) ->
         write(
             tmp_path / name, tiny.traces(2, 2), replace(tiny.identity(), derived=[words, f"slice --limit {len(name)}"])
         )
-    message = r"derived = \['import --from distillkit', .* \['import --from distillkit --exact-part-only', .*differs in"
+    message = r"derived = \['import --from distillkit', .* \['import --from distillkit --exact-part-only', .*differs only in"
     with pytest.raises(IdentityError, match=message):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
