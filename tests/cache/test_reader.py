@@ -37,6 +37,7 @@ def test_random_access_agrees_with_iteration(path) -> None:
     assert list(cache.lengths) == [len(t.token_ids) for t in traces]
     assert cache.trace_ids == [t.trace_id for t in traces]
     assert cache.prompt_ids == [t.prompt_id for t in traces] == cache.column("prompt_id").to_pylist()
+    assert sorted(cache.prompt_ids) == [f"p{i}" for i in range(9)]
     with pytest.raises(IndexError, match="trace 9 of a cache of 9"):
         cache[9]
 

@@ -106,7 +106,9 @@ def test_imports_that_differ_are_refused_with_what_was_done_to_each(tmp_path) ->
         write(
             tmp_path / name, tiny.traces(2, 2), replace(tiny.identity(), derived=[words, f"slice --limit {len(name)}"])
         )
-    message = r"derived = \['import --from distillkit', .* \['import --from distillkit --exact-part-only', .*differs only in"
+    message = (
+        r"derived = \['import --from distillkit', .* \['import --from distillkit --exact-part-only', .*differs only in"
+    )
     with pytest.raises(IdentityError, match=message):
         merge([tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
