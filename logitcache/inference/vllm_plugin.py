@@ -7,10 +7,10 @@ import sys
 from contextlib import suppress
 from typing import Any
 
-PARENT = "LOGITCACHE_ENGINEPARENT"
+PARENT = "LOGITCACHE_ENGINE_PARENT"
 
 
-PINNED = "LOGITCACHEPINNED"
+PINNED = "LOGITCACHE_PINNED"
 
 
 def prepare_process() -> None:
