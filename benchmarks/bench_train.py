@@ -55,6 +55,7 @@ from transformers import (
 from benchmarks.bench_divergence import ROOT, machine, say
 from benchmarks.embedded import embedded_teacher
 from logitcache.cache.reader import Cache
+from logitcache.student.data.collate import Batch
 from logitcache.student.data.dataset import TraceDataset
 from logitcache.student.data.held_out import split
 from logitcache.student.data.sampler import StepSampler
@@ -217,6 +218,13 @@ def load_model(folder: str) -> PreTrainedModel:
     return model
 
 
+def _shapes(batch: Any) -> list[tuple[int, int]]:
+    """(B, T) of each block of a batch: our own, or a plain dict of tensors."""
+    if isinstance(batch, Batch):
+        return batch.shapes
+    return [batch["input_ids"].shape] if "input_ids" in batch else []
+
+
 class Turns(TrainerCallback):
     """Waits for its turn before every step, and reports the cost of the step."""
 
@@ -228,8 +236,7 @@ class Turns(TrainerCallback):
             began = time.perf_counter()
             samples, count = batches(*given)
             self.data_s = time.perf_counter() - began
-            shapes = [s for b in samples for s in b.get("shapes", [b["input_ids"].shape] if "input_ids" in b else [])]
-            self.inputs = sum(B * T for B, T in shapes)
+            self.inputs = sum(B * T for batch in samples for B, T in _shapes(batch))
             return samples, count
 
         trainer.get_batch_samples = timed  # pyright: ignore[reportAttributeAccessIssue]
