@@ -3,6 +3,9 @@
 The public names; each is imported when it is first used.
 """
 
+import importlib
+import sys
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -80,14 +83,21 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
-    # Lazy: the kernels import this package on machines without numpy, pyarrow or zstandard.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'logitcache' has no attribute {name!r}")
-    from importlib import import_module
+def lazy_exports(package: str, homes: dict[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+    """``__getattr__`` and ``__dir__`` of a package whose names are imported when they are first used.
 
-    return getattr(import_module(f"logitcache.{_HOMES[name]}"), name)
+    Lazy: the kernels import this package on machines without numpy, pyarrow or zstandard, and command help needs no torch.
+
+    Args:
+        homes: module below the package of each public name.
+    """
+
+    def get(name: str) -> Any:
+        if name not in homes:
+            raise AttributeError(f"module {package!r} has no attribute {name!r}")
+        return getattr(importlib.import_module(f"{package}.{homes[name]}"), name)
+
+    return get, lambda: sorted({*vars(sys.modules[package]), *homes})
 
 
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)

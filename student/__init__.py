@@ -1,6 +1,8 @@
 """Students: data, models, training and evaluation. The public names; each is imported when it is first used."""
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from logitcache import lazy_exports
 
 if TYPE_CHECKING:
     from logitcache.student.data.collate import Batch, collate
@@ -79,15 +81,4 @@ _HOMES = {
     "DistillTrainer": "training.trainer",
 }
 
-
-def __getattr__(name: str) -> Any:
-    # On demand: command help and caches need neither torch nor transformers.
-    if name not in _HOMES:
-        raise AttributeError(f"module 'logitcache.student' has no attribute {name!r}")
-    from importlib import import_module
-
-    return getattr(import_module(f"logitcache.student.{_HOMES[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_exports(__name__, _HOMES)
