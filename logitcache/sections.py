@@ -10,8 +10,10 @@ from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Annotated
 
 from logitcache.errors import InputError
+from logitcache.runtime.options import Option
 
 SPANS = ("prompt", "opening", "reasoning", "closing", "answer")
 # The names that options use: both delimiters belong to the reasoning.
@@ -125,6 +127,23 @@ class Markers:
             if closing in tokens or closing in template:
                 return cls(opening, closing)
         return cls()
+
+
+# The options of commands that find sections.
+SECTIONS_GROUP = "Sections"
+ReasoningMarkers = Annotated[
+    Markers | None,
+    Option(
+        "Opening and closing marker of the reasoning, such as '<think>,</think>', or none.",
+        SECTIONS_GROUP,
+        metavar="OPENING,CLOSING",
+        default="found in the tokenizer or the chat template",
+    ),
+]
+AnswerRegex = Annotated[
+    str | None,
+    Option("For completions without markers: the answer begins at this pattern's first match.", SECTIONS_GROUP),
+]
 
 
 class TokenText:

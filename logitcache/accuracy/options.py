@@ -9,7 +9,7 @@ from logitcache.errors import InputError
 from logitcache.grading import verdicts
 from logitcache.inference.model import SAMPLING, ModelOptions, ModelSpec, Sampling
 from logitcache.runtime.options import Option, values_of
-from logitcache.sections import Markers
+from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
 
 _ANSWERS = "Answers to prompts"  # a group of options
 DEFAULT_BUDGETS = ("0", "25%", "50%", "75%", "100%", "none")
@@ -73,19 +73,8 @@ class AccuracyOptions(ModelOptions, Sampling):
     temperature: Annotated[float, Option("Sampling temperature; 0 is greedy decoding.", SAMPLING)] = 0.0
     max_tokens: Annotated[int, Option("Longest completion, in tokens.", SAMPLING)] = 2048
     answer_tokens: Annotated[int, Option("Longest answer after a reasoning that was cut, in tokens.", SAMPLING)] = 256
-    reasoning_markers: Annotated[
-        Markers | None,
-        Option(
-            "Opening and closing marker of the reasoning, such as '<think>,</think>', or none.",
-            "Sections",
-            metavar="OPENING,CLOSING",
-            default="found in the tokenizer or the chat template",
-        ),
-    ] = None
-    answer_regex: Annotated[
-        str | None,
-        Option("For completions without markers: the answer begins at this pattern's first match.", "Sections"),
-    ] = None
+    reasoning_markers: ReasoningMarkers = None
+    answer_regex: AnswerRegex = None
 
     def __post_init__(self) -> None:
         Sampling.__post_init__(self)

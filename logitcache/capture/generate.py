@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcache import prompts
-from logitcache.capture.job import JobOptions, PromptOptions, Request, Tokens, at_least, identify
+from logitcache.capture.job import JobOptions, PromptOptions, Request, Tokens, identify
 from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import trace_of
@@ -15,6 +15,7 @@ from logitcache.inference import model
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, Sampling
 from logitcache.prompts import Prompt
+from logitcache.runtime.options import at_least
 from logitcache.trace import Trace
 
 

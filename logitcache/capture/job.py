@@ -13,11 +13,11 @@ from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
 from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Sampling
-from logitcache.runtime.options import Option, values_of
-from logitcache.sections import Markers
+from logitcache.runtime.options import Option, at_least, values_of
+from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
 from logitcache.trace import Trace
 
-ROWS, SECTIONS, SHARDS = "Rows", "Sections", "Shards and workers"  # groups of options
+ROWS, SHARDS = "Rows", "Shards and workers"  # groups of options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,19 +55,8 @@ class CaptureOptions(ModelOptions):
         ),
     ] = "auto"
     exact: Annotated[bool, Option("Store log-probabilities bit for bit, in about 12% more bytes.", ROWS)] = False
-    reasoning_markers: Annotated[
-        Markers | None,
-        Option(
-            "Opening and closing marker of the reasoning, such as '<think>,</think>', or none.",
-            SECTIONS,
-            metavar="OPENING,CLOSING",
-            default="found in the tokenizer or the chat template",
-        ),
-    ] = None
-    answer_regex: Annotated[
-        str | None,
-        Option("For completions without markers: the answer begins at this pattern's first match.", SECTIONS),
-    ] = None
+    reasoning_markers: ReasoningMarkers = None
+    answer_regex: AnswerRegex = None
     unit_size: Annotated[int, Option("Traces per shard. A kill loses the traces of unfinished shards.", SHARDS)] = 64
 
     def __post_init__(self) -> None:
@@ -151,12 +140,6 @@ class PromptOptions(CaptureOptions, Sampling):
     @property
     def source(self) -> str:
         return self.prompts
-
-
-def at_least(name: str, value: int | None, least: int) -> None:
-    """Raises: InputError for an option below ``least``."""
-    if value is not None and value < least:
-        raise InputError(f"`{name}` {value}: must be at least {least}")
 
 
 @dataclass(frozen=True, slots=True)

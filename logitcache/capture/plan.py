@@ -13,11 +13,11 @@ from logitcache.cache import shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.workers import Worker
 from logitcache.capture.generate import GenerateOptions, generate
-from logitcache.capture.job import PromptOptions, at_least
+from logitcache.capture.job import PromptOptions
 from logitcache.errors import InputError
 from logitcache.prompts import load
 from logitcache.runtime.files import LOGS, read_json
-from logitcache.runtime.options import Option, values_of
+from logitcache.runtime.options import Option, at_least, values_of
 from logitcache.runtime.units import in_bytes
 
 _DRAWS = 2000  # of the bootstrap

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from logitcache import prompts
 from logitcache.cache.reader import Cache
-from logitcache.capture.job import SECTIONS, JobOptions, Request, Tokens, identify
+from logitcache.capture.job import JobOptions, Request, Tokens, identify
 from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import rows_of, trace_of
@@ -22,7 +22,7 @@ from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, Sampling
 from logitcache.prompts import Prompt
 from logitcache.runtime.options import Option
-from logitcache.sections import Sections, answer_text
+from logitcache.sections import SECTIONS_GROUP, Sections, answer_text
 from logitcache.trace import Trace
 
 
@@ -78,7 +78,7 @@ class ScoreOptions(JobOptions):
             default="whole traces",
         ),
     ] = None
-    eos: Annotated[bool, Option("End the completions of a file with the end-of-sequence token.", SECTIONS)] = True
+    eos: Annotated[bool, Option("End the completions of a file with the end-of-sequence token.", SECTIONS_GROUP)] = True
 
     def __post_init__(self) -> None:
         super().__post_init__()

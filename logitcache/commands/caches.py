@@ -1,12 +1,10 @@
 """info, verify, slice, merge, split."""
 
-from typing import Annotated
-
 from logitcache.cache import reader
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.verify import VerifyReport, verify_cache
 from logitcache.commands.builder import command
-from logitcache.commands.results import show, show_json
+from logitcache.commands.results import Json, show, show_json
 from logitcache.commands.text_caches import (
     describe_info,
     describe_merge,
@@ -14,14 +12,11 @@ from logitcache.commands.text_caches import (
     describe_split,
     describe_verify,
 )
-from logitcache.runtime.options import Option
 from logitcache.transform.merge import MergeReport
 from logitcache.transform.merge import merge as merge_caches
 from logitcache.transform.slice import SliceReport, slice_cache
 from logitcache.transform.split import SplitReport
 from logitcache.transform.split import split as split_cache
-
-Json = Annotated[bool, Option("Print one JSON object.", "Output")]
 
 
 @command(reader.info)

@@ -1,7 +1,6 @@
 """generate, plan, score."""
 
 from pathlib import Path
-from typing import Annotated
 
 from logitcache.capture import generate as generating
 from logitcache.capture import plan as planning
@@ -11,9 +10,8 @@ from logitcache.capture.plan import PlanOptions
 from logitcache.capture.score import ScoreOptions
 from logitcache.capture.summary import Summary
 from logitcache.commands.builder import command
-from logitcache.commands.results import show, show_json, signal_code
+from logitcache.commands.results import Json, show, show_json, signal_code
 from logitcache.commands.text_capture import describe_estimate, describe_summary
-from logitcache.runtime.options import Option
 
 
 @command(GenerateOptions)
@@ -28,7 +26,7 @@ def generate(options: GenerateOptions) -> int:
 
 
 @command(PlanOptions)
-def plan(options: PlanOptions, json: Annotated[bool, Option("Print one JSON object.", "Output")] = False) -> None:
+def plan(options: PlanOptions, json: Json = False) -> None:
     """Have the teacher answer a few of PROMPTS, and estimate bytes, disk, tokens/s and hours of the whole job.
 
     Takes the options of generate. With --out the traces are kept, and generate resumes that cache.

@@ -1,17 +1,14 @@
 """eval, compare."""
 
-from typing import Annotated, Any
+from typing import Any
 
 from logitcache.accuracy.options import AccuracyOptions
 from logitcache.commands.builder import Values, command
-from logitcache.commands.results import show, show_json, signal_code
+from logitcache.commands.results import Json, show, show_json, signal_code
 from logitcache.errors import InputError
-from logitcache.runtime.options import Option
 from logitcache.student.evaluation import compare as comparing
 from logitcache.student.evaluation.compare import Comparison
 from logitcache.student.evaluation.options import EvaluationOptions
-
-Json = Annotated[bool, Option("Print one JSON object.", "Output")]
 
 
 def _kind(values: Values) -> tuple[Any, str]:

@@ -4,11 +4,14 @@ import json
 import os
 import signal
 from dataclasses import asdict, is_dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from logitcache.errors import with_flags
+from logitcache.runtime.options import Option
+
+Json = Annotated[bool, Option("Print one JSON object.", "Output")]
 
 
 def show(text: str) -> None:

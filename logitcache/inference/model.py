@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from logitcache.errors import InputError, ModelError, first_line
 from logitcache.identity import text_hash, tokenizer_hash, weights_fingerprint
 from logitcache.prompts import Prompt
-from logitcache.runtime.options import Option
+from logitcache.runtime.options import Option, at_least
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -104,8 +104,7 @@ class ModelSpec(ModelOptions):
 
     def __post_init__(self) -> None:
         refuse_reserved("engine_args", self.engine_args, RESERVED_ARGS | {"model": f"`{self.option}`"})
-        if self.tensor_parallel_size < 1:
-            raise InputError(f"`tensor_parallel_size` {self.tensor_parallel_size}: must be at least 1")
+        at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
 
     def identity_args(self) -> dict[str, Any]:
         """The engine arguments that may change a distribution."""
@@ -134,8 +133,7 @@ class Sampling:
         refuse_reserved("sampling", self.sampling, RESERVED_SAMPLING)
         if self.temperature < 0:
             raise InputError(f"`temperature` {self.temperature:g}: must be at least 0")
-        if self.max_tokens < 1:
-            raise InputError(f"`max_tokens` {self.max_tokens}: must be at least 1")
+        at_least("max_tokens", self.max_tokens, 1)
 
 
 def refuse_reserved(option: str, given: dict[str, Any], reserved: dict[str, str | None]) -> None:

@@ -251,3 +251,9 @@ def _numbers(p: Parameter, raw: list[str]) -> dict[str, float]:
 def values_of(kind: type, source: Any) -> dict[str, Any]:
     """The values that ``source`` has for the fields of the dataclass ``kind``."""
     return {field.name: getattr(source, field.name) for field in fields(kind)}
+
+
+def at_least(name: str, value: int | None, least: int) -> None:
+    """Raises: InputError for an option below ``least``."""
+    if value is not None and value < least:
+        raise InputError(f"`{name}` {value}: must be at least {least}")
