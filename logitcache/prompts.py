@@ -19,16 +19,26 @@ Rows = Iterator[tuple[str, dict[str, Any]]]  # each row with its place in the so
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """One prompt: plain text, or messages that the chat template renders."""
+    """One prompt: plain text, or messages that the chat template renders.
+
+    Attributes:
+        answer: the gold answer, or several; see ``alternatives``.
+        tools: passed to the chat template.
+        template_args: variables of the chat template, over those of the whole run.
+    """
 
     id: str
     content: str | Messages
     answer: str | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    tools: list[dict[str, Any]] | None = None
+    template_args: dict[str, Any] = field(default_factory=dict)
 
     def digest(self) -> str:
-        """Content hash: 32 hexadecimal digits."""
-        return _digest(self.content)
+        """Content hash of all that the chat template sees: 32 hexadecimal digits."""
+        extra = {"tools": self.tools, "chat_template_kwargs": self.template_args}
+        given = {name: value for name, value in extra.items() if value}
+        return _digest([self.content, given] if given else self.content)
 
 
 @dataclass(frozen=True, slots=True)
@@ -231,6 +241,28 @@ def _are_messages(value: Any) -> bool:
         and len(value) > 0
         and all(isinstance(m, dict) and isinstance(m.get("role"), str) and "content" in m for m in value)
     )
+
+
+def alternatives(answer: str) -> list[str]:
+    """The gold answers in ``Prompt.answer``, any of which is right: several are a JSON array of texts, one is its text."""
+    found = _json_texts(answer)
+    return [answer] if found is None else found
+
+
+def joined_answers(answers: list[str]) -> str:
+    """The text whose ``alternatives`` are ``answers``, at least one."""
+    if len(answers) == 1 and _json_texts(answers[0]) is None:
+        return answers[0]
+    return json.dumps(answers, ensure_ascii=False)
+
+
+def _json_texts(text: str) -> list[str] | None:
+    """The texts of a JSON array that holds nothing else; None for any other text."""
+    try:
+        found = json.loads(text) if text.lstrip().startswith("[") else None
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, list) and found and all(isinstance(x, str) for x in found) else None
 
 
 def _text(answer: Any) -> str:

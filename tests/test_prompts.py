@@ -126,3 +126,15 @@ def test_a_source_is_one_entry_of_the_table(tmp_path, monkeypatch) -> None:
     (tmp_path / "p.text").write_text("one")
     with pytest.raises(PromptsError, match=r"unknown file type '\.text'; did you mean \.txt"):
         load(str(tmp_path / "p.text"))
+
+
+@pytest.mark.parametrize("answers", [["204"], ["1/2", "0.5"], ['["a"]'], ["[1, 2]"], ["[]"], ["[", "]"]])
+def test_alternatives_are_those_that_were_joined(answers) -> None:
+    assert prompts.alternatives(prompts.joined_answers(answers)) == answers
+
+
+def test_a_digest_covers_all_that_the_template_sees() -> None:
+    plain = prompts.Prompt("1", [{"role": "user", "content": "hi"}])
+    tools = prompts.Prompt("1", plain.content, tools=[{"type": "function"}])
+    terse = prompts.Prompt("1", plain.content, template_args={"enable_thinking": False})
+    assert len({p.digest() for p in (plain, tools, terse)}) == 3

@@ -6,9 +6,10 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from logitcache.errors import NotACacheError, ShardCorruptError, WriteError
 from logitcache.runtime.locks import exclusive
@@ -37,6 +38,21 @@ def publish(path: Path, data: bytes | memoryview) -> None:
         raise WriteError(
             f"{path}: {e.strerror or e} while writing {len(data):,} bytes; {way_out}, then run the same command to resume"
         ) from e
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Opens a regular file for reading; follows no link and waits for nothing.
+
+    Raises: OSError; ELOOP for a link, and EINVAL for what is no file, such as a directory or a FIFO.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def sync_directory(path: Path) -> None:

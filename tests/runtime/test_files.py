@@ -10,7 +10,7 @@ import pytest
 from logitcache.accuracy import budgets
 from logitcache.cache import manifest
 from logitcache.errors import CacheBusyError, ShardCorruptError, WriteError
-from logitcache.runtime.files import publish, publish_json, read_json
+from logitcache.runtime.files import open_regular, publish, publish_json, read_json
 from logitcache.runtime.locks import exclusive
 from logitcache.student.training import run_settings
 from logitcache.student.training.checkpoints import RUN_FILE
@@ -122,3 +122,14 @@ def test_a_kill_while_the_first_record_is_published_leaves_a_place_to_begin_anew
     assert look(tmp_path) is None
     publishes(tmp_path)
     assert look(tmp_path) == found
+
+
+def test_only_regular_files_are_opened_and_no_links_followed(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"1234")
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    os.mkfifo(tmp_path / "fifo")
+    with open_regular(tmp_path / "file") as file:
+        assert file.read() == b"1234"
+    for name in ("link", "fifo", "."):
+        with pytest.raises(OSError):  # noqa: PT011
+            open_regular(tmp_path / name)
