@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcache import prompts
-from logitcache.capture.job import JobOptions, PromptOptions, Request, Tokens, identify
+from logitcache.capture.job import Context, JobOptions, PromptOptions, Request, Tokens, identify
 from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import trace_of
@@ -84,5 +84,5 @@ class _Answers:
             self._rendered = prompt, Tokens(token_ids, len(token_ids))
         return self._rendered[1]
 
-    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
-        return trace_of(request, request.content, completion, identity, self.facts, self.options.verifier)
+    def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:
+        return trace_of(request, request.content, completion, identity, self.facts, self.options.verifier, context)

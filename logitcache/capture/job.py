@@ -1,6 +1,6 @@
 """Options and identity of a cache that is filled, and the task that turns requests into traces."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -152,11 +152,15 @@ class Request:
     content: Any  # the task makes token ids of it
 
 
+Context = Sequence[tuple[int, int]]
+
+
 class Tokens(NamedTuple):
     """Input of the engine for a request: the prompt, or the whole text if it is scored."""
 
     ids: list[int]
     prompt_length: int
+    context: Context = ()  # half-open spans that are read and never supervised, such as results of tools
 
 
 class Task(Protocol):
@@ -181,7 +185,9 @@ class Task(Protocol):
         """Raises: InputError if the teacher cannot take the request."""
         ...
 
-    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace: ...
+    def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:
+        """The trace of a completion; ``context``: that of the request's `Tokens`."""
+        ...
 
 
 def identify(

@@ -14,7 +14,7 @@ from logitcache.cache import manifest, shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace
 from logitcache.cache.workers import Worker
-from logitcache.capture.job import Request, Task, Tokens, rows_wanted
+from logitcache.capture.job import Context, Request, Task, Tokens, rows_wanted
 from logitcache.capture.summary import Summary
 from logitcache.errors import InputError, ShardCorruptError, first_line
 from logitcache.identity import Identity
@@ -95,6 +95,7 @@ class Unit:
 class _InFlight:
     request: Request
     prompt_length: int
+    context: Context
     unit: Unit
 
 
@@ -141,7 +142,7 @@ class _Filling:
             except InputError as e:
                 self._skip(request, e)
                 continue
-            self.in_flight[request.trace_id] = _InFlight(request, tokens.prompt_length, self._join())
+            self.in_flight[request.trace_id] = _InFlight(request, tokens.prompt_length, tokens.context, self._join())
             yield EngineRequest(request.trace_id, tokens.ids)
         if self.open:
             self.open[-1].closed = True
@@ -185,7 +186,7 @@ class _Filling:
         if self.task.scored:
             first = 1 if self.identity.prompt_logits else max(1, flight.prompt_length)
             completion = completion.split_at(flight.prompt_length, first)
-        flight.unit.finished.append(self.session.later(self._encode, flight.request, completion))
+        flight.unit.finished.append(self.session.later(self._encode, flight.request, completion, flight.context))
         made = len(completion.token_rank) if self.task.scored else completion.made
         self.summary.tokens += made
         self._publish_if_complete(flight.unit)
@@ -208,10 +209,11 @@ class _Filling:
         number, self.number = self.number, self.options.place.number_after(self.number)
         return number
 
-    def _encode(self, request: Request, completion: Completion) -> EncodedTrace | None:
+    def _encode(self, request: Request, completion: Completion, context: Context) -> EncodedTrace | None:
         """A trace, encoded. None if that fails: the summary then has the reason, and other traces are not affected."""
         try:
-            return EncodedTrace.of(self.task.trace(request, completion, self.identity), self.identity)
+            trace = self.task.trace(request, completion, self.identity, context)
+            return EncodedTrace.of(trace, self.identity)
         except Exception as e:  # a tokenizer or a grader may raise anything
             self.summary.failed[request.trace_id] = f"{request.prompt_id}: {first_line(e)}"
             return None

@@ -8,9 +8,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+
 from logitcache import prompts
 from logitcache.cache.reader import Cache
-from logitcache.capture.job import JobOptions, Request, Tokens, identify
+from logitcache.capture.job import Context, JobOptions, Request, Tokens, identify
 from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import rows_of, trace_of
@@ -170,10 +172,10 @@ class _Texts:
             completion.append(tokenizer.eos_token_id)
         return Tokens([*prompt, *completion], len(prompt))
 
-    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
+    def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:
         text: _Text = request.content
         completion = replace(completion, finish_reason=text.finish_reason)
-        return trace_of(request, text.prompt, completion, identity, self.facts, self.options.verifier)
+        return trace_of(request, text.prompt, completion, identity, self.facts, self.options.verifier, context)
 
 
 class _Traces:
@@ -204,13 +206,13 @@ class _Traces:
         span = self.crop.span(len(token_ids))
         return Tokens(token_ids[span].tolist(), _cropped(spans, span).prompt_end)
 
-    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
+    def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:
         trace, verifier = self.cache[request.content], self.options.verifier
         span = self.crop.span(len(trace.token_ids))
         rows = rows_of(completion, identity)
-        text, correct = trace.text, trace.correct
+        text, offset, correct = trace.text, trace.answer_offset, trace.correct
         if span != slice(0, len(trace.token_ids)):
-            text = self._text(trace, span)
+            text, offset = self._text(trace, span)
         if verifier:  # grades the whole answer, of which a crop may have only a part
             answer = answer_text(trace.text, trace.sections, identity.markers)
             correct = verdict(verifier, answer, trace.answer, trace.metadata)
@@ -224,15 +226,28 @@ class _Traces:
             token_logprob=completion.token_logprob,
             token_rank=completion.token_rank,
             text=text,
+            answer_offset=offset,
+            context_spans=_cropped_context(trace, span),
             correct=correct,
         )
 
-    def _text(self, trace: Trace, span: slice) -> str:
+    def _text(self, trace: Trace, span: slice) -> tuple[str, int | None]:
+        """The text of a crop's completion, and its characters before the answer if the trace's own are stored."""
         pieces = model.token_texts(self.facts, trace.token_ids[span].tolist())
         ended = int(trace.token_ids[span][-1]) in self.facts.eos_ids
-        start = max(0, trace.sections.prompt_end - span.start)
-        return "".join(piece or "" for piece in pieces[start : len(pieces) - ended])
+        spans = _cropped(trace.sections, span)
+        text, before = (
+            "".join(piece or "" for piece in pieces[spans.prompt_end : end])
+            for end in (len(pieces) - ended, spans.answer_start)
+        )
+        return text, None if trace.answer_offset is None else min(len(before), len(text))
 
 
 def _cropped(spans: Sections, span: slice) -> Sections:
     return Sections(*(min(max(bound - span.start, 0), span.stop - span.start) for bound in spans.bounds()))
+
+
+def _cropped_context(trace: Trace, span: slice) -> np.ndarray:
+    """The context spans that a crop reads, int32 [C, 2]."""
+    cropped = np.clip(trace.context_spans, span.start, span.stop) - span.start
+    return cropped[cropped[:, 0] < cropped[:, 1]].astype(np.int32)

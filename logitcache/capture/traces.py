@@ -1,7 +1,9 @@
 """Turns a finished completion into a trace."""
 
+import numpy as np
+
 from logitcache import sections, sparse_rows
-from logitcache.capture.job import Request
+from logitcache.capture.job import Context, Request
 from logitcache.grading import verdicts
 from logitcache.identity import Identity
 from logitcache.inference import model
@@ -30,6 +32,7 @@ def trace_of(
     identity: Identity,
     facts: ModelFacts,
     verifier: str | None,
+    context: Context = (),
 ) -> Trace:
     """The trace of a completion: its sections, rows, text, and verdict if a verifier is given.
 
@@ -58,4 +61,5 @@ def trace_of(
         answer=prompt.answer,
         correct=correct,
         metadata=prompt.metadata,
+        context_spans=np.array(context, np.int32).reshape(-1, 2),
     )
