@@ -34,7 +34,9 @@ class Trace:
     # int32 [C, 2], half-open token spans of the completion that others wrote, such as the results of tools: they are read,
     # never supervised. Ascending, apart from each other.
     context_spans: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
-    answer_offset: int | None = None  # characters of the text before the answer; None: as `sections.answer_text` finds it
+    answer_offset: int | None = (
+        None  # characters of the text before the answer; None: as `sections.answer_text` finds it
+    )
 
     def __post_init__(self) -> None:
         bounds = [self.sections.prompt_end, *self.context_spans.ravel().tolist(), len(self.token_ids)]

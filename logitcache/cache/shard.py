@@ -117,7 +117,9 @@ def write(
     table = _share_table(traces, identity)
     # Base64: strict readers of Arrow expect metadata to be text.
     records = [t.record for t in traces]
-    schema = schema_of({name for record in records for name in record}).with_metadata({TABLE_KEY: base64.b64encode(table.to_bytes())} if table else None)
+    schema = schema_of({name for record in records for name in record}).with_metadata(
+        {TABLE_KEY: base64.b64encode(table.to_bytes())} if table else None
+    )
     arrow = pa.Table.from_pylist(records, schema=schema).combine_chunks()
     buffer = io.BytesIO()
     with pa.ipc.new_file(buffer, schema) as writer:

@@ -214,7 +214,7 @@ class _Traces:
         if span != slice(0, len(trace.token_ids)):
             text, offset = self._text(trace, span)
         if verifier:  # grades the whole answer, of which a crop may have only a part
-            answer = answer_text(trace.text, trace.sections, identity.markers)
+            answer = answer_text(trace.text, trace.sections, identity.markers, trace.answer_offset)
             correct = verdict(verifier, answer, trace.answer, trace.metadata)
         return replace(
             trace,
