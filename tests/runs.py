@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoModelForCausalLM, TrainerState
 
+from logitcache.student.training.checkpoints import WORK
 from logitcache.student.training.distributed import end_process_group
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run import train
@@ -58,7 +59,7 @@ CHECKPOINT_FILES = (
 
 def kill_at(step: int, file: str) -> None:
     """This process dies while it writes that file of the checkpoint of that step, half of it on disk."""
-    watched = f"checkpoint-{step}"
+    watched = f"{WORK}/checkpoint-{step}"
 
     def die(path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
