@@ -116,12 +116,15 @@ class SafeTrainer(Trainer):
             except torch.OutOfMemoryError:
                 raise
             except (OSError, SafetensorError, RuntimeError) as e:  # torch.save raises RuntimeError on a full disk
+                found = self._write_error(place, e)
                 clear_work(self._out) if self.args.should_save else None
-                raise self._write_error(place, e) from e
+                raise found from e
 
     def _write_error(self, place: Path, error: Exception) -> WriteError:
         name = place.relative_to(self._out / WORK) if place.is_relative_to(self._out / WORK) else place
         cause = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        if "inline_container" in cause or "PytorchStreamWriter" in cause:  # of torch.save, which does not say why
+            cause = "a file was written in part only"
         free = shutil.disk_usage(self._out).free / 1e6
         return WriteError(
             f"{self._out / name}: not saved: {cause}, with {free:,.0f} MB free; earlier checkpoints are intact: free some "

@@ -1,16 +1,21 @@
-"""Training killed at random moments, and what a power cut does to its files."""
+"""Training killed at random moments, what a power cut does to its files, and a disk that is full."""
 
+import json
 import random
+import resource
 import time
 from pathlib import Path
 
 import pytest
 
+from logitcache.errors import WriteError
 from logitcache.student.training.checkpoint_files import checkpoint_damage
-from logitcache.student.training.checkpoints import checkpoints
-from tests.runs import history, in_a_process, same, weights
+from logitcache.student.training.checkpoints import WORK, checkpoints
+from logitcache.student.training.run import train
 from logitcache.student.training.run_record import RunRecord
-import json
+from logitcache.student.training.saving import SafeTrainer
+from tests.runs import history, in_a_process, same, weights
+from tests.tiny import one_thread  # noqa: F401
 
 KILLS = 20
 
@@ -56,3 +61,29 @@ def test_a_run_killed_twenty_times_with_zeroed_files_ends_with_the_same_weights(
         assert history(read(out), "loss") == history(expected, "loss")
     print(f"{kills} kills and {damaged} damaged checkpoints in {runs} runs of {duration:.1f} s")
     assert damaged
+
+
+# At these sizes the model, the optimizer and the model at the end cannot be written.
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "limit"), [("_save_checkpoint", 20_000), ("_save_checkpoint", 100_000), ("save_model", 20_000)])
+def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(options, monkeypatch, method, limit):
+    opts = options(set={"save_strategy": "steps", "save_steps": "2"})
+    write = getattr(SafeTrainer, method)
+
+    def full(self, *args, **named):
+        if self.state.global_step >= 6 and not named.get("_internal_call"):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        try:
+            return write(self, *args, **named)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    monkeypatch.setattr(SafeTrainer, method, full)
+    with pytest.raises(WriteError, match=r"not saved: .* MB free; earlier checkpoints are intact") as error:
+        train(opts)
+    assert "\n" not in str(error.value)
+    assert not (opts.out / WORK).exists()
+    assert not (opts.out / "model.safetensors").exists()
+    assert [checkpoint_damage(c) for c in checkpoints(opts.out)] == [None, None]
+    monkeypatch.undo()
+    assert train(opts).status == "finished"
