@@ -16,7 +16,8 @@ import numpy as np
 from logitcache.errors import StudentError
 from logitcache.runtime.files import publish
 from logitcache.runtime.options import Option
-from logitcache.student.training.checkpoints import RUN_FILE, SPENT_FILE, find_run, newest_checkpoint, run_status
+from logitcache.student.training.checkpoint_files import SPENT_FILE
+from logitcache.student.training.checkpoints import RUN_FILE, find_run, newest_checkpoint, run_status
 
 CURVES_FILE = "curves.png"
 SMOOTHED = 50  # the running mean drawn over a loss curve spans a 50th of its points
