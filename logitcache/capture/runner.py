@@ -20,7 +20,7 @@ from logitcache.errors import InputError, ShardCorruptError, first_line
 from logitcache.identity import Identity
 from logitcache.inference.engine import Completion
 from logitcache.inference.session import EngineRequest, Session
-from logitcache.runtime.files import LOGS, publish_json, read_json
+from logitcache.runtime.files import LOGS, publish_json, read_json, remove_parts
 
 
 def fill(task: Task, identity: Identity) -> Summary:
@@ -62,10 +62,14 @@ def fill(task: Task, identity: Identity) -> Summary:
 
 def _sweep(directory: Path, worker: Worker) -> None:
     """Removes files without an index, which a kill left of this worker's shards. No other process can be writing them."""
-    for path in [*directory.glob("unit-*.arrow"), *directory.glob("unit-*.part")]:
-        number = path.name.removeprefix("unit-").partition(".")[0]
-        whole = path.suffix == ".arrow" and path.with_suffix(".json").exists()
-        if not whole and number.isdecimal() and int(number) % worker.count == worker.index:
+
+    def mine(name: str) -> bool:
+        number = name.removeprefix("unit-").partition(".")[0]
+        return number.isdecimal() and int(number) % worker.count == worker.index
+
+    remove_parts(directory, mine)
+    for path in directory.glob("unit-*.arrow"):
+        if mine(path.name) and not path.with_suffix(".json").exists():
             path.unlink(missing_ok=True)
 
 

@@ -1,6 +1,7 @@
 """Output of long commands: a progress bar on a terminal, plain lines elsewhere, output of other libraries in a log."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
@@ -11,7 +12,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from logitcache.errors import with_flags
+from logitcache.errors import WriteError, with_flags
+from logitcache.runtime.regular_files import descriptor_of
 
 
 @contextlib.contextmanager
@@ -20,11 +22,16 @@ def redirect_output(log: Path) -> Iterator[TextIO]:
 
     Redirects file descriptors, so that C libraries and the engine's processes are included.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.parent.is_symlink():
+            raise OSError(errno.ELOOP, "is a link", str(log.parent))
+        target = descriptor_of(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError as e:
+        raise WriteError(f"{log}: {e.filename} {e.strerror}; give `out` a directory that can hold logs") from e
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)

@@ -5,8 +5,8 @@ Reads run.json and, for an unfinished run, its checkpoints. Needs neither torch 
 
 import contextlib
 import importlib.util
-import io
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,6 +16,7 @@ import numpy as np
 from logitcache.errors import StudentError
 from logitcache.runtime.files import publish
 from logitcache.runtime.options import Option
+from logitcache.runtime.pictures import is_ours, label, png
 from logitcache.student.training.checkpoint_files import SPENT_FILE
 from logitcache.student.training.checkpoints import RUN_FILE, find_run, newest_checkpoint, run_status
 
@@ -103,6 +104,9 @@ def compare(
         raise StudentError("no runs to compare: give directories that `logitcache train --out` made")
     if out is not None and importlib.util.find_spec("matplotlib") is None:
         raise StudentError("curves need matplotlib: pip install matplotlib, or omit `out` to get the table alone")
+    curves = out and out / CURVES_FILE
+    if curves and os.path.lexists(curves) and not is_ours(curves):
+        raise StudentError(f"{curves} was not drawn by logitcache; move it away, or give `out` another directory")
     read = [_read(path, name) for path, name in zip(runs, _names(runs), strict=True)]
     compared, settings = [run for run, _ in read], [_flat(found) for _, found in read]
     keys = dict.fromkeys(key for each in settings for key in each)
@@ -110,11 +114,11 @@ def compare(
     differs = {key: v for key, v in values.items() if any(value != v[0] for value in v)}
     held_out, loss = ([k for k in differs if k.startswith(names)] for names in (_HELD_OUT, _OBJECTIVE))
     files = []
-    if out is not None:
+    if curves:
         nats = all(each.get("divergence") != "tv" for each in settings)
         unit = "objectives differ" if loss else "nats per position" if nats else "per position"
-        publish(out / CURVES_FILE, _curves_png(compared, unit))
-        files.append(str(out / CURVES_FILE))
+        publish(curves, _curves_png(compared, unit))
+        files.append(str(curves))
     return Comparison(runs=compared, differs=differs, held_out_differs=held_out, loss_differs=loss, files=files)
 
 
@@ -218,21 +222,21 @@ def _curves_png(runs: list[ComparedRun], loss_unit: str) -> bytes:
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     plots: Any = figure.subplots(2, len(AXES), sharey="row", sharex="col")
-    for row, label, curves in (
+    for row, name, drawn in (
         (plots[0], f"training loss ({loss_unit})", [(run.training, run.training.loss) for run in runs]),
         (plots[1], "held-out KL (nats per position)", [(run.held_out, run.held_out.kl) for run in runs]),
     ):
-        row[0].set_ylabel(label)
+        row[0].set_ylabel(name)
         for plot, axis in zip(row, AXES, strict=True):
-            for i, (run, (curve, y)) in enumerate(zip(runs, curves, strict=True)):
+            for i, (run, (curve, y)) in enumerate(zip(runs, drawn, strict=True)):
                 style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
                 if curve is run.held_out:
                     style |= {"marker": "o", "markersize": 4}
-                    style |= {"label": f"{run.name} ({run.status})"} if axis == "step" else {}
+                    style |= {"label": label(f"{run.name} ({run.status})")} if axis == "step" else {}
                 if (x := getattr(curve, axis)) is not None:
                     _line(plot, np.array(x), np.array(y), style)
             plot.grid(alpha=0.3)
-        seen = [value for _, y in curves for value in y]
+        seen = [value for _, y in drawn for value in y]
         if seen and min(seen) > 0:  # on a linear axis a start at 10 nats would flatten everything after it
             row[0].set_yscale("log")
             narrow = max(seen) < 30 * min(seen)
@@ -245,9 +249,7 @@ def _curves_png(runs: list[ComparedRun], loss_unit: str) -> bytes:
         if axis != "seconds":
             plot.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(loc="outside upper left", ncols=min(len(runs), 3))
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=160)
-    return image.getvalue()
+    return png(figure, 160)
 
 
 def _line(plot: Any, x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> None:

@@ -179,7 +179,7 @@ def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_only_the_cache_itself_is_pushed(hub, cache) -> None:
-    for name in (".lock", "logs/engine.log", "set-aside/unit-000009.arrow", "shards/unit-000007.arrow.part"):
+    for name in (".lock", "logs/engine.log", "set-aside/unit-000009.arrow", "shards/.unit-000007.arrow.logitcache-part", "shards/unit-000007.arrow.part"):
         (cache.path / name).parent.mkdir(exist_ok=True)
         (cache.path / name).write_bytes(b"x")
     (cache.path / "shards" / "unit-000008.arrow").write_bytes(b"a crash left this without an index")
@@ -244,7 +244,7 @@ def test_a_shard_that_was_damaged_on_the_hub_is_not_pulled(hub, cache, tmp_path)
     tree["shards/unit-000001.arrow"] = tree["shards/unit-000001.arrow"][:-1] + b"x"
     with pytest.raises(ShardCorruptError, match="me/traces: unit-000001: .* checksum"):
         pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out.part"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.logitcache-part", "cache"]
 
 
 @pytest.mark.slow
@@ -344,7 +344,7 @@ def test_a_pull_that_broke_off_goes_on_and_keeps_nothing_old(hub, cache, tmp_pat
     with pytest.raises(LogitcacheError, match="me/traces: the hub cannot be reached .*the line is cut"):
         pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
     assert not (tmp_path / "out").exists()
-    (tmp_path / "out.part" / "shards" / "unit-000099.json").write_text("of an older state")
+    (tmp_path / ".out.logitcache-part" / "content" / "shards" / "unit-000099.json").write_text("of an older state")
     monkeypatch.setattr(HfApi, "snapshot_download", download)
     hub.read.clear()
     pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)

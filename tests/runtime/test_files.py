@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import signal
@@ -24,8 +25,11 @@ def test_a_published_file_is_whole_and_leaves_no_part(tmp_path: Path) -> None:
     assert (tmp_path / "a").read_bytes() == b"12345"
 
 
-def test_a_full_disk_leaves_nothing_and_says_the_way_out(tmp_path: Path) -> None:
-    (tmp_path / "a.part").symlink_to("/dev/full")  # a real refusal: No space left on device
+def test_a_full_disk_leaves_nothing_and_says_the_way_out(tmp_path: Path, monkeypatch) -> None:
+    def full(_) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(WriteError, match=r"a: No space left on device.*; free some space, then run the same command"):
         publish(tmp_path / "a", b"x" * 100_000)
     assert list(tmp_path.iterdir()) == []
@@ -118,7 +122,7 @@ def test_a_kill_while_the_first_record_is_published_leaves_a_place_to_begin_anew
         f"with exclusive(out / '.lock', 'out'): publish(out / {name!r}, b'1234')"
     )
     assert subprocess.run([sys.executable, "-c", script]).returncode == -signal.SIGKILL
-    assert sorted(p.name for p in tmp_path.iterdir()) == [".lock", f"{name}.part"]
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", f".{name}.logitcache-part"}
     assert look(tmp_path) is None
     publishes(tmp_path)
     assert look(tmp_path) == found
