@@ -11,10 +11,11 @@ from logitcache import sections
 from logitcache.accuracy.answer_file import NO_ROOM, Answer, AnswerFile, Key, digest_of
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
-from logitcache.inference import model
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, ModelSpec, Sampling
+from logitcache.inference.rendering import render
 from logitcache.inference.session import EngineRequest, Session
+from logitcache.inference.token_texts import token_texts
 from logitcache.prompts import Prompt
 from logitcache.sections import Markers
 
@@ -134,8 +135,8 @@ class Run:
 
     def _render(self, prompt: Prompt) -> list[int]:
         asked = self.questions
-        ids = model.render(asked.facts, prompt, asked.spec.template_args)
-        spans = sections.find(model.token_texts(asked.facts, ids), len(ids), asked.markers)
+        ids = render(asked.facts, prompt, asked.spec.template_args)
+        spans = sections.find(token_texts(asked.facts, ids), len(ids), asked.markers)
         if spans.reasoning_end < spans.answer_start and asked.cuts(0):
             raise InputError(
                 f"prompt {prompt.id!r}: the chat template closes the reasoning before it begins, so there is none to cut; "
@@ -200,7 +201,7 @@ class Run:
 
     def _read_natural(self, key: Key, tokens: list[int], ended: bool) -> "_Reading":
         prompt_ids = self.prompt_ids[key.prompt_id]
-        texts = model.token_texts(self.questions.facts, [*prompt_ids, *tokens])
+        texts = token_texts(self.questions.facts, [*prompt_ids, *tokens])
         spans = sections.find(texts, len(prompt_ids), self.questions.markers)
         # Delimiters that the template put into the prompt count as prompt.
         _, start, end, close, length = (max(0, bound - len(prompt_ids)) for bound in spans.bounds())
@@ -218,7 +219,7 @@ class Run:
         assert self.delimiters is not None
         assert key.cut is not None
         closing = self.delimiters.closing
-        texts = model.token_texts(self.questions.facts, [*closing, *tokens])[len(closing) :]
+        texts = token_texts(self.questions.facts, [*closing, *tokens])[len(closing) :]
         return _Reading(
             opened=True,
             opening=len(self._opening(self.file.answers[key._replace(cut=None)])),

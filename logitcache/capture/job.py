@@ -1,6 +1,6 @@
 """Options and identity of a cache that is filled, and the task that turns requests into traces."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,6 +14,7 @@ from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
 from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Sampling
 from logitcache.runtime.options import Option, at_least, values_of
+from logitcache.runtime.secrets import without_secrets
 from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
 from logitcache.trace import Trace
 
@@ -153,10 +154,17 @@ class Request:
 
 
 class Tokens(NamedTuple):
-    """Input of the engine for a request: the prompt, or the whole text if it is scored."""
+    """Input of the engine for a request: the prompt, or the whole text if it is scored.
+
+    Attributes:
+        context: [start, end) spans of tokens behind the prompt that are read and never supervised.
+        remarks: what was left out, added or read otherwise than it looks; prompts are counted by it at the end.
+    """
 
     ids: list[int]
     prompt_length: int
+    context: Sequence[tuple[int, int]] = ()
+    remarks: tuple[str, ...] = ()
 
 
 class Task(Protocol):
@@ -204,7 +212,7 @@ def identify(
         top_p=options.top_p,
         min_k=options.min_k,
         prompt_logits=options.prompt_logits,
-        sampling=sampling,
+        sampling=without_secrets(sampling),
         reasoning_markers=markers.pair,
         answer_regex=options.answer_regex,
         dtype=facts.dtype,

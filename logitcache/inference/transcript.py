@@ -1,0 +1,69 @@
+"""An agent's transcript as token ids: what the assistant wrote, between turns that it only read."""
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from logitcache.errors import ModelError
+from logitcache.inference.model import ModelFacts
+from logitcache.inference.rendering import conversation, encode, encode_behind
+from logitcache.prompts import Messages, Prompt
+
+
+@dataclass(frozen=True, slots=True)
+class Transcript:
+    """A rendered conversation. Its first ``prompt_length`` tokens are the prompt.
+
+    Attributes:
+        context: [start, end) spans of tokens behind the prompt that the assistant read and did not write.
+    """
+
+    ids: list[int]
+    prompt_length: int
+    context: list[tuple[int, int]]
+
+
+def transcript(facts: ModelFacts, prompt: Prompt, turns: Messages, template_args: dict[str, Any]) -> Transcript:
+    """Token ids of a prompt's messages and the turns that follow them. What the template puts behind the last turn, beyond
+    its end, is left out.
+
+    Raises: ModelError if the template refuses the messages, or writes a turn otherwise once others follow.
+    """
+    assert not isinstance(prompt.content, str)
+    whole = conversation(facts, prompt, [*prompt.content, *turns], template_args, generate=False)
+
+    def text(count: int, generate: bool) -> str:
+        assert not isinstance(prompt.content, str)
+        return conversation(facts, prompt, [*prompt.content, *turns[:count]], template_args, generate=generate)
+
+    bounds: list[int] = []  # where each turn of the assistant begins and ends in the text
+    for i, turn in enumerate(turns):
+        if turn.get("role") != "assistant":
+            continue
+        before = text(i, True)
+        if not whole.startswith(before):
+            raise ModelError(
+                f"prompt {prompt.id!r}: the chat template writes the turns before turn {i + 1} of the completion otherwise "
+                "once others follow, so they are no prompt of it; give `completion` as text, or another template"
+            )
+        bounds += [len(before), _end_of_turn(facts, whole, text(i + 1, False), len(before))]
+    if turns[-1].get("role") != "assistant":
+        bounds += [len(whole), len(whole)]
+    ids, context = encode(facts, whole[: bounds[0]]), []
+    prompt_length = len(ids)
+    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        piece = encode_behind(facts, ids, whole[start:end])
+        if i % 2 and piece:
+            context.append((len(ids), len(ids) + len(piece)))
+        ids += piece
+    return Transcript(ids, prompt_length, context)
+
+
+def _end_of_turn(facts: ModelFacts, whole: str, until_turn: str, start: int) -> int:
+    """Where a turn ends in the whole text: behind its last control token, or where the texts part. Templates may end the
+    last turn of a conversation with another token."""
+    parting = len(os.path.commonprefix([whole, until_turn]))
+    ends = [m.end() for m in facts.control_pattern.finditer(whole, start) if m.start() < parting] if facts.control_tokens else []
+    if ends and not whole[ends[-1] : parting].strip():
+        return ends[-1]
+    return max(parting, start)
