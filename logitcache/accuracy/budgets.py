@@ -91,9 +91,7 @@ def measure(options: AccuracyOptions) -> AccuracyResult:
             f"`student` {options.student}: no reasoning markers are known for this model, so its reasoning cannot be cut; "
             "give `reasoning_markers` OPENING,CLOSING, or `budgets` none"
         )
-    render(
-        facts, source.prompts[0], options.template_args
-    )  # refuses bad template arguments before the engine loads
+    render(facts, source.prompts[0], options.template_args)  # refuses bad template arguments before the engine loads
     settings = _settings(options, facts, markers)
     _check_directory(out, settings)
     questions = Questions(

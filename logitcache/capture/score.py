@@ -171,11 +171,11 @@ class _Texts:
 
     scored, sampling = True, Sampling()
 
-    def __init__(
-        self, options: ScoreOptions, facts: ModelFacts, end: list[int], markers: list[str] | None
-    ) -> None:
+    def __init__(self, options: ScoreOptions, facts: ModelFacts, end: list[int], markers: list[str] | None) -> None:
         self.options, self.facts, self.end, self.markers = options, facts, end, markers
-        self.ends = replace(facts, eos_ids=facts.eos_ids | {*end[-1:]})  # facts whose end of sequence is that of the texts
+        self.ends = replace(
+            facts, eos_ids=facts.eos_ids | {*end[-1:]}
+        )  # facts whose end of sequence is that of the texts
 
     def requests(self, identity: Identity) -> Iterator[Request]:
         contents: dict[str, str] = {}  # of each prompt id

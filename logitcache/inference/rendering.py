@@ -159,7 +159,9 @@ def _opened(tokenizer: Any, text: str) -> list[int]:
 
 def _with_parsed_arguments(messages: Messages) -> Messages:
     """Messages whose tool calls have their arguments as objects, as templates expect; OpenAI's have them as JSON text."""
-    return [{**m, "tool_calls": [_parsed(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages]
+    return [
+        {**m, "tool_calls": [_parsed(call) for call in m["tool_calls"]]} if m.get("tool_calls") else m for m in messages
+    ]
 
 
 def _parsed(call: Any) -> Any:

@@ -7,7 +7,6 @@ from logitcache.inference.model import ModelFacts
 
 # A character has at most 4 bytes, so no more tokens than this wait for one.
 _LONGEST_WAIT = 8
-_BROKEN = "\N{REPLACEMENT CHARACTER}"
 
 
 def token_texts(facts: ModelFacts, token_ids: list[int]) -> list[str | None]:
@@ -49,11 +48,11 @@ def _differences(tokenizer: Any, token_ids: list[int], whole: str) -> Iterator[s
         before = _decode(tokenizer, token_ids[start:read])
         text = _decode(tokenizer, token_ids[start:end])
         added = text[len(before) :]
-        last = end == len(token_ids)
-        if not last and end - read < _LONGEST_WAIT and (not added or added.endswith(_BROKEN)):
+        fits = bool(added) and whole.startswith(added, given)
+        if not fits and end < len(token_ids) and end - read < _LONGEST_WAIT:
             yield None
             continue
-        if not whole.startswith(added, given) or last:  # the window's first tokens changed how the others read
+        if not fits or end == len(token_ids):  # the window's first tokens changed how the others read
             added = _next(tokenizer, token_ids[:end], whole, given)
         given += len(added)
         start, read = read, end

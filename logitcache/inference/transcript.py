@@ -1,7 +1,7 @@
 """An agent's transcript as token ids: what the assistant wrote, between turns that it only read."""
 
-import os
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from logitcache.errors import ModelError
@@ -47,11 +47,13 @@ def transcript(facts: ModelFacts, prompt: Prompt, turns: Messages, template_args
                 "once others follow, so they are no prompt of it; give `completion` as text, or another template"
             )
         bounds += [len(before), _end_of_turn(facts, whole, text(i + 1, False), len(before))]
+    if not bounds:
+        raise ModelError(f"prompt {prompt.id!r}: the completion has no turn of the assistant")
     if turns[-1].get("role") != "assistant":
         bounds += [len(whole), len(whole)]
     ids, context = encode(facts, whole[: bounds[0]]), []
     prompt_length = len(ids)
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for i, (start, end) in enumerate(pairwise(bounds)):
         piece = encode_behind(facts, ids, whole[start:end])
         if i % 2 and piece:
             context.append((len(ids), len(ids) + len(piece)))
@@ -62,8 +64,8 @@ def transcript(facts: ModelFacts, prompt: Prompt, turns: Messages, template_args
 def _end_of_turn(facts: ModelFacts, whole: str, until_turn: str, start: int) -> int:
     """Where a turn ends in the whole text: behind its last control token, or where the texts part. Templates may end the
     last turn of a conversation with another token."""
-    parting = len(os.path.commonprefix([whole, until_turn]))
-    ends = [m.end() for m in facts.control_pattern.finditer(whole, start) if m.start() < parting] if facts.control_tokens else []
+    parting = next((i for i, (a, b) in enumerate(zip(whole, until_turn, strict=False)) if a != b), len(until_turn))
+    ends = [m.end() for m in facts.control_pattern.finditer(whole, start) if m.start() < parting]
     if ends and not whole[ends[-1] : parting].strip():
         return ends[-1]
     return max(parting, start)

@@ -8,17 +8,15 @@ HIDDEN = "[hidden]"
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET = frozenset(
-    ["secret", "secrets", "password", "passwd", "passphrase", "pwd", "key", "apikey", "credential", "credentials"]
-    + ["authorization", "auth", "bearer", "cookie"]
+    "secret secrets password passwd passphrase pwd key apikey credential credentials authorization auth bearer cookie".split()
 )
 # What stands before "token" in the name of a token of a vocabulary.
 _OF_A_VOCABULARY = frozenset(
-    ["bos", "eos", "pad", "unk", "sep", "cls", "mask", "stop", "start", "end", "begin", "image", "img", "audio", "video"]
-    + ["vision", "boi", "eoi", "eot", "eom", "think", "thinking", "reasoning", "special", "prefix", "suffix", "per"]
-    + ["additional", "first", "last", "next", "user", "assistant", "system", "tool", "soft", "newline", "answer"]
+    "bos eos pad unk sep cls mask stop start end begin first last next prefix suffix special additional newline per "
+    "image img audio video vision boi eoi eot eom soft think thinking reasoning answer user assistant system tool".split()
 )
 _VALUE = re.compile(
-    r"\b(?:hf_|api_org_)[A-Za-z0-9]{6,}"
+    r"\b(?:hf_|api_org_)(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{10,}"
     r"|\b(?:sk|rk|pk)-[A-Za-z0-9_-]{16,}"
     r"|\b(?:gh[opsur]_[A-Za-z0-9]{16,}|github_pat_\w{16,}|glpat-[\w-]{16,}|xox[a-z]-[\w-]{10,})"
     r"|\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"
