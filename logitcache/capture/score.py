@@ -35,7 +35,6 @@ from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS_GROUP, Sections, answer_text
 from logitcache.trace import Trace
 
-
 _TAIL = 32  # tokens at the end of a prompt that may hold a section marker
 
 
@@ -209,6 +208,7 @@ class _Texts:
         if isinstance(said, list):
             found = transcript(self.facts, text.prompt, said, self.options.template_args)
             ids, length, context = found.ids, found.prompt_length, found.context
+            noted += [f"completions have {name}, which the chat template does not write" for name in sorted(found.lost)]
         else:
             ids = render(self.facts, text.prompt, self.options.template_args)
             length, context = len(ids), ()

@@ -67,8 +67,20 @@ RESERVED_SAMPLING = {
     "output_kind": None,
 }
 RESERVED_TEMPLATE_ARGS: dict[str, str | None] = dict.fromkeys(
-    "conversation add_generation_prompt continue_final_message tokenize padding truncation max_length return_tensors "
-    "return_dict return_assistant_tokens_mask tokenizer_kwargs chat_template".split()
+    [
+        "conversation",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "chat_template",
+    ]
 ) | {"tools": "the column `tools`"}
 
 

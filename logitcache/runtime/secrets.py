@@ -8,12 +8,65 @@ HIDDEN = "[hidden]"
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _SECRET = frozenset(
-    "secret secrets password passwd passphrase pwd key apikey credential credentials authorization auth bearer cookie".split()
+    [
+        "secret",
+        "secrets",
+        "password",
+        "passwd",
+        "passphrase",
+        "pwd",
+        "key",
+        "apikey",
+        "credential",
+        "credentials",
+        "authorization",
+        "auth",
+        "bearer",
+        "cookie",
+    ]
 )
 # What stands before "token" in the name of a token of a vocabulary.
 _OF_A_VOCABULARY = frozenset(
-    "bos eos pad unk sep cls mask stop start end begin first last next prefix suffix special additional newline per "
-    "image img audio video vision boi eoi eot eom soft think thinking reasoning answer user assistant system tool".split()
+    [
+        "bos",
+        "eos",
+        "pad",
+        "unk",
+        "sep",
+        "cls",
+        "mask",
+        "stop",
+        "start",
+        "end",
+        "begin",
+        "first",
+        "last",
+        "next",
+        "prefix",
+        "suffix",
+        "special",
+        "additional",
+        "newline",
+        "per",
+        "image",
+        "img",
+        "audio",
+        "video",
+        "vision",
+        "boi",
+        "eoi",
+        "eot",
+        "eom",
+        "soft",
+        "think",
+        "thinking",
+        "reasoning",
+        "answer",
+        "user",
+        "assistant",
+        "system",
+        "tool",
+    ]
 )
 _VALUE = re.compile(
     r"\b(?:hf_|api_org_)(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{10,}"

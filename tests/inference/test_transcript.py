@@ -34,7 +34,7 @@ def parts(facts, found) -> tuple[str, list[str], str]:
 def test_tool_turns_and_headers_are_read_and_the_assistants_turns_are_not() -> None:
     facts = byte_level()
     found = transcript(facts, Prompt("p", USER), TURNS, {})
-    prompt, read, written = parts(facts, found)
+    _prompt, read, written = parts(facts, found)
     assert found.ids[: found.prompt_length] == render(facts, Prompt("p", USER), {})
     assert written == "look<|im_end|>|both<|im_end|>"
     assert read == ["\n<|im_start|>tool\nrain<|im_end|>\n<|im_start|>tool\nsun<|im_end|>\n<|im_start|>assistant\n"]
@@ -85,7 +85,33 @@ def test_a_transcript_may_end_with_a_result_and_with_sentencepiece() -> None:
 
 def test_a_template_that_writes_earlier_turns_otherwise_is_refused_by_row() -> None:
     drops = CHATML.replace("m.content", "(m.content if m.role != 'assistant' or loop.last else '...')")
-    with pytest.raises(ModelError, match="prompt 'p': the chat template writes the turns before turn 4 .* otherwise"):
+    with pytest.raises(
+        ModelError, match="prompt 'p': the chat template writes turn 1 of the completion, or what comes before it,"
+    ):
         transcript(byte_level(drops), Prompt("p", USER), TURNS, {})
     with pytest.raises(ModelError, match="no turn of the assistant"):
         transcript(byte_level(), Prompt("p", USER), TURNS[1:2], {})
+
+
+def test_reasoning_that_the_template_does_not_write_is_named() -> None:
+    turn = {"role": "assistant", "content": "4", "reasoning_content": "2 and 2", "thinking": None}
+    assert transcript(byte_level(), Prompt("p", USER), [turn], {}).lost == {"reasoning_content"}
+    written = CHATML.replace("m.content", "(m.reasoning_content or '') + m.content")
+    found = transcript(byte_level(written), Prompt("p", USER), [turn], {})
+    assert found.lost == set()
+    assert parts(byte_level(written), found)[2] == "2 and 24<|im_end|>"
+
+
+def test_a_template_that_drops_the_reasoning_of_earlier_turns_is_refused_by_row() -> None:
+    """As Qwen3's and R1's: what the assistant wrote is not what stands there."""
+    drops = CHATML.replace("m.content", "(m.content if loop.last else m.content.split('</think>')[-1])")
+    thinks = [{"role": "assistant", "content": "<think>a</think>look"}, *TURNS[1:]]
+    with pytest.raises(ModelError, match="writes turn 1 of the completion"):
+        transcript(byte_level(drops), Prompt("p", USER), thinks, {})
+    assert transcript(byte_level(drops), Prompt("p", USER), TURNS, {}).context
+
+
+def test_a_generation_prompt_that_the_turn_does_not_begin_with_is_refused_by_row() -> None:
+    opens = CHATML.replace("assistant\\n'", "assistant\\n<think>\\n'")
+    with pytest.raises(ModelError, match="writes turn 1 of the completion"):
+        transcript(byte_level(opens), Prompt("p", USER), TURNS, {})
