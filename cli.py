@@ -15,6 +15,7 @@ import typer.main
 import logitcache
 from logitcache.commands import COMMANDS, Entry
 from logitcache.errors import LogitcacheError, with_flags
+from logitcache.runtime.secrets import hide
 
 # What typer raises for options it does not know; it has no public name of its own.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -99,7 +100,7 @@ def call() -> int:
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
     except LogitcacheError as e:
-        print(f"logitcache: {with_flags(str(e))}", file=sys.stderr)
+        print(f"logitcache: {hide(with_flags(str(e)))}", file=sys.stderr)
         code = e.exit_code
     except BrokenPipeError:  # the reader has read enough
         code = 1

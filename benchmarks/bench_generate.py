@@ -29,6 +29,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -75,10 +76,11 @@ def run_plain(load: Load) -> Case:
 
     from logitcache import prompts
     from logitcache.inference import model
+    from logitcache.inference.rendering import render
 
     spec = model.ModelSpec(model=load.teacher)
     facts = model.inspect_model(spec)
-    asked: Any = [{"prompt_token_ids": model.render(facts, p, {})} for p in prompts.load(load.source)]
+    asked: Any = [{"prompt_token_ids": render(facts, p, {})} for p in prompts.load(load.source)]
     llm = vllm.LLM(load.teacher, dtype=facts.dtype, seed=0, **load.engine_args)  # type: ignore[arg-type]
     params = vllm.SamplingParams(temperature=1.0, max_tokens=load.max_tokens, ignore_eos=True)
     few = vllm.SamplingParams(temperature=1.0, max_tokens=4, ignore_eos=True)
@@ -205,8 +207,6 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
     from logitcache.prompts import Prompt
 
     front_end: Any = importlib.import_module("vllm.v1.engine.logprobs")
-    if kind == "logitcache":
-        engine._use_typed_rows()
     options = generate.GenerateOptions(prompts="", out=Path(), teacher=str(folder), top_k=k, pin_tokens="none")
     facts = model.inspect_model(options.spec)
     identity = identify(options, facts, {})
@@ -214,10 +214,11 @@ def measure_memory(kind: str, traces: int, tokens: int, k: int, together: bool, 
     ranges = [slice(i, i + 1) for i in range(len(ranks_P))]
     rows = [LogprobsLists(ids_PK[at], logprobs_PK[at], ranks_P[at]) for at in ranges]  # as an engine sends them
 
-    processors = [
-        front_end.LogprobsProcessor(None, front_end.create_sample_logprobs(True), None, 0.0, k, None)
-        for _ in range(traces)
-    ]
+    with engine.typed_rows_made() if kind == "logitcache" else nullcontext():
+        processors = [
+            front_end.LogprobsProcessor(None, front_end.create_sample_logprobs(True), None, 0.0, k, None)
+            for _ in range(traces)
+        ]
 
     def stream() -> None:
         for step in range(tokens):

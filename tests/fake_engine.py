@@ -19,7 +19,7 @@ class Tokenizer:
     def __call__(self, text, add_special_tokens=True):
         return {"input_ids": [token_id(w) for w in text.split()]}
 
-    def decode(self, ids):
+    def decode(self, ids, **_):
         return "".join(WORDS[i] for i in ids)
 
     def get_vocab(self):

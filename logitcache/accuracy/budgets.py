@@ -19,9 +19,11 @@ from logitcache.errors import IdentityError, InputError, NotACacheError, Prompts
 from logitcache.identity import first_difference
 from logitcache.inference import model
 from logitcache.inference.model import ModelFacts
+from logitcache.inference.rendering import render
 from logitcache.prompts import PromptSet
 from logitcache.runtime.files import LOCK, is_leftover, is_occupied, publish_json, read_json
 from logitcache.runtime.locks import exclusive
+from logitcache.runtime.secrets import without_secrets
 from logitcache.sections import Markers
 
 SETTINGS, ANSWERS, RESULTS = "settings.json", "answers.jsonl", "budgets.json"
@@ -89,9 +91,7 @@ def measure(options: AccuracyOptions) -> AccuracyResult:
             f"`student` {options.student}: no reasoning markers are known for this model, so its reasoning cannot be cut; "
             "give `reasoning_markers` OPENING,CLOSING, or `budgets` none"
         )
-    model.render(
-        facts, source.prompts[0], options.template_args
-    )  # refuses bad template arguments before the engine loads
+    render(facts, source.prompts[0], options.template_args)  # refuses bad template arguments before the engine loads
     settings = _settings(options, facts, markers)
     _check_directory(out, settings)
     questions = Questions(
@@ -211,7 +211,7 @@ def _settings(options: AccuracyOptions, facts: ModelFacts, markers: Markers) -> 
         "max_tokens": options.max_tokens,
         "answer_tokens": options.answer_tokens,
         "seed": options.seed,
-        "sampling": options.sampling,
+        "sampling": without_secrets(options.sampling),
         "verifier": options.verifier,
         "reasoning_markers": markers.pair,
         "answer_regex": markers.answer_regex,

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 from logitcache.accuracy.answer_file import NO_ROOM, Answer, AnswerFile, Key, digest_of
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
-from logitcache.inference import model
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, ModelSpec, Sampling
+from logitcache.inference.rendering import render
 from logitcache.inference.session import EngineRequest, Session
+from logitcache.inference.token_texts import token_texts
 from logitcache.prompts import Prompt
 from logitcache.sections import Finder, Markers
 
@@ -44,7 +45,7 @@ class Delimiters:
 
         def usual(marker: str | None, forms: Counter[tuple[int, ...]], allowed: Allowed) -> list[int]:
             for form, count in forms.most_common():
-                if count and allowed(model.token_texts(facts, list(form)), form):
+                if count and allowed(token_texts(facts, list(form)), form):
                     return list(form)
             return tokenizer(marker, add_special_tokens=False)["input_ids"]
 
@@ -138,8 +139,8 @@ class Run:
 
     def _render(self, prompt: Prompt) -> list[int]:
         asked = self.questions
-        ids = model.render(asked.facts, prompt, asked.spec.template_args)
-        spans = self.finder.find(model.token_texts(asked.facts, ids), len(ids), ids).sections
+        ids = render(asked.facts, prompt, asked.spec.template_args)
+        spans = self.finder.find(token_texts(asked.facts, ids), len(ids), ids).sections
         if spans.reasoning_end < spans.answer_start and asked.cuts(0):
             raise InputError(
                 f"prompt {prompt.id!r}: the chat template closes the reasoning before it begins, so there is none to cut; "
@@ -204,7 +205,7 @@ class Run:
 
     def _read_natural(self, key: Key, tokens: list[int], ended: bool) -> "_Reading":
         prompt_ids = self.prompt_ids[key.prompt_id]
-        texts = model.token_texts(self.questions.facts, [*prompt_ids, *tokens])
+        texts = token_texts(self.questions.facts, [*prompt_ids, *tokens])
         if ended:
             texts[-1] = None
         found = self.finder.find(texts, len(prompt_ids), [*prompt_ids, *tokens])
@@ -226,7 +227,7 @@ class Run:
         assert key.cut is not None
         closing = self.delimiters.closing
         ids = [*closing, *tokens]
-        texts = model.token_texts(self.questions.facts, ids)
+        texts = token_texts(self.questions.facts, ids)
         if ended:
             texts[-1] = None
         answer = self.finder.find(texts, len(closing), ids).answer  # the forced closing reads as that of a prompt

@@ -14,6 +14,7 @@ from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, Sampling
+from logitcache.inference.rendering import remarks, render
 from logitcache.prompts import Prompt
 from logitcache.runtime.options import at_least
 from logitcache.trace import Trace
@@ -38,9 +39,6 @@ def generate(options: GenerateOptions) -> Summary:
     """
     source = prompts.load(options.prompts, options.limit)
     facts = model.inspect_model(options.spec)
-    model.render(
-        facts, source.prompts[0], options.template_args
-    )  # refuses bad template arguments before the model is loaded
     drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
     summary = fill(_Answers(options, facts, drawn), identify(options, facts, _recorded(options)))
     summary.repeated = source.repeated
@@ -80,8 +78,8 @@ class _Answers:
     def tokens(self, request: Request) -> Tokens:
         prompt = request.content
         if self._rendered is None or self._rendered[0] is not prompt:  # samples of one prompt follow each other
-            token_ids = model.render(self.facts, prompt, self.options.template_args)
-            self._rendered = prompt, Tokens(token_ids, len(token_ids))
+            token_ids = render(self.facts, prompt, self.options.template_args)
+            self._rendered = prompt, Tokens(token_ids, len(token_ids), remarks=tuple(remarks(self.facts, prompt)))
         return self._rendered[1]
 
     def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:

@@ -14,6 +14,7 @@ from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
 from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Sampling
 from logitcache.runtime.options import Option, at_least, values_of
+from logitcache.runtime.secrets import without_secrets
 from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
 from logitcache.trace import Trace
 
@@ -156,11 +157,17 @@ Context = Sequence[tuple[int, int]]
 
 
 class Tokens(NamedTuple):
-    """Input of the engine for a request: the prompt, or the whole text if it is scored."""
+    """Input of the engine for a request: the prompt, or the whole text if it is scored.
+
+    Attributes:
+        context: [start, end) spans of tokens behind the prompt that are read and never supervised.
+        remarks: what was left out, added or read otherwise than it looks; prompts are counted by it at the end.
+    """
 
     ids: list[int]
     prompt_length: int
-    context: Context = ()  # half-open spans that are read and never supervised, such as results of tools
+    context: Context = ()
+    remarks: tuple[str, ...] = ()
 
 
 class Task(Protocol):
@@ -210,7 +217,7 @@ def identify(
         top_p=options.top_p,
         min_k=options.min_k,
         prompt_logits=options.prompt_logits,
-        sampling=sampling,
+        sampling=without_secrets(sampling),
         reasoning_markers=markers.pair,
         answer_regex=options.answer_regex,
         dtype=facts.dtype,

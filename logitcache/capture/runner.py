@@ -1,5 +1,6 @@
 """Fills a cache with a task: missing traces go through one engine, and finished ones are published as shards."""
 
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import suppress
@@ -11,6 +12,7 @@ from typing import Any
 
 import logitcache
 from logitcache.cache import manifest, shard
+from logitcache.cache.claim import claim
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace
 from logitcache.cache.workers import Worker
@@ -21,6 +23,7 @@ from logitcache.identity import Identity
 from logitcache.inference.engine import Completion
 from logitcache.inference.session import EngineRequest, Session
 from logitcache.runtime.files import LOGS, publish_json, read_json, remove_parts
+from logitcache.runtime.secrets import hide, without_secrets
 
 
 def fill(task: Task, identity: Identity) -> Summary:
@@ -34,9 +37,8 @@ def fill(task: Task, identity: Identity) -> Summary:
     """
     out, worker = task.options.out, task.options.place
     manifest.match(out, identity)
-    if next(iter(task.requests(identity)), None) is None:
-        raise InputError(f"{task.options.source}: holds nothing to ask the teacher")
-    with worker.alone(out):
+    _refuse_unanswerable(task, identity)
+    with worker.alone(out), claim(out, worker, identity):
         _sweep(out / shard.DIRECTORY, worker)
         shards = Cache.open(out).shards if (out / manifest.FILE_NAME).exists() else []
         present, skipped = {t for s in shards for t in s.trace_ids}, _skipped_before(out)
@@ -58,6 +60,23 @@ def fill(task: Task, identity: Identity) -> Summary:
             number = worker.number_after(max((s.number for s in shards), default=-1))
             _Filling(task, identity, summary, missing, number).run()
         return summary
+
+
+def _refuse_unanswerable(task: Task, identity: Identity) -> None:
+    """Raises: InputError if there is no request, or the teacher can take none of them, with the first reason. Otherwise the
+    requests that it cannot take are skipped, wherever they stand."""
+    refused: list[InputError] = []
+    for request in task.requests(identity):
+        try:
+            task.tokens(request)
+        except InputError as e:
+            refused.append(e)
+        else:
+            return
+    if not refused:
+        raise InputError(f"{hide(task.options.source)}: holds nothing to ask the teacher")
+    every = f"all {len(refused)} requests are refused, the first: " if len(refused) > 1 else ""
+    raise type(refused[0])(f"{every}{refused[0]}")
 
 
 def _sweep(directory: Path, worker: Worker) -> None:
@@ -112,6 +131,7 @@ class _Filling:
         self.number = number  # of the next shard
         self.in_flight: dict[str, _InFlight] = {}
         self.open: list[Unit] = []
+        self.remarked: defaultdict[str, set[str]] = defaultdict(set)  # remark -> prompt ids
 
     def run(self) -> None:
         place = f"worker {self.options.place}: " if self.options.place.count > 1 else ""
@@ -126,15 +146,14 @@ class _Filling:
             greeting=f"{place}{self.summary.before} traces present, {len(self.missing)} to make; "
             f"loading {self.identity.teacher}",
         ) as self.session:
-            # Only now, so that settings which the engine refuses create no cache.
-            manifest.create_or_match(self.options.out, self.identity)
             try:
                 self.session.run(self._requests(), self._finish, total=len(self.missing), on_refused=self._refused)
             finally:
                 self._publish_rest()
                 self.summary.load_seconds, self.summary.seconds = self.session.load_seconds, self.session.seconds
                 self.summary.stopped = self.session.stopped
-                publish_json(self.session.log.with_suffix(".json"), asdict(self.summary))
+                self.summary.remarks = {remark: len(prompts) for remark, prompts in self.remarked.items()}
+                publish_json(self.session.log.with_suffix(".json"), without_secrets(asdict(self.summary)))
 
     def _requests(self) -> Iterator[EngineRequest]:
         """Yields the missing requests to the engine. Requests of the next unit start while the last ones of a unit finish."""
@@ -146,6 +165,8 @@ class _Filling:
             except InputError as e:
                 self._skip(request, e)
                 continue
+            for remark in tokens.remarks:
+                self.remarked[remark].add(request.prompt_id)
             self.in_flight[request.trace_id] = _InFlight(request, tokens.prompt_length, tokens.context, self._join())
             yield EngineRequest(request.trace_id, tokens.ids)
         if self.open:
@@ -229,8 +250,10 @@ class _Filling:
         provenance: dict[str, Any] = {
             "written": datetime.now(UTC).isoformat(timespec="seconds"),
             "logitcache": logitcache.__version__,
-            "source": self.options.source,
+            "source": hide(self.options.source),
             "log": self.session.log.name,
         }
+        # Only now, so that a run which makes no trace leaves no identity behind.
+        manifest.create_or_match(self.options.out, self.identity)
         shard.write(self.options.out / shard.DIRECTORY, number, traces, self.identity, provenance)
         self.summary.made += len(traces)

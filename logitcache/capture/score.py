@@ -22,10 +22,22 @@ from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, Sampling
+from logitcache.inference.rendering import (
+    encode_behind,
+    given_end,
+    remarks,
+    render,
+    turn_end,
+    without_repeated_marker,
+)
+from logitcache.inference.token_texts import text_behind, token_texts
+from logitcache.inference.transcript import transcript
 from logitcache.prompts import Prompt
 from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS_GROUP, Sections, answer_text
 from logitcache.trace import Trace
+
+_TAIL = 32  # tokens at the end of a prompt that may hold a section marker
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,10 +92,19 @@ class ScoreOptions(JobOptions):
             default="whole traces",
         ),
     ] = None
-    eos: Annotated[bool, Option("End the completions of a file with the end-of-sequence token.", SECTIONS_GROUP)] = True
+    eos: Annotated[
+        str,
+        Option(
+            "The token that ends the completions of a file: auto (what the chat template puts behind an assistant's turn), "
+            "none, or a token of the vocabulary.",
+            SECTIONS_GROUP,
+        ),
+    ] = "auto"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if isinstance(self.eos, bool):
+            object.__setattr__(self, "eos", "auto" if self.eos else "none")
         if (self.traces is None) == (self.from_cache is None):
             raise InputError("give either `traces`, a file of prompts with completions, or `from_cache`, a cache")
         if self.from_cache is None:
@@ -94,7 +115,7 @@ class ScoreOptions(JobOptions):
         for name in ("reasoning_markers", "answer_regex", "template_args"):
             if getattr(self, name):
                 raise InputError(f"`{name}`: `from_cache` takes tokens and sections as they are; leave it out")
-        if not self.eos:
+        if self.eos != "auto":
             raise InputError("`eos`: `from_cache` takes tokens as they are; leave it out")
 
     @property
@@ -111,8 +132,9 @@ def score(options: ScoreOptions) -> Summary:
     facts = model.inspect_model(options.spec)
     # The identity's sampling is empty: nothing was sampled from this teacher.
     if cache is None:
-        identity = identify(options, facts, {}, ("score" if options.eos else "score --no-eos",))
-        return fill(_Texts(options, facts), identity)
+        end = _end(options, facts)
+        identity = identify(options, replace(facts, eos_ids=facts.eos_ids | {*end[-1:]}), {}, (_words(facts, end),))
+        return fill(_Texts(options, facts, end, identity.markers.pair), identity)
     words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
     identity = replace(
         identify(options, facts, {}, (*cache.identity.derived, words)),
@@ -123,10 +145,25 @@ def score(options: ScoreOptions) -> Summary:
     return fill(_Traces(options, facts, cache), identity)
 
 
+def _end(options: ScoreOptions, facts: ModelFacts) -> list[int]:
+    """Token ids that end a completion; empty for none."""
+    if options.eos == "none":
+        return []
+    return turn_end(facts, options.template_args) if options.eos == "auto" else given_end(facts, options.eos)
+
+
+def _words(facts: ModelFacts, end: list[int]) -> str:
+    """The entry of the identity's ``derived``."""
+    if not end:
+        return "score --no-eos"
+    tokenizer: Any = facts.tokenizer
+    return "score" if end == [tokenizer.eos_token_id] else f"score --eos {tokenizer.decode(end)}"
+
+
 @dataclass(frozen=True, slots=True)
 class _Text:
     prompt: Prompt
-    completion: str
+    completion: str | list[dict[str, Any]]
     finish_reason: str
 
 
@@ -135,8 +172,11 @@ class _Texts:
 
     scored, sampling = True, Sampling()
 
-    def __init__(self, options: ScoreOptions, facts: ModelFacts) -> None:
-        self.options, self.facts = options, facts
+    def __init__(self, options: ScoreOptions, facts: ModelFacts, end: list[int], markers: list[str] | None) -> None:
+        self.options, self.facts, self.end, self.markers = options, facts, end, markers
+        self.ends = replace(
+            facts, eos_ids=facts.eos_ids | {*end[-1:]}
+        )  # facts whose end of sequence is that of the texts
 
     def requests(self, identity: Identity) -> Iterator[Request]:
         contents: dict[str, str] = {}  # of each prompt id
@@ -164,18 +204,51 @@ class _Texts:
 
     def tokens(self, request: Request) -> Tokens:
         text: _Text = request.content
-        prompt = model.render(self.facts, text.prompt, self.options.template_args)
-        tokenizer: Any = self.facts.tokenizer
-        completion: list[int] = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
-        ended = bool(completion) and completion[-1] in self.facts.eos_ids
-        if self.options.eos and text.finish_reason == "stop" and not ended and tokenizer.eos_token_id is not None:
-            completion.append(tokenizer.eos_token_id)
-        return Tokens([*prompt, *completion], len(prompt))
+        said, noted = text.completion, [*remarks(self.facts, text.prompt)]
+        if isinstance(said, list) and len(said) == 1 and _is_plain(said[0]):
+            said = said[0]["content"]
+        if isinstance(said, list):
+            found = transcript(self.facts, text.prompt, said, self.options.template_args)
+            ids, length, context = found.ids, found.prompt_length, found.context
+            noted += [f"completions have {name}, which the chat template does not write" for name in sorted(found.lost)]
+        else:
+            ids = render(self.facts, text.prompt, self.options.template_args)
+            length, context = len(ids), ()
+            shown = text_behind(self.facts, [], ids[-_TAIL:])
+            said, repeated = without_repeated_marker(shown, said, self.markers)
+            if repeated:
+                noted.append(f"completions begin with the {repeated} that ends their prompt: it was left out")
+            ids = [*ids, *self._completion(ids, said)]
+        closed = not context or context[-1][1] < len(ids)  # the last turn is the assistant's
+        if closed:
+            ids = [*ids[:length], *self._ended(ids[length:], text.finish_reason)]
+        return Tokens(ids, length, context, tuple(noted))
+
+    def _completion(self, prompt: list[int], text: str) -> list[int]:
+        """Token ids of a completion, without white space behind an end of sequence."""
+        ids = encode_behind(self.facts, prompt, text)
+        if text[-1:].isspace() and self._is_end(shorter := encode_behind(self.facts, prompt, text.rstrip())):
+            return shorter
+        return ids
+
+    def _ended(self, ids: list[int], finish_reason: str) -> list[int]:
+        """A completion with an end of sequence if it finished; one that it has stays."""
+        wanted = finish_reason == "stop" and not self._is_end(ids)
+        return [*ids, *self.end] if wanted else ids
+
+    def _is_end(self, ids: list[int]) -> bool:
+        return bool(ids) and ids[-1] in self.ends.eos_ids
 
     def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:
         text: _Text = request.content
         completion = replace(completion, finish_reason=text.finish_reason)
-        return trace_of(request, text.prompt, completion, identity, self.facts, self.options.verifier, context)
+        return trace_of(request, text.prompt, completion, identity, self.ends, self.options.verifier, context)
+
+
+def _is_plain(turn: dict[str, Any]) -> bool:
+    """Whether a turn is the assistant's text and nothing else."""
+    more = {name for name, value in turn.items() if value} - {"role", "content", "name"}
+    return turn.get("role") == "assistant" and isinstance(turn.get("content"), str) and not more
 
 
 class _Traces:
@@ -233,7 +306,7 @@ class _Traces:
 
     def _text(self, trace: Trace, span: slice) -> tuple[str, int | None]:
         """The text of a crop's completion, and its characters before the answer if the trace's own are stored."""
-        pieces = model.token_texts(self.facts, trace.token_ids[span].tolist())
+        pieces = token_texts(self.facts, trace.token_ids[span].tolist())
         ended = int(trace.token_ids[span][-1]) in self.facts.eos_ids
         spans = _cropped(trace.sections, span)
         text, before = (

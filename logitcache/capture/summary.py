@@ -19,6 +19,7 @@ class Summary:
     skipped: dict[str, str] = field(default_factory=dict)  # prompt id -> why the teacher cannot take it
     skipped_traces: list[str] = field(default_factory=list)  # their trace ids; later calls skip them too
     failed: dict[str, str] = field(default_factory=dict)  # trace id -> why its completion cannot be stored
+    remarks: dict[str, int] = field(default_factory=dict)  # what was read otherwise than it looks -> prompts
     stopped: str | None = None  # the signal that stopped the call
 
     def skip(self, trace_id: str, prompt_id: str, why: str) -> None:

@@ -6,9 +6,9 @@ from logitcache import sparse_rows
 from logitcache.capture.job import Context, Request
 from logitcache.grading import verdicts
 from logitcache.identity import Identity
-from logitcache.inference import model
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts
+from logitcache.inference.token_texts import token_texts
 from logitcache.prompts import Prompt
 from logitcache.sections import Finder, Found, Markers, text_offset
 from logitcache.sparse_rows import SparseRows
@@ -40,7 +40,7 @@ def trace_of(
     Raises: CacheError for a row that is not a distribution.
     """
     token_ids, prompt_length = completion.token_ids, completion.prompt_length
-    texts = model.token_texts(facts, token_ids.tolist())
+    texts = token_texts(facts, token_ids.tolist())
     ended = len(token_ids) > prompt_length and int(token_ids[-1]) in facts.eos_ids
     if ended:
         texts[-1] = None

@@ -20,6 +20,7 @@ import typer
 from logitcache.commands.config import CONFIG, PRINT_CONFIG, dump, read_config
 from logitcache.errors import InputError, use_flags
 from logitcache.runtime.options import EVERYDAY, LAST_GROUPS, NATIVE, REQUIRED, Parameter, parameters
+from logitcache.runtime.secrets import without_secrets
 
 
 def _in_order(options: Iterable[Parameter]) -> list[Parameter]:
@@ -100,7 +101,7 @@ class Command:
         values = Values(given, {p.name: p.default for p in options})
         declared = self._chosen(values, options)
         if context.params[PRINT_CONFIG]:
-            typer.echo(dump(self._settings(declared, values)))
+            typer.echo(dump(without_secrets(self._settings(declared, values))))
             return 0
         own = {p.name: given.get(p.name, p.default) for p in parameters(self.handler)}
         extra = {"values": values} if "values" in inspect.signature(self.handler).parameters else {}

@@ -14,6 +14,7 @@ def describe_summary(summary: Summary, out: Path) -> str:
         lines.append(f"{summary.repeated} repeated prompts were read once")
     lines += _listed("prompts skipped", [f"{prompt}: {why}" for prompt, why in summary.skipped.items()])
     lines += _listed("traces lost", list(summary.failed.values()))
+    lines += [f"{count} {remark}" for remark, count in summary.remarks.items()]
     if summary.unjudged:
         lines.append(
             f"{summary.unjudged} traces of earlier calls have no verdict: `logitcache slice --verifier` grades them"

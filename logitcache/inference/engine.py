@@ -7,9 +7,10 @@ import re
 import threading
 import warnings
 from array import array
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ import numpy as np
 
 from logitcache.errors import EngineError, InputError, first_line
 from logitcache.inference.model import ModelSpec, Sampling, engine_version
-from logitcache.inference.vllm_plugin import PARENT, PINNED
+from logitcache.inference.sampling import refuse_unknown, typed
+from logitcache.inference.vllm_plugin import marked_environment, pinning, replaced
+from logitcache.runtime.secrets import hide
 
 # R rows of a completion, K most likely ids, P pinned ids, L tokens.
 
@@ -69,6 +72,8 @@ _ROWS = ("ids_RK", "logprobs_RK", "pinned_RP", "token_logprob", "token_rank")
 class Engine:
     """A vLLM engine: ``submit`` takes requests under a key, ``step`` returns the completions that finished."""
 
+    _hooks: Callable[[], AbstractContextManager[None]] = nullcontext  # what a step in this process needs
+
     def __init__(self, spec: ModelSpec, sampling: Sampling, seed: int, rows: Rows | None = None) -> None:
         """Loads the model: minutes for a large one.
 
@@ -78,32 +83,35 @@ class Engine:
             rows: None asks for no log-probabilities.
         Raises: InputError for an option that vLLM does not know or refuses, EngineError if it cannot start.
         """
-        os.environ[PARENT] = str(os.getpid())
-        os.environ[PINNED] = ",".join(map(str, rows.pinned if rows else ()))
-        # spawn: a forked process would not load plugins again, such as `vllm_plugin.prepare_process`.
-        os.environ.setdefault("VLLM_WORKER_MULTIPROC_METHOD", "spawn")
-        import vllm
-
-        _use_typed_rows()
-        _refuse_unknown("engine_args", spec.engine_args, set(vllm.EngineArgs.__dataclass_fields__))
-        _refuse_unknown("sampling", sampling.sampling, set(vllm.SamplingParams.__struct_fields__))
-        self._rows = rows
-        try:
-            engine_args = vllm.EngineArgs(**_engine_args(spec, seed, rows))
-            self._params = _sampling_params(sampling, rows)
-        except (ValueError, TypeError) as e:
-            raise InputError(f"vLLM refuses these settings: {first_line(e)}") from e
-        try:
-            self._engine = vllm.LLMEngine.from_engine_args(engine_args)
-        except Exception as e:
-            reason = "" if "root cause above" in str(e) else f": {first_line(e)}"
-            raise EngineError(f"vLLM cannot start{reason}") from e
+        pinned = rows.pinned if rows else ()
+        with marked_environment(pinned):
+            self._start(spec, sampling, seed, rows)
+        in_process = not hasattr(self._engine.engine_core, "outputs_queue")
+        if in_process and pinned:
+            self._hooks = partial(pinning, list(pinned))
         self._killed = False
         self._closing = threading.Event()
         self._watch = threading.Thread(target=self._wake_on_death, daemon=True)
         self._watch.start()
         self.max_model_len: int = self._engine.vllm_config.model_config.max_model_len
         self.max_num_seqs: int = self._engine.vllm_config.scheduler_config.max_num_seqs
+
+    def _start(self, spec: ModelSpec, sampling: Sampling, seed: int, rows: Rows | None) -> None:
+        import vllm
+
+        self._typed_rows = _typed_rows_work()
+        self._rows = rows
+        refuse_unknown("engine_args", spec.engine_args, set(vllm.EngineArgs.__dataclass_fields__))
+        try:
+            self._params = _sampling_params(sampling, rows)
+            engine_args = vllm.EngineArgs(**_engine_args(spec, seed, rows))
+        except (ValueError, TypeError) as e:
+            raise InputError(hide(f"vLLM refuses these settings: {first_line(e)}")) from e
+        try:
+            self._engine = vllm.LLMEngine.from_engine_args(engine_args)
+        except Exception as e:
+            reason = "" if "root cause above" in str(e) else f": {first_line(e)}"
+            raise EngineError(hide(f"vLLM cannot start{reason}")) from e
 
     def submit(self, key: str, prompt_ids: list[int], max_tokens: int | None = None) -> None:
         """Queues one request. Requests with the same prompt get different samples, since the sampler's state advances.
@@ -116,9 +124,10 @@ class Engine:
             self._params = self._params.clone()
             self._params.max_tokens = max_tokens
         try:
-            self._engine.add_request(key, {"prompt_token_ids": prompt_ids}, self._params)
+            with typed_rows_made() if self._typed_rows else nullcontext():
+                self._engine.add_request(key, {"prompt_token_ids": prompt_ids}, self._params)
         except ValueError as e:
-            raise InputError(f"vLLM refuses a request: {first_line(e)}") from e
+            raise InputError(hide(f"vLLM refuses a request: {first_line(e)}")) from e
         except Exception as e:
             raise self._died(e) from e
 
@@ -128,7 +137,8 @@ class Engine:
         Raises: EngineError if the engine died.
         """
         try:
-            finished: list[Any] = [output for output in self._engine.step() if output.finished]
+            with self._hooks():
+                finished: list[Any] = [output for output in self._engine.step() if output.finished]
         except Exception as e:
             raise self._died(e) from e
         # When it is told to stop, the engine returns unfinished completions as if they were finished.
@@ -151,7 +161,7 @@ class Engine:
 
     def _died(self, error: Exception) -> EngineError:
         killed = "its process was killed, perhaps for want of memory"
-        return EngineError(f"vLLM died: {killed if self._killed else first_line(error)}")
+        return EngineError(hide(f"vLLM died: {killed if self._killed else first_line(error)}"))
 
     def _wake_on_death(self) -> None:
         """Wakes ``step`` when the engine process is killed, for example by the kernel for lack of memory.
@@ -196,7 +206,7 @@ def _sampling_params(sampling: Sampling, rows: Rows | None) -> Any:
     from vllm.sampling_params import RequestOutputKind
 
     drawn: dict[str, Any] = {
-        **sampling.sampling,
+        **typed("sampling", sampling.sampling, SamplingParams),
         "temperature": sampling.temperature,
         "max_tokens": sampling.max_tokens,
     }
@@ -272,36 +282,47 @@ def _typed_rows() -> type:
     return TypedRows
 
 
-def _use_typed_rows() -> None:
-    """Replaces the two functions with which vLLM's front end makes an empty container: the smallest possible hook."""
-    typed = _typed_rows()
+@contextmanager
+def typed_rows_made() -> Iterator[None]:
+    """During the block, vLLM's front end makes typed containers for the rows of new requests: the smallest possible hook."""
+    typed: Any = _typed_rows()
+    module = importlib.import_module("vllm.v1.engine.logprobs")
+
+    def sample_rows(flat_logprobs: bool) -> Any:
+        return typed() if flat_logprobs else []
+
+    def prompt_rows(flat_logprobs: bool) -> Any:
+        rows = sample_rows(flat_logprobs)
+        rows.append(None)
+        return rows
+
+    with (
+        replaced(module, "create_sample_logprobs", sample_rows),
+        replaced(module, "create_prompt_logprobs", prompt_rows),
+    ):
+        yield
+
+
+@cache
+def _typed_rows_work() -> bool:
+    """Whether the installed vLLM fills typed containers; warns if it does not."""
     try:
         module: Any = importlib.import_module("vllm.v1.engine.logprobs")
-
-        trial = typed()
+        trial = _typed_rows()()
         trial.append(None)
         module.append_logprobs_for_next_position(trial, [7, 7, 9], [-0.5, -0.5, -1.5], itertools.repeat(None), 1, 2)
         ids, _, rank = _rows(trial)
         assert ids.tolist() == [[7, 7, 9]]
         assert rank.tolist() == [1]
-
-        def sample_rows(flat_logprobs: bool) -> Any:
-            return typed() if flat_logprobs else []
-
-        def prompt_rows(flat_logprobs: bool) -> Any:
-            rows = sample_rows(flat_logprobs)
-            rows.append(None)
-            return rows
-
-        for name, made in (("create_sample_logprobs", sample_rows), ("create_prompt_logprobs", prompt_rows)):
-            getattr(module, name)
-            setattr(module, name, made)
-    except (ImportError, AttributeError, TypeError, AssertionError) as e:
+        with typed_rows_made():
+            return True
+    except (ImportError, AttributeError, KeyError, TypeError, AssertionError) as e:
         warnings.warn(
             f"{engine_version()} keeps its log-probabilities in another way ({e!r}): "
             "rows take about ten times the memory while in flight",
             stacklevel=2,
         )
+        return False
 
 
 def cause_in(log: Path) -> str | None:
@@ -309,15 +330,6 @@ def cause_in(log: Path) -> str | None:
     report = re.compile(r" ERROR .*\] ((?:\w+\.)*\w*(?:Error|Exception|Interrupt): .+)")
     with log.open(errors="replace") as lines:
         return next((m.group(1).strip()[:500] for line in lines if (m := report.search(line))), None)
-
-
-def _refuse_unknown(option: str, given: dict[str, Any], known: set[str]) -> None:
-    for name in given:
-        if name not in known:
-            near = get_close_matches(name, known, n=1)
-            raise InputError(
-                f"`{option}` {name}: vLLM has no such setting" + (f"; did you mean {near[0]}?" if near else "")
-            )
 
 
 def _available_memory() -> int:

@@ -3,14 +3,16 @@
 import importlib
 import importlib.metadata
 import importlib.util
+import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from logitcache.errors import InputError, ModelError, first_line
 from logitcache.identity import text_hash, tokenizer_hash, weights_fingerprint
-from logitcache.prompts import Prompt
+from logitcache.runtime import secrets
 from logitcache.runtime.options import Option, at_least
 
 if TYPE_CHECKING:
@@ -39,6 +41,7 @@ CAPACITY_ARGS = frozenset(
         "swap_space",
         "tensor_parallel_size",
         "trust_remote_code",
+        "hf_token",
     ]
 )
 # Arguments of vLLM that our options set; None: fixed.
@@ -63,6 +66,22 @@ RESERVED_SAMPLING = {
     "detokenize": None,
     "output_kind": None,
 }
+RESERVED_TEMPLATE_ARGS: dict[str, str | None] = dict.fromkeys(
+    [
+        "conversation",
+        "add_generation_prompt",
+        "continue_final_message",
+        "tokenize",
+        "padding",
+        "truncation",
+        "max_length",
+        "return_tensors",
+        "return_dict",
+        "return_assistant_tokens_mask",
+        "tokenizer_kwargs",
+        "chat_template",
+    ]
+) | {"tools": "the column `tools`"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,13 +122,20 @@ class ModelSpec(ModelOptions):
     option: str = "model"  # the option that named it, for messages
 
     def __post_init__(self) -> None:
+        secrets.remember(self.engine_args | self.template_args)
         refuse_reserved("engine_args", self.engine_args, RESERVED_ARGS | {"model": f"`{self.option}`"})
+        refuse_reserved("template_args", self.template_args, RESERVED_TEMPLATE_ARGS)
         at_least("tensor_parallel_size", self.tensor_parallel_size, 1)
 
+    @property
+    def token(self) -> str | bool | None:
+        """The hub's access token; None: the one of the environment."""
+        return self.engine_args.get("hf_token")
+
     def identity_args(self) -> dict[str, Any]:
-        """The engine arguments that may change a distribution."""
+        """The engine arguments that may change a distribution, without secrets."""
         given = {k: v for k, v in self.engine_args.items() if k not in CAPACITY_ARGS}
-        return given | ({"template_args": self.template_args} if self.template_args else {})
+        return secrets.without_secrets(given | ({"template_args": self.template_args} if self.template_args else {}))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +156,7 @@ class Sampling:
     ] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        secrets.remember(self.sampling)
         refuse_reserved("sampling", self.sampling, RESERVED_SAMPLING)
         if self.temperature < 0:
             raise InputError(f"`temperature` {self.temperature:g}: must be at least 0")
@@ -161,6 +188,29 @@ class ModelFacts:
     def chat_template_hash(self) -> str | None:
         return text_hash(self.chat_template)
 
+    @cached_property
+    def known_ids(self) -> frozenset[int]:
+        """Ids that the tokenizer has; a padded head has more."""
+        return frozenset(self.tokenizer.get_vocab().values())
+
+    @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of the tokens that the tokenizer calls special."""
+        added: dict[int, Any] = getattr(self.tokenizer, "added_tokens_decoder", {})
+        return frozenset(i for i, token in added.items() if token.special) | self.eos_ids
+
+    @cached_property
+    def control_tokens(self) -> frozenset[str]:
+        """Texts that the tokenizer reads as one token wherever they stand and that look like no words of a text."""
+        added: dict[int, Any] = getattr(self.tokenizer, "added_tokens_decoder", {})
+        texts = {str(token.content): token.special for token in added.values()}
+        return frozenset(text for text, special in texts.items() if text.strip() and (special or text[0] in "<[◁"))
+
+    @cached_property
+    def control_pattern(self) -> re.Pattern[str]:
+        """Matches each of ``control_tokens``."""
+        return re.compile("|".join(map(re.escape, sorted(self.control_tokens, key=len, reverse=True))) or r"(?!)")
+
 
 def engine_version() -> str:
     """Name and version of the installed engine: ``vllm 0.32.0``."""
@@ -185,7 +235,7 @@ def inspect_model(spec: ModelSpec) -> ModelFacts:
     from transformers import AutoConfig, AutoTokenizer
 
     remote = bool(spec.engine_args.get("trust_remote_code", False))
-    kwargs: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": remote}
+    kwargs: dict[str, Any] = {"revision": spec.revision, "trust_remote_code": remote, "token": spec.token}
     try:
         config = AutoConfig.from_pretrained(spec.model, **kwargs)
         tokenizer = AutoTokenizer.from_pretrained(spec.engine_args.get("tokenizer", spec.model), **kwargs)
@@ -208,7 +258,7 @@ def inspect_model(spec: ModelSpec) -> ModelFacts:
         tokenizer=tokenizer,
         tokenizer_hash=tokenizer_hash(tokenizer),
         chat_template=tokenizer.get_chat_template() if tokenizer.chat_template else None,
-        eos_ids=_eos_ids(spec, tokenizer),
+        eos_ids=_eos_ids(spec, tokenizer, config),
     )
 
 
@@ -221,15 +271,18 @@ def _is_causal(config: Any) -> bool:
     return not config.is_encoder_decoder and (known or (not names and config.model_type in CAUSAL))
 
 
-def _eos_ids(spec: ModelSpec, tokenizer: Any) -> frozenset[int]:
-    """Ids that end a sequence: the tokenizer's, and those of the generation config."""
+def _eos_ids(spec: ModelSpec, tokenizer: Any, config: Any) -> frozenset[int]:
+    """Ids that end a sequence, as vLLM takes them: the tokenizer's, and those of the generation config, or of config.json
+    where there is none."""
     from transformers import GenerationConfig
 
+    elsewhere = spec.engine_args.get("generation_config", "auto")
+    place = (spec.model, spec.revision or "main") if elsewhere in ("auto", "vllm") else (str(elsewhere), "main")
     try:
-        eos = GenerationConfig.from_pretrained(spec.model, revision=spec.revision or "main").eos_token_id
+        eos = GenerationConfig.from_pretrained(place[0], revision=place[1], token=spec.token).eos_token_id
     except OSError:
-        eos = None
-    found = {tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos])} - {None}
+        eos = config.eos_token_id or config.get_text_config().eos_token_id
+    found = {tokenizer.eos_token_id, *(eos if isinstance(eos, list | tuple) else [eos])} - {None}
     return frozenset(int(i) for i in found)
 
 
@@ -237,43 +290,3 @@ def _dtype(saved: Any) -> str:
     """The dtype that ``auto`` stands for on every machine: that of the weights, but bfloat16 for float32 weights."""
     name = str(saved or "float32").removeprefix("torch.")
     return "bfloat16" if name == "float32" else name
-
-
-def render(facts: ModelFacts, prompt: Prompt, template_args: dict[str, Any]) -> list[int]:
-    """Token ids of a prompt. Messages go through the chat template, with its generation prompt.
-
-    Raises: ModelError if there is no template, or the template refuses the messages.
-    """
-    if isinstance(prompt.content, str):
-        return facts.tokenizer(prompt.content)["input_ids"]
-    if facts.chat_template is None:
-        raise ModelError(
-            f"prompt {prompt.id!r} has `messages`, but {facts.name} has no chat template; give `prompt` text instead"
-        )
-    try:
-        text: Any = facts.tokenizer.apply_chat_template(
-            prompt.content, tokenize=False, add_generation_prompt=True, **template_args
-        )
-    except Exception as e:  # a template may raise anything
-        raise ModelError(f"prompt {prompt.id!r}: the chat template refuses its messages: {first_line(e)}") from None
-    return facts.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
-def token_texts(facts: ModelFacts, token_ids: list[int]) -> list[str | None]:
-    """The text that each token adds, special tokens included; None while its bytes wait for a later token to become a
-    character. One incremental decode."""
-    backend = getattr(facts.tokenizer, "backend_tokenizer", None)
-    if backend is None:  # a slow tokenizer: characters that span tokens are lost, markers are still found
-        return [str(facts.tokenizer.decode([i])) for i in token_ids]
-    from tokenizers.decoders import DecodeStream
-
-    stream, found = DecodeStream(skip_special_tokens=False), []
-    for token in token_ids:
-        try:
-            found.append(stream.step(backend, token))
-        except (OverflowError, TypeError):  # an id outside the tokenizer, from a padded head
-            found.append(None)
-        except Exception:  # bytes that are not UTF-8 can leave the stream in a broken state
-            stream = DecodeStream(skip_special_tokens=False)
-            found.append(stream.step(backend, token))
-    return found

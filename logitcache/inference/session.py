@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -24,6 +24,7 @@ from logitcache.inference.engine import Completion, Engine, Rows, cause_in
 from logitcache.inference.model import ModelSpec, Sampling
 from logitcache.runtime.console import Progress, Stop, redirect_output
 from logitcache.runtime.files import LOGS
+from logitcache.runtime.secrets import hide
 
 # Limit of results that wait for the background thread, which encodes ten times faster than one GPU generates: a raw trace of
 # 32k tokens at k = 64 takes 17 MB.
@@ -81,6 +82,7 @@ class Session:
     def __enter__(self) -> Self:
         """Raises: InputError for a setting that vLLM refuses, EngineError if the engine cannot start."""
         with ExitStack() as stack:
+            stack.callback(self._clean_log)
             self._terminal = stack.enter_context(redirect_output(self.log))
             stack.enter_context(self._stop)
             print(f"{self._greeting} (log: {self.log})", file=self._terminal)
@@ -95,6 +97,13 @@ class Session:
             self._stack = stack.pop_all()
         self._stop.patient = True
         return self
+
+    def _clean_log(self) -> None:
+        """Takes secrets out of the engine's log, in which vLLM may print its settings."""
+        with suppress(OSError):
+            written = self.log.read_text(errors="replace")
+            if (clean := hide(written)) != written:
+                self.log.write_text(clean)
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
@@ -178,7 +187,7 @@ class Session:
             self._backlog.popleft().result()
 
     def _explained(self, error: EngineError) -> EngineError:
-        what = ": ".join(filter(None, (str(error), cause_in(self.log))))
+        what = hide(": ".join(filter(None, (str(error), cause_in(self.log)))))
         return EngineError(
             f"{what}; {self._kept} is safe: fix the cause, then run the same command to resume ({self.log})"
         )

@@ -23,6 +23,7 @@ from logitcache.identity import first_difference
 from logitcache.prompts import PromptSet
 from logitcache.runtime.console import Stop
 from logitcache.runtime.files import LOGS, publish_json, read_json
+from logitcache.runtime.secrets import without_secrets
 from logitcache.student.data.views import View
 from logitcache.student.experiments import subcommands
 from logitcache.student.experiments.catalog import BEFORE, Variant
@@ -246,7 +247,7 @@ def _answer_inputs(options: ExperimentOptions, plan: ExperimentPlan, student: st
     """Everything that answers depend on, as JSON reads it back."""
     assert plan.prompts
     own = {"student": _weights(student), "prompts": prompts_digest(plan.prompts), "by": options.by}
-    return json.loads(json.dumps(own | _answer_settings(options)))
+    return json.loads(json.dumps(without_secrets(own | _answer_settings(options))))
 
 
 def _answer_settings(options: ExperimentOptions) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,7 +31,7 @@ def in_process_of_its_own(words: list[str], log: Path, stop: Stop) -> tuple[int,
 
     Returns: exit code and standard output.
     """
-    command = [sys.executable, "-m", "logitcache.cli", *words]
+    command = [sys.executable, "-P", "-m", "logitcache.cli", *words]
     passed = False
     with _anew(log) as errors, _anew(log.with_suffix(".out")) as out:
         child = subprocess.Popen(command, stdout=out, stderr=errors, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -108,8 +109,8 @@ def crop(
     source: Path, identity: Identity, teacher: str, which: str, out: Path, engine_args: dict[str, Any]
 ) -> list[str]:
     """`logitcache score` of a crop, with rows that are stored like those of the source."""
-    engine = identity.engine_args | engine_args
-    local, revision = Path(teacher).is_dir(), identity.teacher_revision
+    revision = identity.teacher_revision
+    is_commit = teacher == identity.teacher and re.fullmatch(r"[0-9a-f]{40}", revision)
     given = {
         "from_cache": source,
         "crop": which,
@@ -122,8 +123,35 @@ def crop(
         "exact": identity.exact,
         "prompt_logits": identity.prompt_logits,
         "dtype": identity.dtype,
-        "revision": None if local or teacher != identity.teacher or revision == "unknown" else revision,
-        "template_args": engine.pop("template_args", {}),
-        "engine_args": engine,
+        "revision": revision if is_commit and not Path(teacher).is_dir() else None,
+        "engine_args": _trusted_engine_args(identity, engine_args),
     }
     return ["score", *arguments(ScoreOptions, given)]
+
+
+# Engine arguments that a cache's own record may set: they name no file, no code and no other model.
+_FROM_A_CACHE = {
+    "max_model_len": int,
+    "quantization": str,
+    "kv_cache_dtype": str,
+    "disable_cascade_attn": bool,
+    "disable_sliding_window": bool,
+}
+_NOT_OF_AN_ENGINE = {"template_args", "distillkit"}  # of prompts, which are rendered already; of an import
+
+
+def _trusted_engine_args(identity: Identity, given: dict[str, Any]) -> dict[str, Any]:
+    """The engine arguments of a cache that a file may set, under those that the user gave.
+
+    Raises: InputError for another argument of the cache that the user did not give.
+    """
+    own = {k: v for k, v in identity.engine_args.items() if k not in _NOT_OF_AN_ENGINE and k not in given}
+    for name, value in own.items():
+        kind = _FROM_A_CACHE.get(name)
+        plain = not isinstance(value, str) or re.fullmatch(r"[\w.-]{1,64}", value)
+        if kind is None or type(value) is not kind or not plain:
+            raise InputError(
+                f"the cache was made with the engine argument {str(name)[:80]!r}, which is not taken from a file; if you trust "
+                "its value, give it yourself in `engine_args`"
+            )
+    return own | given

@@ -12,6 +12,9 @@ from logitcache.errors import InputError
 from logitcache.inference import engine, model
 from logitcache.inference.engine import cause_in
 from logitcache.inference.model import ModelSpec, Sampling
+from logitcache.inference.rendering import render
+from logitcache.inference.sampling import refuse_unknown
+from logitcache.inference.token_texts import token_texts
 from logitcache.prompts import Prompt
 from logitcache.sections import Markers, find
 
@@ -47,7 +50,7 @@ def test_an_unknown_setting_names_the_nearest() -> None:
     with pytest.raises(
         InputError, match="`engine_args` max_num_seq: vLLM has no such setting; did you mean max_num_seqs"
     ):
-        engine._refuse_unknown("engine_args", {"max_num_seq": 4}, {"max_num_seqs", "model"})
+        refuse_unknown("engine_args", {"max_num_seq": 4}, {"max_num_seqs", "model"})
 
 
 def test_an_engine_that_ends_by_itself_while_it_is_ended_is_ended() -> None:
@@ -72,11 +75,14 @@ def test_an_engine_that_ends_by_itself_while_it_is_ended_is_ended() -> None:
 @pytest.mark.slow
 def test_vllms_rows_arrive_in_typed_arrays_of_8_bytes_an_entry() -> None:
     """Through vLLM's own front end, prompt rows and the first token's missing one included."""
-    engine._use_typed_rows()
     from vllm.v1.engine import logprobs as front
 
-    for create, expected in ((front.create_sample_logprobs, 0), (front.create_prompt_logprobs, 1)):
-        rows = create(True)
+    before = front.create_sample_logprobs, front.create_prompt_logprobs
+    assert engine._typed_rows_work()
+    for create, expected in (("create_sample_logprobs", 0), ("create_prompt_logprobs", 1)):
+        with engine.typed_rows_made():
+            rows = getattr(front, create)(True)
+            assert front.create_sample_logprobs(False) == []
         for position in range(3):
             ids, values = [9, 9, 4, position], [-0.25, -0.25, -1.5, -3.0]
             front.append_logprobs_for_next_position(rows, ids, values, iter([None] * 4), 1, 3)
@@ -88,7 +94,7 @@ def test_vllms_rows_arrive_in_typed_arrays_of_8_bytes_an_entry() -> None:
         assert logprobs.dtype == np.float32
         assert logprobs[0].tolist() == [-0.25, -0.25, -1.5, -3.0]
         assert rank.tolist() == [1, 1, 1]
-    assert front.create_sample_logprobs(False) == []
+    assert (front.create_sample_logprobs, front.create_prompt_logprobs) == before
 
 
 @pytest.mark.slow
@@ -99,10 +105,10 @@ def test_sections_are_found_by_the_offsets_of_a_real_tokenizer(embedded_teacher:
     facts.tokenizer.chat_template = opens
     facts = dataclasses.replace(facts, chat_template=opens)
     markers = Markers.detect(facts.tokenizer.get_vocab(), "<think>..</think>")
-    prompt = model.render(facts, Prompt("p", [{"role": "user", "content": "Does <think> mean think? 数学 🙂"}]), {})
+    prompt = render(facts, Prompt("p", [{"role": "user", "content": "Does <think> mean think? 数学 🙂"}]), {})
     said = facts.tokenizer("2 + 2 is 4 🙂🙂, naïve</think>\n\n**4**<|im_end|>", add_special_tokens=False)["input_ids"]
     ids = prompt + said
-    pieces = model.token_texts(facts, ids)
+    pieces = token_texts(facts, ids)
     assert "".join(p or "" for p in pieces) == facts.tokenizer.decode(ids)
     found = find(pieces, len(prompt), markers)
     text = {name: facts.tokenizer.decode(ids[found.span(name)]) for name in ("opening", "reasoning", "answer")}

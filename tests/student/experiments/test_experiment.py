@@ -466,8 +466,8 @@ def test_the_command_line_reads_back_every_training_option(monkeypatch):
 
 
 def test_a_crop_has_rows_of_the_caches_kind(home):
-    identity = replace(tiny.identity(), pin_tokens=[2, 7], top_p=0.9, teacher="T", teacher_revision="abc")
-    identity = replace(identity, engine_args={"seed": 1, "template_args": {"enable_thinking": False}})
+    identity = replace(tiny.identity(), pin_tokens=[2, 7], top_p=0.9, teacher="T", teacher_revision="ab" * 20)
+    identity = replace(identity, engine_args={"quantization": "fp8", "template_args": {"enable_thinking": False}})
     text = " ".join(subcommands.crop(home, identity, "T", "right:0.5", Path("o"), {"max_model_len": 64}))
     for option in (
         "--crop right:0.5",
@@ -479,11 +479,48 @@ def test_a_crop_has_rows_of_the_caches_kind(home):
     ):
         assert option in text
     assert "--engine-arg max_model_len=64" in text
-    assert "--template-arg enable_thinking=false" in text
-    assert "template_args" not in text
-    assert "--revision abc" in text
+    assert "--engine-arg quantization=fp8" in text
+    assert "template" not in text, "the tokens are rendered already"
+    assert "--revision " + "ab" * 20 in text
     assert "--revision" not in subcommands.crop(home, identity, str(home), "right:0.5", Path("o"), {})
     assert "--exact" not in text
+
+
+@pytest.mark.parametrize(
+    "stored",
+    [
+        {"trust_remote_code": True},
+        {"tokenizer": "/tmp/theirs"},
+        {"load_format": "runai_streamer"},
+        {"worker_cls": "theirs.Worker"},
+        {"hf_overrides": {"auto_map": {}}},
+        {"quantization": "../theirs"},
+        {"max_model_len": "$(id)"},
+        {"max_model_len": True},
+        {"--out": "x"},
+    ],
+)
+def test_engine_arguments_of_a_cache_are_taken_only_if_they_name_no_code_and_no_file(home, stored):
+    identity = replace(tiny.identity(), engine_args=stored, teacher_revision="refs/pr/7", teacher="T")
+    with pytest.raises(InputError, match="is not taken from a file; if you trust its value, give it yourself"):
+        subcommands.crop(home, identity, "T", "right:0.5", Path("o"), {})
+    (name,) = stored
+    if name != "--out":
+        words = subcommands.crop(home, identity, "T", "right:0.5", Path("o"), {name: "mine"})
+        assert f"{name}=mine" in words
+        assert "refs/pr/7" not in words
+
+
+def test_an_import_and_prompts_leave_nothing_for_an_engine(home):
+    identity = replace(tiny.identity(), engine_args={"distillkit": {"a": 1}, "template_args": {"b": 2}})
+    assert "--engine-arg" not in subcommands.crop(home, identity, "T", "right:0.5", Path("o"), {})
+
+
+def test_children_do_not_import_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "typer.py").write_text("raise SystemExit('code of the working directory ran')")
+    monkeypatch.chdir(tmp_path)
+    code, text = subcommands.in_process_of_its_own(["--version"], tmp_path / "x.log", Stop())
+    assert (code, text.split()[0]) == (0, "logitcache")
 
 
 def test_a_command_that_fails_says_why_and_where_its_log_lies(tmp_path):

@@ -125,7 +125,9 @@ def test_a_damaged_newest_checkpoint_means_the_one_before(tmp_path):
 def test_without_a_usable_checkpoint_nothing_starts_again_silently(tmp_path):
     for step in (2, 4):
         empty(checkpoint(tmp_path, step) / "model.safetensors")
-    with pytest.raises(TrainingError, match=r"no checkpoint can be used: checkpoint-4 \(model.*empty\), checkpoint-2.*remove"):
+    with pytest.raises(
+        TrainingError, match=r"no checkpoint can be used: checkpoint-4 \(model.*empty\), checkpoint-2.*remove"
+    ):
         checkpoint_to_resume(tmp_path)
     assert len(checkpoints(tmp_path)) == 2
 

@@ -80,5 +80,3 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(options):
     assert (resumed.status, resumed.steps) == ("finished", 6)
     assert resumed.spent.counts.input_tokens == expected.spent.counts.input_tokens
     assert same(weights(opts.out), finished)
-
-

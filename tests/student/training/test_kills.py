@@ -65,7 +65,9 @@ def test_a_run_killed_twenty_times_with_zeroed_files_ends_with_the_same_weights(
 
 # At these sizes the model, the optimizer and the model at the end cannot be written.
 @pytest.mark.slow
-@pytest.mark.parametrize(("method", "limit"), [("_save_checkpoint", 20_000), ("_save_checkpoint", 100_000), ("save_model", 20_000)])
+@pytest.mark.parametrize(
+    ("method", "limit"), [("_save_checkpoint", 20_000), ("_save_checkpoint", 100_000), ("save_model", 20_000)]
+)
 def test_a_full_disk_is_one_line_and_the_run_can_be_resumed(options, monkeypatch, method, limit):
     opts = options(set={"save_strategy": "steps", "save_steps": "2"})
     write = getattr(SafeTrainer, method)
