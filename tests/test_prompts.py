@@ -47,7 +47,7 @@ def test_dates_and_decimals_become_text_and_nulls_of_messages_disappear(tmp_path
 
 def test_repeated_content_without_ids_is_read_once_and_counted(tmp_path) -> None:
     loaded = load(jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}))
-    assert (len(loaded), loaded.repeated) == (2, 1)
+    assert (len(loaded), loaded.counts.repeated) == (2, 1)
 
 
 def test_the_limit_stops_before_what_it_leaves_out(tmp_path) -> None:
@@ -62,7 +62,7 @@ def test_the_limit_stops_before_what_it_leaves_out(tmp_path) -> None:
         ([{"text": "a"}], r"p\.jsonl:1: neither `prompt` nor `messages`"),
         ([{"prompt": "a", "messages": []}], r"p\.jsonl:1: both"),
         ([{"prompt": 3}], r"p\.jsonl:1: `prompt` is a int, expected text"),
-        ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: `messages` must be"),
+        ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: `messages` turn 1: no `content`"),
         ([{"prompt": ""}], r"p\.jsonl:1: the prompt is empty"),
         (['{"prompt": "half a \\ud83d"}'], r"p\.jsonl:1: not valid Unicode"),
         (['{"prompt": "a", "id": "\\ud83d"}'], r"p\.jsonl:1: not valid Unicode"),
@@ -95,7 +95,7 @@ def test_gym_prompts_without_a_seed_are_those_of_seed_0() -> None:
 
 
 def test_a_file_of_another_kind_is_named(tmp_path) -> None:
-    with pytest.raises(PromptsError, match="no such file"):
+    with pytest.raises(PromptsError, match="a folder without files of prompts"):
         load(str(tmp_path))
     (tmp_path / "p.csv").write_text("prompt\nhi")
     with pytest.raises(

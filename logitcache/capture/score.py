@@ -20,7 +20,7 @@ from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, Sampling
-from logitcache.prompts import Prompt
+from logitcache.prompts import Messages, Prompt, Reading, SourceCounts
 from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS_GROUP, Sections, answer_text
 from logitcache.trace import Trace
@@ -62,8 +62,8 @@ class ScoreOptions(JobOptions):
     traces: Annotated[
         str | None,
         Option(
-            "A .jsonl or .parquet file with `prompt` or `messages`, and `completion` (optional `id`, `answer`, "
-            "`finish_reason`; other columns are kept as metadata).",
+            "A source as PROMPTS of generate, with completions: `completion` (text or messages), or the turns after the "
+            "last user turn (optional `finish_reason`).",
             positional=True,
         ),
     ] = None
@@ -89,7 +89,7 @@ class ScoreOptions(JobOptions):
                 raise InputError("`crop` cuts the traces of a cache; give `from_cache`")
             return
         object.__setattr__(self, "from_cache", Path(self.from_cache))
-        for name in ("reasoning_markers", "answer_regex", "template_args"):
+        for name in ("reasoning_markers", "answer_regex", "template_args", "columns"):
             if getattr(self, name):
                 raise InputError(f"`{name}`: `from_cache` takes tokens and sections as they are; leave it out")
         if not self.eos:
@@ -110,7 +110,10 @@ def score(options: ScoreOptions) -> Summary:
     # The identity's sampling is empty: nothing was sampled from this teacher.
     if cache is None:
         identity = identify(options, facts, {}, ("score" if options.eos else "score --no-eos",))
-        return fill(_Texts(options, facts), identity)
+        texts = _Texts(options, facts)
+        summary = fill(texts, identity)
+        summary.source = texts.counts
+        return summary
     words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
     identity = replace(
         identify(options, facts, {}, (*cache.identity.derived, words)),
@@ -124,7 +127,7 @@ def score(options: ScoreOptions) -> Summary:
 @dataclass(frozen=True, slots=True)
 class _Text:
     prompt: Prompt
-    completion: str
+    completion: str | Messages  # messages: the turns after the last user turn
     finish_reason: str
 
 
@@ -135,18 +138,19 @@ class _Texts:
 
     def __init__(self, options: ScoreOptions, facts: ModelFacts) -> None:
         self.options, self.facts = options, facts
+        self.counts = SourceCounts()  # of the whole source, once it was read
 
     def requests(self, identity: Identity) -> Iterator[Request]:
+        reading = Reading(self.options.source, self.options.columns, completed=True)
         contents: dict[str, str] = {}  # of each prompt id
         samples: Counter[str] = Counter()
         repeats: Counter[str] = Counter()
         for i, (where, row) in enumerate(prompts.rows(self.options.source)):
             if i == self.options.limit:
-                return
-            completion, reason = row.pop("completion", None), row.pop("finish_reason", None) or "stop"
-            if not isinstance(completion, str):
-                raise PromptsError(f"{where}: `completion` is a {type(completion).__name__}, expected text")
-            prompt, _ = prompts.parse(where, row)
+                break
+            parsed = reading.parse(where, row)
+            prompt, completion, reason = parsed.prompt, parsed.completion, parsed.finish_reason
+            assert completion is not None
             if contents.setdefault(prompt.id, prompt.digest()) != prompt.digest():
                 raise PromptsError(
                     f"{where}: id {prompt.id!r} is used by another prompt above; give each prompt its own id"
@@ -156,14 +160,18 @@ class _Texts:
                 json.dumps([prompt.digest(), completion, reason]).encode(), digest_size=16
             ).hexdigest()
             trace_id = identity.trace_id(prompt.id, text, repeats[text])
-            yield Request(trace_id, prompt.id, samples[prompt.id], _Text(prompt, completion, str(reason)))
+            yield Request(trace_id, prompt.id, samples[prompt.id], _Text(prompt, completion, reason))
+            reading.count(parsed)
             repeats[text] += 1
             samples[prompt.id] += 1
+        self.counts = reading.finish()
 
     def tokens(self, request: Request) -> Tokens:
         text: _Text = request.content
         prompt = model.render(self.facts, text.prompt, self.options.template_args)
         tokenizer: Any = self.facts.tokenizer
+        if not isinstance(text.completion, str):
+            raise PromptsError("the completion has several turns, or reasoning beside its content; give it as one text")
         completion: list[int] = tokenizer(text.completion, add_special_tokens=False)["input_ids"]
         ended = bool(completion) and completion[-1] in self.facts.eos_ids
         if self.options.eos and text.finish_reason == "stop" and not ended and tokenizer.eos_token_id is not None:
