@@ -1,7 +1,5 @@
 """Text about a source of prompts: what it has and what of it is not used."""
 
-from collections import Counter
-
 from logitcache.prompts import SourceCounts
 from logitcache.prompts.layouts import suggestion
 
@@ -27,6 +25,6 @@ def describe_source(counts: SourceCounts) -> list[str]:
     return lines
 
 
-def _listed(columns: Counter[str], prompts: int) -> str:
+def _listed(columns: dict[str, int], prompts: int) -> str:
     """Columns, with the number of prompts that have each where not all have it."""
     return ", ".join(name if n == prompts else f"{name} ({n:,} of {prompts:,})" for name, n in columns.items())

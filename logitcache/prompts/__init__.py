@@ -74,7 +74,12 @@ def rows(source: str) -> Rows:
 
     Raises: PromptsError if no entry of ``SOURCES`` reads the source, or, while reading, for a damaged row.
     """
-    found = [(each, _find(each)) for each in _listed(source)]
+    try:
+        found = [(each, _find(each)) for each in _listed(source)]
+    except PromptsError as e:
+        if Path(source).is_dir():
+            raise PromptsError(f"{e}; or give a pattern, such as '{source}/*.jsonl'") from None
+        raise
     return (row for each, kind in found for row in kind.read(each))
 
 

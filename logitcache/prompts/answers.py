@@ -6,6 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from logitcache.errors import PromptsError
+from logitcache.prompts.values import kind_of
 
 
 def gold_answer(value: Any) -> str | None:
@@ -29,7 +30,7 @@ def _text(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, Decimal | date | time):
         return str(value)
-    what = {dict: "an object", list: "a list in a list"}.get(type(value), f"a {type(value).__name__}")
+    what = "a list in a list" if isinstance(value, list) else kind_of(value)
     raise PromptsError(f"`answer` has {what}; give text, a number, or a list of these, any of which is right")
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from logitcache.errors import PromptsError, first_line
+from logitcache.prompts.values import kind_of
 
 Rows = Iterator[tuple[str, dict[str, Any]]]  # each row with its place in the source, for messages
 COMPRESSED = (".gz", ".zst")
@@ -70,7 +71,7 @@ def _line(path: Path, number: int, line: bytes) -> tuple[str, dict[str, Any]]:
 
 def _checked(place: str, row: Any) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise PromptsError(f"{place}: a {type(row).__name__}, expected an object with `prompt` or `messages`")
+        raise PromptsError(f"{place}: {kind_of(row)}, expected an object with `prompt` or `messages`")
     return row
 
 

@@ -19,7 +19,7 @@ def is_saved_dataset(folder: Path) -> bool:
 def hub_rows(source: str) -> Rows:
     """Rows of ``hf:NAME?split=...&config=...&revision=...``, where NAME is a hub id or a folder."""
     name, options = _parsed(source)
-    dataset = _one_split(source, _loaded(source, name, options))
+    dataset = _one_split(source, _loaded(source, name, options), options.get("split"))
     number = 0
     try:
         for table in dataset.with_format("arrow").iter(1000):  # not decoded: images and such stay as they are stored
@@ -47,27 +47,27 @@ def _loaded(source: str, name: str, options: dict[str, str]) -> Any:
         import datasets
     except ImportError:
         raise PromptsError(f"{source}: datasets is not installed; pip install 'logitcache[datasets]'") from None
-    split = options.get("split")
     try:
         if is_saved_dataset(Path(name)):
-            saved = datasets.load_from_disk(name)
-            return saved[split] if split and isinstance(saved, dict) else saved
-        return datasets.load_dataset(name, options.get("config"), split=split, revision=options.get("revision"))
+            return datasets.load_from_disk(name)
+        given = {name: value for name, value in options.items() if name != "config"}
+        return datasets.load_dataset(name, options.get("config"), **given)
     except Exception as e:  # a hub, a network and a builder raise anything
         raise PromptsError(
             f"{source}: cannot be loaded ({_one_line(e)}); check the name, the options and the network"
         ) from None
 
 
-def _one_split(source: str, found: Any) -> Any:
+def _one_split(source: str, found: Any, split: str | None) -> Any:
     if not isinstance(found, dict):
         return found
-    if len(found) > 1:
-        separator = "&" if "?" in source else "?"
-        raise PromptsError(
-            f"{source}: has the splits {', '.join(found)}; choose one, such as {source}{separator}split={next(iter(found))}"
-        )
-    return next(iter(found.values()))
+    splits = list(found)
+    if split is None and len(splits) == 1:
+        return found[splits[0]]
+    if split not in found:
+        there, way_out = ", ".join(splits), f"{source.partition('?')[0]}?split={splits[0]}"
+        raise PromptsError(f"{source}: has the splits {there}; choose one, such as {way_out}")
+    return found[split]
 
 
 def _one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import Annotated, Any
 from logitcache.errors import PromptsError, did_you_mean
 from logitcache.prompts.messages import turns
 from logitcache.prompts.prompt import Messages
+from logitcache.prompts.values import kind_of
 from logitcache.runtime.options import Option
 
 Row = dict[str, Any]
@@ -54,6 +55,12 @@ def check_columns(columns: Mapping[str, str]) -> None:
             raise PromptsError(f"`columns` {name}={columns[name]}: unknown name {name!r}; {did_you_mean(name, NAMES)}")
 
 
+def own_names(row: Row, columns: Mapping[str, str]) -> Mapping[str, str]:
+    """``columns``, with ``completion`` for the ``output`` of Alpaca's layout."""
+    alpaca = row.get("instruction") is not None and "output" in row and "completion" not in row
+    return {"completion": "output", **columns} if alpaca else columns
+
+
 def renamed(row: Row, columns: Mapping[str, str]) -> tuple[Row, list[str]]:
     """The row under our names, and those of its columns that another one replaces."""
     theirs = {name: row[column] for name, column in columns.items() if column in row}
@@ -79,7 +86,7 @@ def take_conversation(row: Row, columns: Mapping[str, str]) -> tuple[str | Messa
     Raises: PromptsError.
     """
     found = [name for name in _CONVERSATIONS if row.get(name) is not None]
-    if not found and row.get("instruction") is not None and "output" in row:
+    if not found and row.get("instruction") is not None and "completion" in row:
         return _with_system(_alpaca(row), row), []
     chosen = [name for name in found if name in columns] or found
     if not chosen:
@@ -91,7 +98,7 @@ def take_conversation(row: Row, columns: Mapping[str, str]) -> tuple[str | Messa
     for each in _CONVERSATIONS:
         row.pop(each, None)
     if name == "prompt" and not isinstance(value, str | list | dict):
-        raise PromptsError(f"`prompt` is a {type(value).__name__}, expected text or messages")
+        raise PromptsError(f"`prompt` is {kind_of(value)}, expected text or messages")
     unused = [each for each in found if each != name]
     if name == "prompt" and isinstance(value, str):
         if not value.strip():
@@ -105,7 +112,7 @@ def _with_system(messages: Messages, row: Row) -> Messages:
     if system is None or system == "":
         return messages
     if not isinstance(system, str):
-        raise PromptsError(f"`system` is a {type(system).__name__}, expected text")
+        raise PromptsError(f"`system` is {kind_of(system)}, expected text")
     if messages[0]["role"] not in ("system", "developer"):
         return [{"role": "system", "content": system}, *messages]
     if messages[0]["content"] != system:
@@ -114,21 +121,21 @@ def _with_system(messages: Messages, row: Row) -> Messages:
 
 
 def _alpaca(row: Row) -> Messages:
-    """A user turn of Alpaca's columns; ``output`` becomes ``completion``."""
+    """A user turn of Alpaca's columns."""
     parts = [row.pop("instruction"), row.pop("input", None)]
     if not all(part is None or isinstance(part, str) for part in parts):
         raise PromptsError("`instruction` and `input` must be text")
     if row.get("history"):
         raise PromptsError("`history`: earlier turns are not read from this column; give `messages`")
-    row["completion"] = row.pop("output")
     text = "\n\n".join(part for part in parts if part and part.strip())
     return turns("instruction", [{"role": "user", "content": text}])
 
 
 def _nothing_found(row: Row) -> str:
+    row = {name: value for name, value in row.items() if value is not None}
     columns = ", ".join(map(str, row)) or "none"
     if {"role", "content"} <= row.keys() or {"from", "value"} <= row.keys():
         return "a single turn; give one conversation per row, as `messages`"
     ways = [way for name in ("prompt", "messages") if (way := suggestion(name, row))]
     way_out = f"try {ways[0]}" if ways else "give one of them, or name a column by `columns` prompt=THEIRS"
-    return f"neither `prompt` nor `messages`, only the columns {columns}; {way_out}"
+    return f"neither `prompt` nor `messages`; the columns with a value are {columns}: {way_out}"

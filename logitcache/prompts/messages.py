@@ -4,7 +4,7 @@ from typing import Any
 
 from logitcache.errors import PromptsError
 from logitcache.prompts.prompt import Messages
-from logitcache.prompts.values import from_json, records, without_nulls
+from logitcache.prompts.values import from_json, kind_of, records, without_nulls
 
 # What each turn may follow; "" is the start. An instruction turn is the first and the only one, because templates drop or
 # refuse others.
@@ -60,12 +60,11 @@ def check_order(messages: Messages) -> None:
     for number, turn in enumerate(messages, 1):
         role, last = turn["role"], before["role"]
         if last not in _MAY_FOLLOW[role]:
-            where = f"follows a {last} turn" if last else "is the first turn"
-            allowed = " or ".join(f"a {name} turn" if name else "the start" for name in _MAY_FOLLOW[role])
-            once = ", once" if role in ("system", "developer") else ""
-            raise PromptsError(f"turn {number}, {role}, {where}; it may only follow {allowed}{once}")
+            allowed = " or ".join(f"after {name}" for name in _MAY_FOLLOW[role] if name) or "once, as the first turn"
+            where = f" after {last}" if last else ""
+            raise PromptsError(f"turn {number} is {role}{where}; {role} comes only {allowed}")
         if role == "tool" and last == "assistant" and not _calls(before):
-            raise PromptsError(f"turn {number}, tool, follows an assistant turn without `tool_calls`; add them")
+            raise PromptsError(f"turn {number} is tool after an assistant turn without `tool_calls`; add them")
         before = turn
     if not any(turn["role"] == "user" for turn in messages):
         raise PromptsError("no user turn; add one, or remove the row")
@@ -116,10 +115,12 @@ def _text(content: Any) -> str:
     """Content as text. The text parts of a list are joined by line breaks, as vLLM does."""
     if isinstance(content, str):
         return content
+    if isinstance(content, dict):
+        content = records("content", content)
     if content is None:
         raise PromptsError("no `content`; give text, or remove the row")
     if not isinstance(content, list):
-        raise PromptsError(f"`content` is a {type(content).__name__}, expected text or a list of text parts")
+        raise PromptsError(f"`content` is {kind_of(content)}, expected text or a list of text parts")
     return "\n".join(_part(number, part) for number, part in enumerate(content, 1))
 
 
@@ -127,7 +128,7 @@ def _part(number: int, part: Any) -> str:
     if isinstance(part, str):
         return part
     if not isinstance(part, dict):
-        raise PromptsError(f"part {number} of `content` is a {type(part).__name__}, expected text")
+        raise PromptsError(f"part {number} of `content` is {kind_of(part)}, expected text")
     others = [name for name in part if part[name] and name not in ("type", "text")]
     kind = part.get("type", "text" if not others else others[0])
     if kind not in ("text", "input_text", "output_text") or others:
@@ -148,7 +149,7 @@ def _call(call: dict[str, Any]) -> dict[str, Any]:
         inner = call["function"] = dict(call["function"])
     else:
         inner = {name: value for name, value in call.items() if name not in ("id", "type")}
-        call = {name: value for name, value in call.items() if name not in inner} | {"function": inner}
+        call = {"type": "function", **{k: v for k, v in call.items() if k not in inner}, "function": inner}
     if not isinstance(inner.get("name"), str):
         raise PromptsError("a tool call has no `name`")
     arguments = from_json("arguments", inner.get("arguments") or {})

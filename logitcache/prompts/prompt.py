@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,8 +41,8 @@ class SourceCounts:
     repeated: int = 0  # rows that were dropped: without an id, and with the content of an earlier row
     unanswered: int = 0  # prompts without a gold answer
     dropped_turns: int = 0  # prompts that were followed by an assistant turn, which was dropped
-    metadata: Counter[str] = field(default_factory=Counter)  # prompts that have a value, by column kept as metadata
-    unused: Counter[str] = field(default_factory=Counter)  # prompts that have a value, by column that was dropped
+    metadata: dict[str, int] = field(default_factory=dict)  # prompts that have a value, by column kept as metadata
+    unused: dict[str, int] = field(default_factory=dict)  # prompts that have a value, by column that was dropped
 
 
 @dataclass(frozen=True, slots=True)

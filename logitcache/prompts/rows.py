@@ -7,10 +7,10 @@ from typing import Any
 
 from logitcache.errors import PromptsError, did_you_mean
 from logitcache.prompts.answers import gold_answer
-from logitcache.prompts.layouts import check_columns, renamed, suggestion, take_conversation
+from logitcache.prompts.layouts import check_columns, own_names, renamed, suggestion, take_conversation
 from logitcache.prompts.messages import check_order, template_variables, tool_list, turns
 from logitcache.prompts.prompt import Messages, Prompt, SourceCounts
-from logitcache.prompts.values import finite
+from logitcache.prompts.values import finite, kind_of
 
 _MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
@@ -54,6 +54,7 @@ def parse(place: str, row: dict[str, Any], columns: Mapping[str, str] = {}, *, c
 
 
 def _parse(row: dict[str, Any], columns: Mapping[str, str], completed: bool) -> ParsedRow:
+    columns = own_names(row, columns)
     row, unused = renamed(finite(row), columns)
     content, left_out = take_conversation(row, columns)
     for medium in _MEDIA:
@@ -64,11 +65,12 @@ def _parse(row: dict[str, Any], columns: Mapping[str, str], completed: bool) -> 
     if completed:
         content, completion = _completed(content, given, row)
     else:
-        unused += [name for name, value in (("completion", given), ("finish_reason", reason)) if value is not None]
+        there = {"completion": given, "finish_reason": reason}
+        unused += [columns.get(name, name) for name, value in there.items() if value is not None]
         if isinstance(content, list):
             content, dropped = _asked(content)
     if reason is not None and not isinstance(reason, str):
-        raise PromptsError(f"`finish_reason` is a {type(reason).__name__}, expected text such as stop or length")
+        raise PromptsError(f"`finish_reason` is {kind_of(reason)}, expected text such as stop or length")
     prompt, has_id = _prompt(content, row)
     return ParsedRow(prompt, has_id, completion, reason or "stop", dropped, unused + left_out)
 
@@ -86,7 +88,7 @@ def _completed(content: str | Messages, given: Any, row: dict[str, Any]) -> tupl
         if given is None:
             raise PromptsError(_no_completion(row))
         if not isinstance(given, str):
-            raise PromptsError(f"`completion` is a {type(given).__name__}, expected text, as the prompt is")
+            raise PromptsError(f"`completion` is {kind_of(given)}, expected text, as the prompt is")
         return content, _not_empty(given)
     if given is None:
         check_order(content)
@@ -128,7 +130,7 @@ def _prompt(content: str | Messages, row: dict[str, Any]) -> tuple[Prompt, bool]
         tools, variables = tool_list(row.pop("tools", None)), template_variables(row.pop("chat_template_kwargs", None))
     given, answer = row.pop("id", None), gold_answer(row.pop("answer", None))
     if isinstance(given, dict | list | bytes):
-        raise PromptsError(f"`id` is a {type(given).__name__}, expected text or a number")
+        raise PromptsError(f"`id` is {kind_of(given)}, expected text or a number")
     try:
         metadata = json.loads(json.dumps(row, default=str))  # dates, decimals and such become text
         prompt = Prompt("" if given is None else str(given), content, answer, metadata, tools, variables)
@@ -167,9 +169,12 @@ class Reading:
         counts.prompts += 1
         counts.unanswered += prompt.answer is None
         counts.dropped_turns += row.dropped_turn
-        # Grading uses `gym`.
-        counts.metadata.update(k for k, value in prompt.metadata.items() if value is not None and k != "gym")
-        counts.unused.update(row.unused)
+        kept = [
+            name for name, value in prompt.metadata.items() if value is not None and name != "gym"
+        ]  # grading uses gym
+        for tally, names in ((counts.metadata, kept), (counts.unused, row.unused)):
+            for name in names:
+                tally[name] = tally.get(name, 0) + 1
 
     def finish(self) -> SourceCounts:
         """The counts. Raises: PromptsError for a column of ``columns`` that no row has."""

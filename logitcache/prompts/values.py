@@ -41,9 +41,15 @@ def records(name: str, value: Any) -> list[dict[str, Any]]:
             raise PromptsError(f"`{name}` has {sizes}; give as many of each")
         value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
-        found = "a list of other things" if isinstance(value, list) else f"a {type(value).__name__}"
+        found = "a list of other things" if isinstance(value, list) else kind_of(value)
         raise PromptsError(f"`{name}` must be a list of objects, found {found}")
     return value
+
+
+def kind_of(value: Any) -> str:
+    """What a value is, in the words of JSON."""
+    kinds = {dict: "an object", list: "a list", str: "text", int: "a number", float: "a number", type(None): "null"}
+    return kinds.get(type(value), f"a {type(value).__name__}")
 
 
 def from_json(name: str, value: Any) -> Any:
