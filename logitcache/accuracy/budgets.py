@@ -20,7 +20,7 @@ from logitcache.identity import first_difference
 from logitcache.inference import model
 from logitcache.inference.model import ModelFacts
 from logitcache.inference.rendering import render
-from logitcache.prompts import PromptSet
+from logitcache.prompts import PromptSet, SourceCounts
 from logitcache.runtime.files import LOCK, is_leftover, is_occupied, publish_json, read_json
 from logitcache.runtime.locks import exclusive
 from logitcache.runtime.secrets import without_secrets
@@ -60,6 +60,7 @@ class AccuracyResult:
     before: int  # answers that existed before
     seconds: float
     settings: dict[str, Any]  # of the model and of the sampling: all but the prompts that an answer depends on
+    counts: SourceCounts  # of the prompts
     delimiters: dict[str, list[int]] | None  # token ids of the forced opening and closing; None: not decided yet
 
     def to_json(self) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def measure(options: AccuracyOptions) -> AccuracyResult:
     Raises: InputError, IdentityError or CacheBusyError before anything is generated; EngineError and WriteError.
     """
     began, out = time.monotonic(), options.out
-    source = prompts.load(options.prompts, options.limit)
+    source = prompts.load(options.prompts, options.limit, options.columns)
     _check_gradable(options, source)
     facts = _inspect(options)
     markers = options.reasoning_markers or Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
@@ -121,6 +122,7 @@ def measure(options: AccuracyOptions) -> AccuracyResult:
             student=options.student,
             source=options.prompts,
             prompts_digest=prompts_digest(source),
+            counts=source.counts,
             ci_method=CI_METHOD,
             budgets={} if stopped else {str(b): _result(b, questions, file.answers) for b in options.parsed},
             stopped=stopped,

@@ -37,11 +37,11 @@ def generate(options: GenerateOptions) -> Summary:
     Raises: InputError and CacheError before anything is written; EngineError and WriteError, after which the same call
         resumes.
     """
-    source = prompts.load(options.prompts, options.limit)
+    source = prompts.load(options.prompts, options.limit, options.columns)
     facts = model.inspect_model(options.spec)
     drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
     summary = fill(_Answers(options, facts, drawn), identify(options, facts, _recorded(options)))
-    summary.repeated = source.repeated
+    summary.source = source.counts
     return summary
 
 

@@ -1,7 +1,7 @@
 """Options and identity of a cache that is filled, and the task that turns requests into traces."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -13,6 +13,7 @@ from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
 from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Sampling
+from logitcache.prompts import Columns
 from logitcache.runtime.options import Option, at_least, values_of
 from logitcache.runtime.secrets import without_secrets
 from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
@@ -31,6 +32,7 @@ class CaptureOptions(ModelOptions):
     teacher: Annotated[str, Option("The teacher: a model folder or a hub id.")]
     top_k: Annotated[int, Option("Token ids stored per row, with their log-probabilities.")] = 64
     limit: Annotated[int | None, Option("Read only this many rows of the source.", default="all")] = None
+    columns: Columns = field(default_factory=dict)
     verifier: Annotated[
         str | None,
         Option(
@@ -117,8 +119,10 @@ class PromptOptions(CaptureOptions, Sampling):
     prompts: Annotated[
         str,
         Option(
-            "A .jsonl or .parquet file with `prompt` or `messages` (optional `id`, `answer`; other columns are kept as "
-            "metadata), or gym:NAME?size=100&seed=1 for a reasoning-gym task.",
+            "Files (.jsonl, .json, .parquet, .jsonl.gz, .jsonl.zst), a folder or a pattern of them, "
+            "hf:OWNER/NAME?split=train for a dataset of the hub, or gym:NAME?size=100&seed=1 for a reasoning-gym task. "
+            "Columns: `prompt` (text or messages), `messages` or `conversations`; optional `id`, `answer`, `tools`, "
+            "`chat_template_kwargs`; others are kept as metadata.",
             positional=True,
         ),
     ]

@@ -32,7 +32,7 @@ from logitcache.inference.rendering import (
 )
 from logitcache.inference.token_texts import text_behind, token_texts
 from logitcache.inference.transcript import transcript
-from logitcache.prompts import Prompt
+from logitcache.prompts import Messages, Prompt, Reading, SourceCounts
 from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS_GROUP, Sections, answer_text
 from logitcache.trace import Trace
@@ -76,8 +76,8 @@ class ScoreOptions(JobOptions):
     traces: Annotated[
         str | None,
         Option(
-            "A .jsonl or .parquet file with `prompt` or `messages`, and `completion` (optional `id`, `answer`, "
-            "`finish_reason`; other columns are kept as metadata).",
+            "A source as PROMPTS of generate, with completions: `completion` (text or messages), or the turns after the "
+            "last user turn (optional `finish_reason`).",
             positional=True,
         ),
     ] = None
@@ -112,7 +112,7 @@ class ScoreOptions(JobOptions):
                 raise InputError("`crop` cuts the traces of a cache; give `from_cache`")
             return
         object.__setattr__(self, "from_cache", Path(self.from_cache))
-        for name in ("reasoning_markers", "answer_regex", "template_args"):
+        for name in ("reasoning_markers", "answer_regex", "template_args", "columns"):
             if getattr(self, name):
                 raise InputError(f"`{name}`: `from_cache` takes tokens and sections as they are; leave it out")
         if self.eos != "auto":
@@ -134,7 +134,10 @@ def score(options: ScoreOptions) -> Summary:
     if cache is None:
         end = _end(options, facts)
         identity = identify(options, replace(facts, eos_ids=facts.eos_ids | {*end[-1:]}), {}, (_words(facts, end),))
-        return fill(_Texts(options, facts, end, identity.markers.pair), identity)
+        texts = _Texts(options, facts, end, identity.markers.pair)
+        summary = fill(texts, identity)
+        summary.source = texts.counts
+        return summary
     words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
     identity = replace(
         identify(options, facts, {}, (*cache.identity.derived, words)),
@@ -163,7 +166,7 @@ def _words(facts: ModelFacts, end: list[int]) -> str:
 @dataclass(frozen=True, slots=True)
 class _Text:
     prompt: Prompt
-    completion: str | list[dict[str, Any]]
+    completion: str | Messages  # messages: the turns after the last user turn
     finish_reason: str
 
 
@@ -174,21 +177,21 @@ class _Texts:
 
     def __init__(self, options: ScoreOptions, facts: ModelFacts, end: list[int], markers: list[str] | None) -> None:
         self.options, self.facts, self.end, self.markers = options, facts, end, markers
-        self.ends = replace(
-            facts, eos_ids=facts.eos_ids | {*end[-1:]}
-        )  # facts whose end of sequence is that of the texts
+        # Facts whose end of sequence is that of the texts.
+        self.ends = replace(facts, eos_ids=facts.eos_ids | {*end[-1:]})
+        self.counts = SourceCounts()  # of the whole source, once it was read
 
     def requests(self, identity: Identity) -> Iterator[Request]:
+        reading = Reading(self.options.source, self.options.columns, completed=True)
         contents: dict[str, str] = {}  # of each prompt id
         samples: Counter[str] = Counter()
         repeats: Counter[str] = Counter()
         for i, (where, row) in enumerate(prompts.rows(self.options.source)):
             if i == self.options.limit:
-                return
-            completion, reason = row.pop("completion", None), row.pop("finish_reason", None) or "stop"
-            if not isinstance(completion, str):
-                raise PromptsError(f"{where}: `completion` is a {type(completion).__name__}, expected text")
-            prompt, _ = prompts.parse(where, row)
+                break
+            parsed = reading.parse(where, row)
+            prompt, completion, reason = parsed.prompt, parsed.completion, parsed.finish_reason
+            assert completion is not None
             if contents.setdefault(prompt.id, prompt.digest()) != prompt.digest():
                 raise PromptsError(
                     f"{where}: id {prompt.id!r} is used by another prompt above; give each prompt its own id"
@@ -198,9 +201,11 @@ class _Texts:
                 json.dumps([prompt.digest(), completion, reason]).encode(), digest_size=16
             ).hexdigest()
             trace_id = identity.trace_id(prompt.id, text, repeats[text])
-            yield Request(trace_id, prompt.id, samples[prompt.id], _Text(prompt, completion, str(reason)))
+            yield Request(trace_id, prompt.id, samples[prompt.id], _Text(prompt, completion, reason))
+            reading.count(parsed)
             repeats[text] += 1
             samples[prompt.id] += 1
+        self.counts = reading.finish()
 
     def tokens(self, request: Request) -> Tokens:
         text: _Text = request.content

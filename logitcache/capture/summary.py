@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from logitcache.prompts import SourceCounts
+
 
 @dataclass
 class Summary:
@@ -14,7 +16,7 @@ class Summary:
     tokens: int = 0  # generated tokens, or scored rows
     seconds: float = 0.0  # without loading
     load_seconds: float = 0.0
-    repeated: int = 0  # repeated prompts in the source, used once
+    source: SourceCounts = field(default_factory=SourceCounts)
     unjudged: int = 0  # existing traces without the verdicts that this call gives
     skipped: dict[str, str] = field(default_factory=dict)  # prompt id -> why the teacher cannot take it
     skipped_traces: list[str] = field(default_factory=list)  # their trace ids; later calls skip them too

@@ -4,14 +4,13 @@ from pathlib import Path
 
 from logitcache.capture.plan import Estimate, JobEstimate
 from logitcache.capture.summary import Summary
+from logitcache.commands.text_prompts import describe_source
 from logitcache.runtime.units import BYTES, COUNTS, HOURS, Units, in_bytes, in_units
 
 
 def describe_summary(summary: Summary, out: Path) -> str:
     """The closing lines of `generate` and `score`."""
-    lines = []
-    if summary.repeated:
-        lines.append(f"{summary.repeated} repeated prompts were read once")
+    lines = describe_source(summary.source)
     lines += _listed("prompts skipped", [f"{prompt}: {why}" for prompt, why in summary.skipped.items()])
     lines += _listed("traces lost", list(summary.failed.values()))
     lines += [f"{count} {remark}" for remark, count in summary.remarks.items()]
@@ -55,9 +54,8 @@ def describe_estimate(job: JobEstimate) -> str:
         "": "the engine partly idle at its end",
         "time": f"{_range(job.hours, HOURS)}, without loading the teacher",
     }
-    return "\n".join(
-        [*(f"{name:<8}{text}" for name, text in lines.items()), *(f"warning: {text}" for text in job.warnings)]
-    )
+    notes = [*(describe_source(job.source) if job.source else []), *(f"warning: {text}" for text in job.warnings)]
+    return "\n".join([*(f"{name:<8}{text}" for name, text in lines.items()), *notes])
 
 
 def _range(value: Estimate, units: Units) -> str:

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from logitcache.student.training.checkpoints import WORK, checkpoint_to_resume, checkpoints
+from logitcache.student.training.checkpoints import WORK, checkpoints
 from logitcache.student.training.run import train
 from logitcache.student.training.trainer import DistillTrainer
 from tests import tiny
