@@ -41,13 +41,13 @@ def _log_add(a, b):
 
 
 @triton.jit
-def _terms(log_p, log_q, mix, DIVERGENCE: tl.constexpr, INFINITE_AT_ZERO: tl.constexpr):
+def _terms(log_p, log_q, mix, DIVERGENCE: tl.constexpr):
     """Loss and h = Q dL/dQ of each bucket: a branch per entry of `divergences.DIVERGENCES`, with the same formulas.
 
     A bucket without student mass (log_q = -inf) has h = 0, except for forward KL.
     """
     log_p = tl.maximum(log_p, LOG_ZERO)
-    if not INFINITE_AT_ZERO:
+    if DIVERGENCE != "forward_kl":  # which is infinite there
         log_q = tl.maximum(log_q, LOG_ZERO)
     p = tl.exp(log_p)
     q = tl.exp(log_q)
@@ -130,7 +130,6 @@ def _row_kernel(
     softcap,
     scale,
     DIVERGENCE: tl.constexpr,
-    INFINITE_AT_ZERO: tl.constexpr,
     TAIL: tl.constexpr,
     LABELS: tl.constexpr,
     WEIGHTS: tl.constexpr,
@@ -218,12 +217,12 @@ def _row_kernel(
         log_s_K = tl.where(valid_K, z_K / temperature, LOWEST)
         log_s_K -= tl.max(log_s_K, axis=0)
         log_s_K -= tl.log(tl.sum(tl.exp(log_s_K), axis=0))
-        loss_K, h_K = _terms(log_p_K, log_s_K, mix, DIVERGENCE, INFINITE_AT_ZERO)
+        loss_K, h_K = _terms(log_p_K, log_s_K, mix, DIVERGENCE)
         h_K = tl.where(valid_K, h_K, 0.0)
         value = tl.sum(tl.where(valid_K, loss_K, 0.0), axis=0) * temperature * temperature
         entry_K = (h_K - tl.exp(log_s_K) * tl.sum(h_K, axis=0)) * temperature
     else:
-        loss_K, h_K = _terms(log_p_K, log_q_K, mix, DIVERGENCE, INFINITE_AT_ZERO)
+        loss_K, h_K = _terms(log_p_K, log_q_K, mix, DIVERGENCE)
         h_K = tl.where(valid_K, h_K, 0.0)
         value = tl.sum(tl.where(valid_K, loss_K, 0.0), axis=0)
         c = tl.sum(h_K, axis=0)
@@ -235,7 +234,7 @@ def _row_kernel(
         else:
             tl.static_assert(TAIL == "bucket")
             log_tail = tl.load(log_tail_ptr + row).to(tl.float32)
-            loss_tail, h_tail = _terms(log_tail, log_q_tail, mix, DIVERGENCE, INFINITE_AT_ZERO)
+            loss_tail, h_tail = _terms(log_tail, log_q_tail, mix, DIVERGENCE)
             value += tl.where(complete, 0.0, loss_tail)
             h_tail = tl.where(complete, 0.0, h_tail)
             c += h_tail
@@ -350,7 +349,6 @@ def sparse_divergence_(
     )
     constants = {
         "DIVERGENCE": objective.divergence,
-        "INFINITE_AT_ZERO": divergences.DIVERGENCES[objective.divergence].infinite_at_zero,
         "TAIL": objective.tail,
         "LABELS": targets.labels is not None,
         "WEIGHTS": both[0] is not None,
