@@ -238,6 +238,7 @@ class _Filling:
         """A trace, encoded. None if that fails: the summary then has the reason, and other traces are not affected."""
         try:
             trace = self.task.trace(request, completion, self.identity, context)
+            self.summary.sections.add(trace, self.identity.markers)
             return EncodedTrace.of(trace, self.identity)
         except Exception as e:  # a tokenizer or a grader may raise anything
             self.summary.failed[request.trace_id] = f"{request.prompt_id}: {first_line(e)}"

@@ -70,5 +70,6 @@ def trace_of(
 
 
 def offset_of(text: str, found: Found, markers: Markers) -> int | None:
-    """Where the answer begins in the text; None where the text alone tells it."""
-    return None if text_offset(text, markers) == found.answer.start else found.answer.start
+    """Where the answer begins in the text; None where the text alone tells it, and where there is no answer."""
+    start, told = found.answer.start, text_offset(text, markers)
+    return start if found.sections.sizes()["answer"] and start != told else None

@@ -219,6 +219,9 @@ def test_delimiters_are_those_the_model_writes_most_often() -> None:
         def decode(self, form):
             return "".join(texts[i] for i in form)
 
+        def get_vocab(self):
+            return {}
+
     facts: Any = SimpleNamespace(tokenizer=Tokenizer())
 
     def natural(opening: list[int], closing: list[int]) -> Answer:
@@ -535,7 +538,7 @@ def test_the_real_engine_continues_prompt_cut_reasoning_and_closing(tmp_path) ->
         answer = answers[Key(*key)]
         natural = answers[Key(*key)._replace(cut=None)]
         cut = key[2]
-        forced = [] if cut is None else [*natural.tokens[:cut], *closing]
+        forced = [] if cut is None else [*natural.tokens[: natural.opening + cut], *closing]
         assert (ids_sent, limit) == ([*prompts[key[0]], *forced], 16 if cut is None else 5)
         made = reference.generate(torch.tensor([ids_sent]), max_new_tokens=limit, do_sample=False, pad_token_id=0)
         assert answer.tokens.tolist() == made[0, len(ids_sent) :].tolist()
