@@ -10,6 +10,7 @@ from logitcache.capture.job import JobOptions, PromptOptions, Request, Tokens, i
 from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import trace_of
+from logitcache.grading import verdicts
 from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
@@ -37,6 +38,8 @@ def generate(options: GenerateOptions) -> Summary:
         resumes.
     """
     source = prompts.load(options.prompts, options.limit)
+    if options.verifier:
+        verdicts.check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in source))
     facts = model.inspect_model(options.spec)
     model.render(
         facts, source.prompts[0], options.template_args

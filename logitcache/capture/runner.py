@@ -17,6 +17,7 @@ from logitcache.cache.workers import Worker
 from logitcache.capture.job import Request, Task, Tokens, rows_wanted
 from logitcache.capture.summary import Summary
 from logitcache.errors import InputError, ShardCorruptError, first_line
+from logitcache.grading import verdicts
 from logitcache.identity import Identity
 from logitcache.inference.engine import Completion
 from logitcache.inference.session import EngineRequest, Session
@@ -109,6 +110,7 @@ class _Filling:
         self.open: list[Unit] = []
 
     def run(self) -> None:
+        graded = verdicts.no_verdict.copy()
         place = f"worker {self.options.place}: " if self.options.place.count > 1 else ""
         with Session(
             replace(self.options.spec, dtype=self.identity.dtype),
@@ -127,6 +129,7 @@ class _Filling:
                 self.session.run(self._requests(), self._finish, total=len(self.missing), on_refused=self._refused)
             finally:
                 self._publish_rest()
+                self.summary.no_verdict = dict(verdicts.no_verdict - graded)
                 self.summary.load_seconds, self.summary.seconds = self.session.load_seconds, self.session.seconds
                 self.summary.stopped = self.session.stopped
                 publish_json(self.session.log.with_suffix(".json"), asdict(self.summary))

@@ -15,7 +15,7 @@ from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import rows_of, trace_of
 from logitcache.errors import InputError, PromptsError
-from logitcache.grading.verdicts import verdict
+from logitcache.grading.verdicts import check_answers, verdict
 from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
@@ -110,7 +110,13 @@ def score(options: ScoreOptions) -> Summary:
     # The identity's sampling is empty: nothing was sampled from this teacher.
     if cache is None:
         identity = identify(options, facts, {}, ("score" if options.eos else "score --no-eos",))
-        return fill(_Texts(options, facts), identity)
+        texts = _Texts(options, facts)
+        if options.verifier:
+            asked = (request.content.prompt for request in texts.requests(identity))
+            check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in asked))
+        return fill(texts, identity)
+    if options.verifier:
+        check_answers(options.verifier, options.source, ((a, {}) for a in cache.column("answer").to_pylist()))
     words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
     identity = replace(
         identify(options, facts, {}, (*cache.identity.derived, words)),

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from logitcache.capture.plan import Estimate, JobEstimate
 from logitcache.capture.summary import Summary
+from logitcache.grading.verdicts import listed
 from logitcache.runtime.units import BYTES, COUNTS, HOURS, Units, in_bytes, in_units
 
 
@@ -14,6 +15,8 @@ def describe_summary(summary: Summary, out: Path) -> str:
         lines.append(f"{summary.repeated} repeated prompts were read once")
     lines += _listed("prompts skipped", [f"{prompt}: {why}" for prompt, why in summary.skipped.items()])
     lines += _listed("traces lost", list(summary.failed.values()))
+    if summary.no_verdict:
+        lines.append(listed(summary.no_verdict))
     if summary.unjudged:
         lines.append(
             f"{summary.unjudged} traces of earlier calls have no verdict: `logitcache slice --verifier` grades them"
