@@ -16,6 +16,7 @@ from logitcache.accuracy.answer_file import NO_ROOM, Answer, AnswerFile, Key, di
 from logitcache.accuracy.options import AccuracyOptions, Budget
 from logitcache.accuracy.run import Delimiters, Questions, Run
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError
+from logitcache.grading import verdicts
 from logitcache.identity import first_difference
 from logitcache.inference import model
 from logitcache.inference.model import ModelFacts
@@ -59,6 +60,7 @@ class AccuracyResult:
     made: int  # answers that this call made
     before: int  # answers that existed before
     seconds: float
+    no_verdict: dict[str, int]  # answers of this call that could not be graded, by reason
     settings: dict[str, Any]  # of the model and of the sampling: all but the prompts that an answer depends on
     counts: SourceCounts  # of the prompts
     delimiters: dict[str, list[int]] | None  # token ids of the forced opening and closing; None: not decided yet
@@ -80,7 +82,7 @@ def measure(options: AccuracyOptions) -> AccuracyResult:
 
     Raises: InputError, IdentityError or CacheBusyError before anything is generated; EngineError and WriteError.
     """
-    began, out = time.monotonic(), options.out
+    began, out, graded = time.monotonic(), options.out, verdicts.no_verdict.copy()
     source = prompts.load(options.prompts, options.limit, options.columns)
     _check_gradable(options, source)
     facts = _inspect(options)
@@ -129,6 +131,7 @@ def measure(options: AccuracyOptions) -> AccuracyResult:
             made=len(file.answers) - before,
             before=before,
             seconds=time.monotonic() - began,
+            no_verdict=dict(verdicts.no_verdict - graded),
             **read_json(out / SETTINGS),
         )
         if not stopped:
@@ -189,6 +192,7 @@ def _inspect(options: AccuracyOptions) -> ModelFacts:
 
 
 def _check_gradable(options: AccuracyOptions, source: PromptSet) -> None:
+    verdicts.check_answers(options.verifier, options.prompts, ((p.answer, p.metadata) for p in source))
     for prompt in source:
         if options.verifier == "gym":
             entry = prompt.metadata.get("gym")

@@ -7,6 +7,7 @@ from typing import Annotated
 
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
+from logitcache.grading.verdicts import Grading
 from logitcache.inference.model import SAMPLING, ModelOptions, ModelSpec, Sampling
 from logitcache.prompts import Columns
 from logitcache.runtime.options import Option, values_of
@@ -68,7 +69,7 @@ class AccuracyOptions(ModelOptions, Sampling):
             _ANSWERS,
         ),
     ] = DEFAULT_BUDGETS
-    verifier: Annotated[str, Option("With --prompts: how to grade an answer: math, exact or gym.")] = "exact"
+    verifier: Grading = "exact"
     limit: Annotated[int | None, Option("Use only the first N prompts.", _ANSWERS, default="all")] = None
     columns: Columns = field(default_factory=dict)
     samples: Annotated[int, Option("Completions per prompt.", SAMPLING)] = 1

@@ -10,6 +10,7 @@ from logitcache.capture.job import Context, JobOptions, PromptOptions, Request, 
 from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import trace_of
+from logitcache.grading import verdicts
 from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
@@ -38,6 +39,8 @@ def generate(options: GenerateOptions) -> Summary:
         resumes.
     """
     source = prompts.load(options.prompts, options.limit, options.columns)
+    if options.verifier:
+        verdicts.check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in source))
     facts = model.inspect_model(options.spec)
     drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
     summary = fill(_Answers(options, facts, drawn), identify(options, facts, _recorded(options)))

@@ -9,6 +9,7 @@ from typing import Annotated, Any, NamedTuple, Protocol
 from logitcache.cache.workers import Worker
 from logitcache.errors import InputError, ModelError
 from logitcache.grading import verdicts
+from logitcache.grading.verdicts import Verifier
 from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
@@ -33,12 +34,7 @@ class CaptureOptions(ModelOptions):
     top_k: Annotated[int, Option("Token ids stored per row, with their log-probabilities.")] = 64
     limit: Annotated[int | None, Option("Read only this many rows of the source.", default="all")] = None
     columns: Columns = field(default_factory=dict)
-    verifier: Annotated[
-        str | None,
-        Option(
-            "Grade each answer against the prompt's `answer`: math, exact or gym.", default="answers are not graded"
-        ),
-    ] = None
+    verifier: Verifier = None
     prompt_logits: Annotated[
         bool, Option("Store rows of the prompt's tokens too, to supervise the prompt section.", ROWS)
     ] = False

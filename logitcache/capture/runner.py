@@ -19,6 +19,7 @@ from logitcache.cache.workers import Worker
 from logitcache.capture.job import Context, Request, Task, Tokens, rows_wanted
 from logitcache.capture.summary import Summary
 from logitcache.errors import InputError, ShardCorruptError, first_line
+from logitcache.grading import verdicts
 from logitcache.identity import Identity
 from logitcache.inference.engine import Completion
 from logitcache.inference.session import EngineRequest, Session
@@ -134,6 +135,7 @@ class _Filling:
         self.remarked: defaultdict[str, set[str]] = defaultdict(set)  # remark -> prompt ids
 
     def run(self) -> None:
+        graded = verdicts.no_verdict.copy()
         place = f"worker {self.options.place}: " if self.options.place.count > 1 else ""
         with Session(
             replace(self.options.spec, dtype=self.identity.dtype),
@@ -150,6 +152,7 @@ class _Filling:
                 self.session.run(self._requests(), self._finish, total=len(self.missing), on_refused=self._refused)
             finally:
                 self._publish_rest()
+                self.summary.no_verdict = dict(verdicts.no_verdict - graded)
                 self.summary.load_seconds, self.summary.seconds = self.session.load_seconds, self.session.seconds
                 self.summary.stopped = self.session.stopped
                 self.summary.remarks = {remark: len(prompts) for remark, prompts in self.remarked.items()}

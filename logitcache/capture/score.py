@@ -17,7 +17,7 @@ from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import rows_of, trace_of
 from logitcache.errors import InputError, PromptsError
-from logitcache.grading.verdicts import verdict
+from logitcache.grading.verdicts import check_answers, verdict
 from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
@@ -135,9 +135,14 @@ def score(options: ScoreOptions) -> Summary:
         end = _end(options, facts)
         identity = identify(options, replace(facts, eos_ids=facts.eos_ids | {*end[-1:]}), {}, (_words(facts, end),))
         texts = _Texts(options, facts, end, identity.markers.pair)
+        if options.verifier:
+            asked = (request.content.prompt for request in texts.requests(identity))
+            check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in asked))
         summary = fill(texts, identity)
         summary.source = texts.counts
         return summary
+    if options.verifier:
+        check_answers(options.verifier, options.source, ((a, {}) for a in cache.column("answer").to_pylist()))
     words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
     identity = replace(
         identify(options, facts, {}, (*cache.identity.derived, words)),

@@ -49,6 +49,7 @@ class Summary:
     source: SourceCounts = field(default_factory=SourceCounts)
     sections: SectionCounts = field(default_factory=SectionCounts)
     unjudged: int = 0  # existing traces without the verdicts that this call gives
+    no_verdict: dict[str, int] = field(default_factory=dict)  # traces that could not be graded, by reason
     skipped: dict[str, str] = field(default_factory=dict)  # prompt id -> why the teacher cannot take it
     skipped_traces: list[str] = field(default_factory=list)  # their trace ids; later calls skip them too
     failed: dict[str, str] = field(default_factory=dict)  # trace id -> why its completion cannot be stored

@@ -6,6 +6,7 @@ from pathlib import Path
 from logitcache.capture.plan import Estimate, JobEstimate
 from logitcache.capture.summary import SectionCounts, Summary
 from logitcache.commands.text_prompts import describe_source
+from logitcache.grading.verdicts import listed
 from logitcache.runtime.units import BYTES, COUNTS, HOURS, Units, in_bytes, in_units
 
 
@@ -16,6 +17,8 @@ def describe_summary(summary: Summary, out: Path) -> str:
     lines += _listed("traces lost", list(summary.failed.values()))
     lines += [f"{count} {remark}" for remark, count in summary.remarks.items()]
     lines += describe_sections(summary.sections)
+    if summary.no_verdict:
+        lines.append(listed(summary.no_verdict))
     if summary.unjudged:
         lines.append(
             f"{summary.unjudged} traces of earlier calls have no verdict: `logitcache slice --verifier` grades them"

@@ -93,6 +93,7 @@ def slice_cache(
         raise InputError(f"`limit` {limit}: give at least 1")
     if verifier is not None:
         verdicts.check(verifier)
+        verdicts.check_answers(verifier, str(cache), ((a, {}) for a in opened.column("answer").to_pylist()))
     elif chosen and chosen.needs_verdicts and not any(sum(s.verdicts.values()) for s in opened.shards):
         raise InputError(f"`where` {chosen}: no trace of {cache} has a verdict; give `verifier` to grade them")
     if ends:

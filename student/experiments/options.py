@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from logitcache.accuracy.options import DEFAULT_BUDGETS
+from logitcache.grading.verdicts import Grading
 from logitcache.runtime.options import Option
 from logitcache.student.experiments.catalog import BEFORE, EXPERIMENTS, Variant
 
@@ -33,7 +34,7 @@ class ExperimentOptions:
     prompts: Annotated[
         str | None, Option("Questions with a gold `answer`, which every run answers through vLLM.", _ANSWERS)
     ] = None
-    verifier: Annotated[str, Option("How to grade an answer: math, exact or gym.", _ANSWERS)] = "exact"
+    verifier: Grading = "exact"
     budgets: Annotated[tuple[str, ...], Option("Reasoning budgets to measure, as in `logitcache eval`.", _ANSWERS)] = (
         DEFAULT_BUDGETS
     )
