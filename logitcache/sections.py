@@ -14,6 +14,7 @@ from typing import Annotated
 
 from logitcache.errors import InputError
 from logitcache.runtime.options import Option
+from logitcache.runtime.patterns import check_pattern, search
 
 SPANS = ("prompt", "opening", "reasoning", "closing", "answer")
 # The names that options use: both delimiters belong to the reasoning.
@@ -92,9 +93,9 @@ class Markers:
             raise InputError(f"reasoning markers {self.opening!r} and {self.closing!r}: give both or neither")
         if self.answer_regex is not None:
             try:
-                re.compile(self.answer_regex)
-            except re.error as e:
-                raise InputError(f"`answer_regex` {self.answer_regex!r} is not a regular expression: {e}") from None
+                check_pattern(self.answer_regex)
+            except ValueError as e:
+                raise InputError(f"`answer_regex` {self.answer_regex[:99]!r} {e}") from None
 
     def __str__(self) -> str:
         return f"{self.opening},{self.closing}" if self.pair else "none"
@@ -218,8 +219,8 @@ def answer_text(text: str, spans: Sections, markers: Markers) -> str:
         return ""
     if markers.closing is not None and (close := text.find(markers.closing)) >= 0:
         return text[close + len(markers.closing) :]
-    if markers.answer_regex is not None and (match := re.search(markers.answer_regex, text)):
-        return text[match.start() :]
+    if markers.answer_regex is not None and (at := search(markers.answer_regex, text)) is not None:
+        return text[at:]
     return text
 
 
@@ -227,6 +228,6 @@ def _without_markers(tokens: TokenText, split: int, prompt_length: int, pattern:
     """The answer begins at the first match of the pattern; without a match all is reasoning, without a pattern all is answer."""
     answer, length = prompt_length, len(tokens.starts)
     if pattern is not None:
-        match = re.compile(pattern).search(tokens.text, split)
-        answer = max(prompt_length, tokens.token_at(match.start())) if match else length
+        at = search(pattern, tokens.text, split)
+        answer = length if at is None else max(prompt_length, tokens.token_at(at))
     return Sections(prompt_length, prompt_length, answer, answer, length)

@@ -179,7 +179,13 @@ def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_only_the_cache_itself_is_pushed(hub, cache) -> None:
-    for name in (".lock", "logs/engine.log", "set-aside/unit-000009.arrow", "shards/.unit-000007.arrow.logitcache-part", "shards/unit-000007.arrow.part"):
+    for name in (
+        ".lock",
+        "logs/engine.log",
+        "set-aside/unit-000009.arrow",
+        "shards/.unit-000007.arrow.logitcache-part",
+        "shards/unit-000007.arrow.part",
+    ):
         (cache.path / name).parent.mkdir(exist_ok=True)
         (cache.path / name).write_bytes(b"x")
     (cache.path / "shards" / "unit-000008.arrow").write_bytes(b"a crash left this without an index")
