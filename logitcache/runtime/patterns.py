@@ -38,8 +38,8 @@ def search(pattern: str, text: str, start: int = 0) -> int | None:
         raise InputError(f"`answer_regex` {pattern[:99]!r} {e}") from None
     except TimeoutError:
         raise InputError(
-            f"`answer_regex` {pattern[:99]!r} searches a text of {len(text):,} characters for over {_SECONDS:g} s; give one without "
-            "repetitions in repetitions"
+            f"`answer_regex` {pattern[:99]!r} searches a text of {len(text):,} characters for over {_SECONDS:g} s; give one "
+            "without repetitions in repetitions"
         ) from None
     return match.start() if match else None
 
