@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from logitcache.runtime.patterns import search
 from logitcache.sections.formats import Format
 from logitcache.sections.harmony import PARTS, Channels, Message
 from logitcache.sections.markers import Markers
@@ -183,9 +184,9 @@ class Finder:
         answer."""
         answer, length, start = prompt_length, len(text.starts), text.start_of(prompt_length)
         if self.markers.answer_regex is not None:
-            match = re.compile(self.markers.answer_regex).search(text.text, start)
-            start = match.start() if match else len(text.text)
-            answer = max(prompt_length, text.token_at(start)) if match else length
+            found = search(self.markers.answer_regex, text.text, start)
+            start = len(text.text) if found is None else found
+            answer = length if found is None else max(prompt_length, text.token_at(start))
         return Sections(prompt_length, prompt_length, answer, answer, length), slice(start, len(text.text))
 
 
@@ -222,6 +223,6 @@ def text_offset(text: str, markers: Markers) -> int:
     """Where the answer begins in the text of a completion, by the text alone."""
     if markers.closing is not None and (close := text.find(markers.closing)) >= 0:
         return close + len(markers.closing)
-    if markers.answer_regex is not None and (match := re.search(markers.answer_regex, text)):
-        return match.start()
+    if markers.answer_regex is not None and (found := search(markers.answer_regex, text)) is not None:
+        return found
     return 0

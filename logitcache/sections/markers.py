@@ -1,12 +1,12 @@
 """How a model separates its reasoning from its answer, as an option and in a cache's identity."""
 
-import re
 from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Annotated
 
 from logitcache.errors import InputError
 from logitcache.runtime.options import Option
+from logitcache.runtime.patterns import check_pattern
 from logitcache.sections.formats import Format, detect, format_of
 
 
@@ -23,9 +23,9 @@ class Markers:
             raise InputError(f"reasoning markers {self.opening!r} and {self.closing!r}: give both or neither")
         if self.answer_regex is not None:
             try:
-                re.compile(self.answer_regex)
-            except re.error as e:
-                raise InputError(f"`answer_regex` {self.answer_regex!r} is not a regular expression: {e}") from None
+                check_pattern(self.answer_regex)
+            except ValueError as e:
+                raise InputError(f"`answer_regex` {self.answer_regex[:99]!r} {e}") from None
 
     def __str__(self) -> str:
         return f"{self.opening},{self.closing}" if self.pair else "none"

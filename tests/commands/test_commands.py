@@ -87,9 +87,9 @@ def test_the_shell_completes_commands_and_options(words: str, wanted: str) -> No
 
 def test_results_show_flags_and_python_shows_fields(capsys) -> None:
     text = "9 tokens, the teacher takes 1 to 7; `engine_args` max_model_len=10 takes it"
-    show(text)
+    show(str, text)
     use_flags({"engine_args": "--engine-arg"})
-    show(text)
+    show(str, text)
     use_flags({})
     fields, flags = capsys.readouterr().out.splitlines()
     assert fields == text
