@@ -1,3 +1,4 @@
+import functools
 import gzip
 import json
 import math
@@ -10,6 +11,7 @@ import zstandard
 from logitcache.errors import PromptsError
 from logitcache.prompts import load
 
+gz = functools.partial(gzip.compress, mtime=0)  # the same bytes in every process
 TWO = b'{"prompt": "a"}\n{"prompt": "b"}\n'
 
 
@@ -28,11 +30,11 @@ def texts(path) -> list:
         ("p.json", b'[{"prompt": "a"}, {"prompt": "b"}]'),
         ("p.jsonl", b'[{"prompt": "a"}, {"prompt": "b"}]'),
         ("p.json", b'\xef\xbb\xbf\n[\n {\n  "prompt": "a"\n },\n {"prompt": "b"}\n]\n'),
-        ("p.jsonl.gz", gzip.compress(TWO)),
-        ("p.jsonl.gz", gzip.compress(TWO[:16]) + gzip.compress(TWO[16:])),
+        ("p.jsonl.gz", gz(TWO)),
+        ("p.jsonl.gz", gz(TWO[:16]) + gz(TWO[16:])),
         ("p.jsonl.gz", TWO),
-        ("p.jsonl", gzip.compress(TWO)),
-        ("p.json.gz", gzip.compress(b'[{"prompt": "a"}, {"prompt": "b"}]')),
+        ("p.jsonl", gz(TWO)),
+        ("p.json.gz", gz(b'[{"prompt": "a"}, {"prompt": "b"}]')),
         ("p.jsonl.zst", zstandard.compress(TWO)),
         ("p.v1.ndjson.zst", zstandard.compress(TWO[:16]) + zstandard.compress(TWO[16:])),
     ],
@@ -73,11 +75,11 @@ MANY = b"".join(b'{"prompt": "%d"}\n' % i for i in range(3000))
         ("p.jsonl", TWO.decode().encode("utf-16"), "p.jsonl: is UTF-16 text; write it as UTF-8"),
         ("p.jsonl", b"", "contains no prompts"),
         ("p.jsonl.gz", b"", "contains no prompts"),
-        ("p.jsonl.gz", gzip.compress(MANY)[:-20], "p.jsonl.gz: cannot be read from line .*Truncated"),
-        ("p.jsonl.gz", gzip.compress(MANY)[:-8] + b"12345678", "p.jsonl.gz: cannot be read from line"),
+        ("p.jsonl.gz", gz(MANY)[:-20], "p.jsonl.gz: cannot be read from line .*Truncated"),
+        ("p.jsonl.gz", gz(MANY)[:-8] + b"12345678", "p.jsonl.gz: cannot be read from line"),
         ("p.jsonl.zst", zstandard.compress(MANY)[:-20], "p.jsonl.zst: cannot be read from line .*Truncated"),
-        ("p.gz", gzip.compress(TWO), "unknown file type '.gz'; give one of .jsonl"),
-        ("p.csv.gz", gzip.compress(TWO), "unknown file type '.csv.gz'"),
+        ("p.gz", gz(TWO), "unknown file type '.gz'; give one of .jsonl"),
+        ("p.csv.gz", gz(TWO), "unknown file type '.csv.gz'"),
         ("p.parquet", b"", "damaged Parquet file"),
     ],
 )
