@@ -48,7 +48,8 @@ def test_a_file_that_is_not_utf8_or_no_file_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["!!python/object/apply:os.system [x]", "? {a: b}\n: 1", "? [a]\n: 1", "2024-99-99", "!!int x", "!!binary ü"]
+    "text",
+    ["!!python/object/apply:os.system [x]", "? {a: b}\n: 1", "? [a]\n: 1", "2024-99-99", "!!int x", "!!binary ü"],
 )
 def test_what_cannot_be_constructed_is_a_value_error_or_yaml_error(tmp_path: Path, text: str) -> None:
     import yaml
