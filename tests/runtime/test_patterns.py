@@ -17,12 +17,13 @@ from logitcache.runtime.patterns import search
     ],
 )
 def test_a_catastrophic_pattern_ends_in_one_line(pattern: str, text: str) -> None:
-    began = time.monotonic()
+    began, said = time.monotonic(), "`answer_regex` searches for over 1 s"
     try:
         assert search(pattern, text) is None
     except InputError as e:
-        assert re.match(r"`answer_regex` .* searches a text of \d+ characters for over 1 s", str(e))  # noqa: PT017
-        assert "\n" not in str(e)
+        said = str(e)
+    assert re.match("`answer_regex` .*searches .*for over 1 s", said)
+    assert "\n" not in said
     assert time.monotonic() - began < 30
 
 
