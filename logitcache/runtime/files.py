@@ -27,6 +27,7 @@ LOCK, LOGS = ".lock", "logs"  # in every directory that a command writes
 PART = ".logitcache-part"
 MARK = "made-by-logitcache"
 _CONTENT = "content"  # beside the mark: the directory that is being written
+_CLAIM = re.compile(rf"\{LOCK}-\d+-of-\d+\.json")  # of a worker that fills a cache
 _LOG = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{6}-\d+\.(log|json)")  # of a session
 _LARGEST = 32 << 20  # bytes of a JSON file: parsed, they can take 20 times the memory
 
@@ -152,6 +153,8 @@ def is_leftover(path: Path) -> bool:
     """Whether a command that ended before it wrote its record leaves such an entry: a lock, logs, an unfinished file."""
     if path.name == LOGS:
         return path.is_dir() and not path.is_symlink() and all(map(_is_log, path.iterdir()))
+    if _CLAIM.fullmatch(path.name):
+        return is_regular(path)
     return is_part(path) or (path.name.startswith(LOCK) and is_lock(path))
 
 
