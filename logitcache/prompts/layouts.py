@@ -49,7 +49,7 @@ _CONVERSATIONS = ("prompt", "messages", "conversations")
 
 
 def check_columns(columns: Mapping[str, str]) -> None:
-    """Raises: PromptsError for a name that no row has."""
+    """Raises: PromptsError for a name that is not one of ours."""
     for name in columns:
         if name not in NAMES:
             raise PromptsError(f"`columns` {name}={columns[name]}: unknown name {name!r}; {did_you_mean(name, NAMES)}")
@@ -57,7 +57,8 @@ def check_columns(columns: Mapping[str, str]) -> None:
 
 def own_names(row: Row, columns: Mapping[str, str]) -> Mapping[str, str]:
     """``columns``, with ``completion`` for the ``output`` of Alpaca's layout."""
-    alpaca = row.get("instruction") is not None and "output" in row and "completion" not in row
+    other = any(row.get(name) is not None for name in (*_CONVERSATIONS, "completion"))
+    alpaca = not other and row.get("instruction") is not None and "output" in row
     return {"completion": "output", **columns} if alpaca else columns
 
 

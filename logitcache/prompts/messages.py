@@ -32,7 +32,7 @@ _SPEAKERS = {
 }
 REASONING = ("reasoning_content", "reasoning", "thinking")  # of an assistant turn, by the names that templates use
 _CALLS_IN_TEXT = ("<tool_call", "<|tool_call", "[TOOL_CALL", "<function", "<|python_tag|>")
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+MEDIA = ("image", "images", "audio", "audios", "video", "videos")
 
 
 def turns(name: str, value: Any) -> Messages:
@@ -77,7 +77,7 @@ def _calls(turn: dict[str, Any]) -> bool:
 def _turn(record: dict[str, Any]) -> dict[str, Any]:
     record = dict(record)
     role, content = _role(record), record.pop("content", None)
-    for medium in _MEDIA:
+    for medium in MEDIA:
         if record.get(medium):
             raise PromptsError(f"`{medium}`: only text can be asked")
     if role == "function_call":

@@ -2,17 +2,17 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from logitcache.errors import PromptsError, did_you_mean
 from logitcache.prompts.answers import gold_answer
 from logitcache.prompts.layouts import check_columns, own_names, renamed, suggestion, take_conversation
-from logitcache.prompts.messages import check_order, template_variables, tool_list, turns
+from logitcache.prompts.messages import MEDIA, check_order, template_variables, tool_list, turns
 from logitcache.prompts.prompt import Messages, Prompt, SourceCounts
 from logitcache.prompts.values import finite, kind_of
 
-_MEDIA = ("image", "images", "audio", "audios", "video", "videos")
+_GRADED = "gym"  # a column that grading reads, so it is more than metadata
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ def _parse(row: dict[str, Any], columns: Mapping[str, str], completed: bool) -> 
     columns = own_names(row, columns)
     row, unused = renamed(finite(row), columns)
     content, left_out = take_conversation(row, columns)
-    for medium in _MEDIA:
+    for medium in MEDIA:
         if row.get(medium) and not isinstance(row[medium], str):
             raise PromptsError(f"`{medium}`: only text can be asked")
     given, reason = row.pop("completion", None), row.pop("finish_reason", None)
@@ -133,12 +133,12 @@ def _prompt(content: str | Messages, row: dict[str, Any]) -> tuple[Prompt, bool]
         raise PromptsError(f"`id` is {kind_of(given)}, expected text or a number")
     try:
         metadata = json.loads(json.dumps(row, default=str))  # dates, decimals and such become text
-        prompt = Prompt("" if given is None else str(given), content, answer, metadata, tools, variables)
-        identifier = prompt.digest() if given is None else prompt.id
-        json.dumps([identifier, content, answer, metadata, tools, variables], ensure_ascii=False).encode()
+        prompt = Prompt("", content, answer, metadata, tools, variables)
+        prompt = replace(prompt, id=prompt.digest() if given is None else str(given))
+        json.dumps(asdict(prompt), ensure_ascii=False).encode()
     except (TypeError, ValueError) as e:
         raise PromptsError(f"not valid Unicode, or not a JSON value ({e}); fix or remove the row") from None
-    return Prompt(identifier, content, answer, metadata, tools, variables), given is not None
+    return prompt, given is not None
 
 
 class Reading:
@@ -169,9 +169,7 @@ class Reading:
         counts.prompts += 1
         counts.unanswered += prompt.answer is None
         counts.dropped_turns += row.dropped_turn
-        kept = [
-            name for name, value in prompt.metadata.items() if value is not None and name != "gym"
-        ]  # grading uses gym
+        kept = [name for name, value in prompt.metadata.items() if value is not None and name != _GRADED]
         for tally, names in ((counts.metadata, kept), (counts.unused, row.unused)):
             for name in names:
                 tally[name] = tally.get(name, 0) + 1

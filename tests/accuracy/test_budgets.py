@@ -367,6 +367,48 @@ def test_a_model_without_markers_can_only_be_measured_naturally(run, engine) -> 
     assert found.delimiters is None
 
 
+@pytest.mark.parametrize("end", ["<think> </think>", "</think>"])
+@pytest.mark.parametrize("budgets", [("0",), ("512",), ("50%", "none")])
+def test_a_lone_closing_at_the_end_of_the_prompt_is_refused_too(run, engine, end, budgets) -> None:
+    with pytest.raises(InputError, match="'p0': the chat template closes the reasoning before it begins"):
+        run(f"w5 w10 {end}", budgets=budgets)
+    assert engine.started == 0
+
+
+def test_the_forced_closing_of_gpt_oss_is_its_whole_hand_over() -> None:
+    from tests.sections.pieces import HARMONY_TOKENS, Vocabulary
+
+    final = "<|end|><|start|>assistant<|channel|>final<|message|>"
+    opening = "<|channel|>analysis<|message|>"
+
+    class Tokenizer(Vocabulary):
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [self.number(piece) for piece in self.encode(text)[0]]}
+
+        def number(self, piece: str) -> int:
+            return self.ids.get(piece) or ord(piece)
+
+        def decode(self, ids):
+            names = {i: token for token, i in self.ids.items()}
+            return "".join(names.get(i) or chr(i) for i in ids)
+
+    tokenizer = Tokenizer(*(token for token in HARMONY_TOKENS))
+    tokenizer.ids = {token: 1000 + i for i, token in enumerate(HARMONY_TOKENS)}
+    facts: Any = SimpleNamespace(tokenizer=tokenizer)
+
+    def natural(closing: str) -> Answer:
+        first, last = (tokenizer(text, False)["input_ids"] for text in (opening, closing))
+        tokens = array("i", [*first, 9, *last])
+        return Answer("p", 0, None, "", True, len(first), 1, len(last), 0, "stop", None, "", tokens)
+
+    call = "<|end|><|start|>assistant<|channel|>commentary to=functions.f<|message|>{}<|call|>"
+    typed = final.replace("<|message|>", " <|constrain|>json<|message|>")
+    for closings, forced in (([call, call], final), ([final], final), ([typed, typed, final, call], typed)):
+        made = Delimiters.of(map(natural, closings), facts, Markers(opening, final))
+        assert tokenizer.decode(made.closing) == forced
+        assert tokenizer.decode(made.opening) == opening
+
+
 def test_a_prompt_that_closes_the_reasoning_is_refused(run, engine) -> None:
     engine.natural = {"w10": "w5 <eos>"}
     with pytest.raises(InputError, match="'p0': the chat template closes the reasoning before it begins"):

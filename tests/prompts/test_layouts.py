@@ -32,6 +32,7 @@ def source(path, *rows) -> str:
         ({"conversations": [*USER, ASSISTANT]}, USER),
         ({"instruction": "What is 6*7?", "input": "", "output": "42"}, USER),
         ({"instruction": "What is", "input": "6*7?", "output": "42"}, [{"role": "user", "content": "What is\n\n6*7?"}]),
+        ({"messages": [*USER, ASSISTANT], "instruction": "a", "output": "b"}, USER),
         ({"prompt": None, "messages": [*USER, ASSISTANT], "conversations": None}, USER),
     ],
 )
