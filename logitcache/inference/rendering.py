@@ -42,7 +42,8 @@ def conversation(
         )
     try:
         refuse_reserved("template_args", prompt.template_args, RESERVED_TEMPLATE_ARGS)
-        text: Any = facts.tokenizer.apply_chat_template(
+        tokenizer: Any = facts.tokenizer
+        text: str = tokenizer.apply_chat_template(
             _with_parsed_arguments(messages),
             tools=prompt.tools or None,
             tokenize=False,

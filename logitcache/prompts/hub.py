@@ -50,8 +50,8 @@ def _loaded(source: str, name: str, options: dict[str, str]) -> Any:
     try:
         if is_saved_dataset(Path(name)):
             return datasets.load_from_disk(name)
-        config, split, revision = (options.get(name) for name in ("config", "split", "revision"))
-        return datasets.load_dataset(name, config, split=split, revision=revision)
+        load: Any = datasets.load_dataset
+        return load(name, options.get("config"), split=options.get("split"), revision=options.get("revision"))
     except Exception as e:  # a hub, a network and a builder raise anything
         raise PromptsError(
             f"{source}: cannot be loaded ({_one_line(e)}); check the name, the options and the network"

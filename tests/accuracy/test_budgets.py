@@ -222,7 +222,7 @@ def test_delimiters_are_those_the_model_writes_most_often() -> None:
         def get_vocab(self):
             return {}
 
-    facts: Any = SimpleNamespace(tokenizer=Tokenizer())
+    facts: Any = SimpleNamespace(tokenizer=Tokenizer(), known_ids=range(99))
 
     def natural(opening: list[int], closing: list[int]) -> Answer:
         tokens = [*opening, 9, *closing]

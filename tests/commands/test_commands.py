@@ -16,7 +16,7 @@ ARGUMENTS = [
     "generate p.jsonl --teacher t --out c --sampling top_p=0.9 --reasoning-markers <a>,</a> --worker 1/2",
     "generate p.jsonl --teacher t --out c --column prompt=1 --column answer=true",
     "plan p.jsonl --teacher t --engine-arg max_model_len=99",
-    "score t.jsonl --teacher t --out c --no-eos",
+    "score t.jsonl --teacher t --out c --eos none",
     "score --from-cache c --crop right:0.5 --teacher t --out o",
     "train a b --student s --out r --lr 1e-5 --set weight_decay=1e-4 --section-weight answer=2",
     "train --mix a=0.7 --mix b=0.3 --student s --out r",
