@@ -5,7 +5,7 @@ import json
 import pytest
 
 from logitcache.cache.reader import Cache
-from logitcache.inference import model
+from logitcache.inference import rendering
 from tests import fake_engine
 
 USER = {"role": "user", "content": "question w1"}
@@ -14,11 +14,10 @@ ASSISTANT = {"role": "assistant", "content": "<think> w1 </think> w2"}
 
 @pytest.fixture(autouse=True)
 def engine(monkeypatch):
-    def render(facts, prompt, template_args):
-        turns = prompt.content if isinstance(prompt.content, list) else [{"content": prompt.content}]
-        return [fake_engine.token_id(word) for turn in turns for word in turn["content"].split()]
+    def conversation(facts, prompt, messages, template_args, *, generate):
+        return " ".join(turn["content"] for turn in messages)
 
-    monkeypatch.setattr(model, "render", render)
+    monkeypatch.setattr(rendering, "conversation", conversation)
     return fake_engine.install(monkeypatch)
 
 
