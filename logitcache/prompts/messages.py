@@ -182,7 +182,7 @@ def _tool(tool: dict[str, Any]) -> dict[str, Any]:
 
 
 # Arguments of `apply_chat_template` that are not variables of the template.
-_RESERVED = frozenset(
+RESERVED_VARIABLES = frozenset(
     [
         "add_generation_prompt",
         "chat_template",
@@ -210,6 +210,6 @@ def template_variables(value: Any) -> dict[str, Any]:
     value = without_nulls(from_json("chat_template_kwargs", value) if value != "" else None) or {}
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         raise PromptsError("`chat_template_kwargs` must be an object with a value for each variable of the template")
-    if reserved := sorted(_RESERVED & value.keys()):
+    if reserved := sorted(RESERVED_VARIABLES & value.keys()):
         raise PromptsError(f"`chat_template_kwargs` {reserved[0]}: it is not a variable of the template; remove it")
     return value

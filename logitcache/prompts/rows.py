@@ -105,8 +105,6 @@ def _completed(content: str | Messages, given: Any, row: dict[str, Any]) -> tupl
         raise PromptsError(
             f"`completion` has a {strange[0]} turn; put all turns up to the last user turn into the prompt"
         )
-    if after[-1]["role"] != "assistant":
-        raise PromptsError("the completion ends with a tool turn; end it with an assistant turn")
     if len(after) == 1 and after[0].keys() == {"role", "content"}:
         return content, _not_empty(after[0]["content"])
     return content, after

@@ -61,6 +61,7 @@ def test_ids_of_text_and_of_plain_messages_stay_what_they_were() -> None:
         ({"messages": [USER, ASSISTANT]}, [USER], "yes"),
         ({"messages": [USER, ASSISTANT, OTHER, ASSISTANT]}, [USER, ASSISTANT, OTHER], "yes"),
         ({"messages": [USER, CALLING, TOOL, ASSISTANT]}, [USER], [CALLING, TOOL, ASSISTANT]),
+        ({"messages": [USER, CALLING, TOOL]}, [USER], [CALLING, TOOL]),
         ({"messages": [USER], "completion": [CALLING, TOOL, ASSISTANT]}, [USER], [CALLING, TOOL, ASSISTANT]),
         ({"messages": [USER, CALLING, TOOL], "completion": "yes"}, [USER, CALLING, TOOL], "yes"),
         (
@@ -81,7 +82,6 @@ def test_a_completion_is_text_or_the_turns_after_the_last_user_turn(row, prompt,
     [
         ({"prompt": "a"}, "no `completion`, and no assistant turn at the end; give one of them"),
         ({"messages": [USER], "response": "x"}, "no `completion`.*try `columns` completion=response"),
-        ({"messages": [USER, CALLING, TOOL]}, "the completion ends with a tool turn"),
         ({"messages": [USER, ASSISTANT], "completion": "x"}, "both `completion` and an assistant turn"),
         ({"messages": [USER], "completion": [USER]}, "`completion` has a user turn"),
         ({"messages": [USER], "completion": [ASSISTANT, ASSISTANT]}, "turn 3 is assistant after assistant"),
