@@ -183,8 +183,12 @@ class Run:
             return prompt_ids
         assert self.delimiters is not None
         natural = self.file.answers[key._replace(cut=None)]
-        opening = self._opening(natural)
-        return [*prompt_ids, *opening, *natural.tokens[natural.opening :][: key.cut], *self.delimiters.closing]
+        return [*prompt_ids, *self._opening(natural), *self._kept(natural, key.cut), *self.delimiters.closing]
+
+    def _kept(self, natural: Answer, cut: int) -> list[int]:
+        """What is kept of the reasoning."""
+        kept = natural.tokens[natural.opening :][:cut].tolist()
+        return kept[: self.finder.usable(token_texts(self.questions.facts, kept), kept)]
 
     def _opening(self, natural: Answer) -> list[int]:
         """The sample's own opening delimiter; the usual one for a sample without delimiters."""
@@ -225,7 +229,7 @@ class Run:
     def _read_forced(self, key: Key, tokens: list[int], ended: bool) -> "_Reading":
         assert self.delimiters is not None
         assert key.cut is not None
-        closing = self.delimiters.closing
+        closing, natural = self.delimiters.closing, self.file.answers[key._replace(cut=None)]
         ids = [*closing, *tokens]
         texts = token_texts(self.questions.facts, ids)
         if ended:
@@ -233,8 +237,8 @@ class Run:
         answer = self.finder.find(texts, len(closing), ids).answer  # the forced closing reads as that of a prompt
         return _Reading(
             opened=True,
-            opening=len(self._opening(self.file.answers[key._replace(cut=None)])),
-            reasoning=key.cut,
+            opening=len(self._opening(natural)),
+            reasoning=len(self._kept(natural, key.cut)),
             closing=len(closing),
             answer=len(tokens),
             text="".join(text or "" for text in texts[len(closing) :])[answer],

@@ -87,6 +87,11 @@ class Finder:
         """Whether these tokens hand over from reasoning to answer, and are nothing else."""
         return self._is(self._channels.hand_over if self._channels else self._hand_over, pieces, token_ids)
 
+    def usable(self, pieces: Sequence[str | None], token_ids: Sequence[int]) -> int:
+        """How many tokens of a cut reasoning a closing can follow: a cut may lie in the header of another message."""
+        text = TraceText(pieces, token_ids, self.tokens)
+        return text.token_at(self._channels.without_header(text.text)) if self._channels else len(pieces)
+
     def _is(self, pattern: str, pieces: Sequence[str | None], token_ids: Sequence[int]) -> bool:
         text = TraceText(pieces, token_ids, self.tokens).text
         return re.fullmatch(rf"\s*{pattern}\s*", text, re.DOTALL) is not None

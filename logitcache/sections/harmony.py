@@ -39,6 +39,7 @@ class Channels:
             rf"|(?P<bare>{start})(?P<author>{plain}){message}",
             re.DOTALL,
         )
+        self._open_header = re.compile(rf"{tokens.pattern(START, *ENDS)}(?:(?!{message}).)*\Z", re.DOTALL)
         # From analysis to final, whatever the header says of the answer's type.
         self.hand_over = rf"{tokens.pattern(*ENDS)}{start}\s*assistant\s*{channel}\s*final\b{plain}{message}"
 
@@ -47,6 +48,11 @@ class Channels:
         starts = [match.start() for match in self._start.finditer(text, 0, split)]
         found = [self._message(text, match) for match in self._header.finditer(text, starts[-1] if starts else split)]
         return [m for m in found if m.start > split or (m.start <= split <= m.end and m.header < split)]
+
+    def without_header(self, text: str) -> int:
+        """The characters of a cut reasoning, without the header of another message that the cut left unfinished."""
+        header = self._open_header.search(text)
+        return header.start() if header else len(text)
 
     def _message(self, text: str, match: re.Match[str]) -> Message:
         end = self._end.search(text, match.end())

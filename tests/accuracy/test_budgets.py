@@ -216,13 +216,13 @@ def test_delimiters_are_those_the_model_writes_most_often() -> None:
         def __call__(self, text, add_special_tokens):
             return {"input_ids": [5, 6]}
 
-        def decode(self, form):
+        def decode(self, form, **options):
             return "".join(texts[i] for i in form)
 
         def get_vocab(self):
             return {}
 
-    facts: Any = SimpleNamespace(tokenizer=Tokenizer(), known_ids=range(99))
+    facts: Any = SimpleNamespace(tokenizer=Tokenizer(), known_ids=range(10))
 
     def natural(opening: list[int], closing: list[int]) -> Answer:
         tokens = [*opening, 9, *closing]
@@ -388,13 +388,13 @@ def test_the_forced_closing_of_gpt_oss_is_its_whole_hand_over() -> None:
         def number(self, piece: str) -> int:
             return self.ids.get(piece) or ord(piece)
 
-        def decode(self, ids):
+        def decode(self, ids, **options):
             names = {i: token for token, i in self.ids.items()}
             return "".join(names.get(i) or chr(i) for i in ids)
 
     tokenizer = Tokenizer(*(token for token in HARMONY_TOKENS))
     tokenizer.ids = {token: 1000 + i for i, token in enumerate(HARMONY_TOKENS)}
-    facts: Any = SimpleNamespace(tokenizer=tokenizer)
+    facts: Any = SimpleNamespace(tokenizer=tokenizer, known_ids=range(2000))
 
     def natural(closing: str) -> Answer:
         first, last = (tokenizer(text, False)["input_ids"] for text in (opening, closing))

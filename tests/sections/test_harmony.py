@@ -111,3 +111,11 @@ def test_a_forced_closing_is_the_whole_hand_over() -> None:
         assert not finder.is_closing(*vocabulary.encode(text)), text
     assert finder.is_opening(*vocabulary.encode(ANALYSIS))
     assert not finder.is_opening(*vocabulary.encode(f"<|channel|>commentary<|message|>I look.{MORE}"))
+
+
+@pytest.mark.parametrize("cut", ["<|end|>", "<|end|><|start|>", "<|end|><|start|>assistant<|channel|>ana", ""])
+def test_a_closing_does_not_follow_half_a_header(cut: str) -> None:
+    vocabulary = Vocabulary(*HARMONY_TOKENS)
+    kept, ids = vocabulary.encode(f"a{MORE}b{cut}")
+    assert "".join(kept[: Finder.of(vocabulary, HARMONY).usable(kept, ids)]) == f"a{MORE}b"
+    assert Finder.of(vocabulary, Markers("<think>", "</think>")).usable(kept, ids) == len(kept)
