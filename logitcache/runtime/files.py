@@ -9,6 +9,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -16,11 +17,21 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from logitcache.errors import NotACacheError, ShardCorruptError, WriteError, first_line
+from logitcache.errors import NotACacheError, ShardCorruptError, WriteError
 from logitcache.runtime.locks import exclusive, is_lock
 from logitcache.runtime.regular_files import is_regular, open_regular
 
-__all__ = ["LOCK", "LOGS", "atomic_directory", "is_leftover", "is_occupied", "open_regular", "part_of", "publish"]
+__all__ = [
+    "LOCK",
+    "LOGS",
+    "MAX_JSON",
+    "atomic_directory",
+    "is_leftover",
+    "is_occupied",
+    "open_regular",
+    "part_of",
+    "publish",
+]
 __all__ += ["publish_json", "read_json", "remove_parts", "sync_directory"]
 
 LOCK, LOGS = ".lock", "logs"  # in every directory that a command writes
@@ -29,7 +40,7 @@ MARK = "made-by-logitcache"
 _CONTENT = "content"  # beside the mark: the directory that is being written
 _CLAIM = re.compile(rf"\{LOCK}-\d+-of-\d+\.json")  # of a worker that fills a cache
 _LOG = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{6}-\d+\.(log|json)")  # of a session
-_LARGEST = 32 << 20  # bytes of a JSON file: parsed, they can take 20 times the memory
+MAX_JSON = 16 << 20  # bytes; parsed, hostile JSON takes up to 25 times as much memory
 
 
 def part_of(path: Path) -> Path:
@@ -94,38 +105,62 @@ def sync_directory(path: Path) -> None:
 
 
 def publish_json(path: Path, fields: dict[str, Any]) -> None:
-    """Writes ``fields`` atomically as JSON, one per line; the last field, ``check``, is the SHA-256 of the bytes before it."""
-    publish(path, _render(fields))
+    """Writes ``fields`` atomically as JSON, one per line; the last field, ``check``, is the SHA-256 of the bytes before it.
+
+    Raises: WriteError, also for more bytes than ``read_json`` takes.
+    """
+    data = _render(fields)
+    if len(data) > MAX_JSON:
+        raise WriteError(f"{path}: {len(data):,} bytes, at most {MAX_JSON:,}; make smaller units with `unit_size`")
+    publish(path, data)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads what ``publish_json`` wrote.
 
-    Raises: ShardCorruptError if it does not match its checksum, or is a link or no file.
+    Raises: ShardCorruptError if it does not match its checksum or is not plain JSON: a key twice, a number that is not
+        finite or does not fit in 64 bits, more than ``MAX_JSON`` bytes. OSError, as ``open_regular``.
     """
-    try:
-        with open_regular(path) as file:
-            data = file.read(_LARGEST + 1)
-    except OSError as e:
-        if e.errno in (errno.ELOOP, errno.EINVAL):
-            raise ShardCorruptError(
-                f"{path}: {e.strerror}; nothing is read through it, put the file itself there"
-            ) from e
-        raise
-    if len(data) > _LARGEST:
-        raise ShardCorruptError(f"{path}: over {_LARGEST >> 20} MiB, and no JSON file of logitcache is that large")
+    with open_regular(path) as file:
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise ShardCorruptError(f"{path}: more than {MAX_JSON:,} bytes")
     body = data[: data.rfind(b' "check"')]
-    if data == body + _check(body):
-        try:
-            fields = json.loads(data)
-        except (ValueError, RecursionError) as e:
-            raise ShardCorruptError(f"{path}: its checksum is right, but it is not JSON ({first_line(e)})") from None
-        del fields["check"]
-        return fields
-    raise ShardCorruptError(
-        f"{path}: does not match its checksum; restore it from a copy, "
-        "or move its shard aside with `logitcache verify --repair`"
-    )
+    if data != body + _check(body):
+        raise ShardCorruptError(
+            f"{path}: does not match its checksum; restore it from a copy, or run `logitcache verify --repair`"
+        )
+    try:
+        fields = json.loads(
+            data.decode(),
+            object_pairs_hook=_distinct,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except (ValueError, RecursionError) as e:
+        raise ShardCorruptError(f"{path}: is not plain JSON ({e})") from None
+    del fields["check"]
+    return fields
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return fields
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError("a number does not fit in 64 bits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("a number is not finite")
+    return value
 
 
 def _render(fields: dict[str, Any]) -> bytes:

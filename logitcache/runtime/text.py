@@ -11,7 +11,7 @@ from typing import Any
 # line ends other than " ", surrogates, unassigned. These are letters or marks to Unicode, and show nothing:
 _BLANK = re.compile("[\u034f\u115f\u1160\u17b4\u17b5\u180b-\u180f\u2800\u3164\ufe00-\ufe0f\uffa0\U000e0100-\U000e01ef]")
 # Markdown gives no meaning to punctuation behind a backslash. Some of it has a meaning only where a line begins.
-_MARKUP = re.compile(r"[\\`*_\[\]<>|~$&]|^[#+=-]|(?<=^\d)[.)]")
+_MARKUP = re.compile(r"[\\`*\[\]<>|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])|^[#+=-]|(?<=^\d)[.)]")
 
 
 def visible(text: str, keep: str = "") -> str:

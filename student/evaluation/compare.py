@@ -13,10 +13,11 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from logitcache.errors import StudentError
+from logitcache.errors import StudentError, first_line
 from logitcache.runtime.files import publish
 from logitcache.runtime.options import Option
 from logitcache.runtime.pictures import is_ours, label, png
+from logitcache.student.model.measures import Measures
 from logitcache.student.training.checkpoint_files import SPENT_FILE
 from logitcache.student.training.checkpoints import RUN_FILE, find_run, newest_checkpoint, run_status
 
@@ -107,7 +108,7 @@ def compare(
     curves = out and out / CURVES_FILE
     if curves and os.path.lexists(curves) and not is_ours(curves):
         raise StudentError(f"{curves} was not drawn by logitcache; move it away, or give `out` another directory")
-    read = [_read(path, name) for path, name in zip(runs, _names(runs), strict=True)]
+    read = [_checked(path, name) for path, name in zip(runs, _names(runs), strict=True)]
     compared, settings = [run for run, _ in read], [_flat(found) for _, found in read]
     keys = dict.fromkeys(key for each in settings for key in each)
     values = {key: [each.get(key) for each in settings] for key in keys}
@@ -120,6 +121,29 @@ def compare(
         publish(curves, _curves_png(compared, unit))
         files.append(str(curves))
     return Comparison(runs=compared, differs=differs, held_out_differs=held_out, loss_differs=loss, files=files)
+
+
+def _checked(path: Path, name: str) -> tuple[ComparedRun, dict[str, Any]]:
+    """Returns: as `_read`. Raises: StudentError for a directory that is not a run, or has values that no run has."""
+    try:
+        run, settings = _read(path, name)
+        _check(run)
+        return run, settings
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as e:
+        raise StudentError(f"{path}: its records are not those of `logitcache train` ({first_line(e)})") from None
+
+
+def _check(run: ComparedRun) -> None:
+    """Raises: TypeError for text or a list where a run has a number or a mapping."""
+    numbers = [run.steps, run.tokens_fed, run.tokens_taught, run.seconds, run.eval_step]
+    numbers += [*run.training.loss, *run.held_out.kl, *run.held_out.top1]
+    for part in (run.cost or {}, run.eval_before or {}, run.eval_after or {}):
+        numbers += [part.get(measure) for measure in (*Measures.__slots__, "flops", "peak_memory") if measure != "tail"]
+        numbers += (part.get("seconds") or {}).values()
+        numbers += [section.get("kl") for section in part.get("sections", {}).values()]
+    for number in numbers:
+        if not isinstance(number, int | float | None) or isinstance(number, bool):
+            raise TypeError(f"{number!r} is not a number")
 
 
 def _read(path: Path, name: str) -> tuple[ComparedRun, dict[str, Any]]:

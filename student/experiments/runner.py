@@ -223,9 +223,9 @@ def finished_run(place: Path, variant: Variant) -> dict[str, Any] | None:
     """
     try:
         found = json.loads((place / RUN_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if found.get("status") != "finished":
+    if not isinstance(found, dict) or found.get("status") != "finished":
         return None
     view = View(variant.view, variant.sections)
     wanted = {"view": str(view), "sections": list(view.sections), **variant.set}

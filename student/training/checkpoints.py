@@ -13,6 +13,7 @@ from typing import Any
 from logitcache.errors import StudentError, TrainingError
 from logitcache.runtime.files import LOCK, sync_directory
 from logitcache.runtime.locks import holder
+from logitcache.runtime.regular_files import open_regular
 from logitcache.student.training.checkpoint_files import (
     RECORD,
     STATE_FILE,
@@ -158,9 +159,10 @@ def find_run(path: Path) -> tuple[Path | None, dict[str, Any]]:
     for home in homes:
         if (file := home / RUN_FILE).is_file():
             try:
-                run = json.loads(file.read_text())
+                with open_regular(file) as record:
+                    run = json.load(record)
                 run["status"]
-            except (ValueError, TypeError, KeyError, OSError) as e:
+            except (ValueError, TypeError, KeyError, OSError, RecursionError) as e:
                 raise StudentError(f"{file} was not written by `logitcache train`; is {home} a run?") from e
             return home, run
     return None, {}

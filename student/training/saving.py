@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 from logitcache.errors import TrainingError, WriteError, first_line
+from logitcache.runtime.console import say
 from logitcache.student.training.checkpoint_files import STATE_FILE, weights_damage
 from logitcache.student.training.checkpoints import (
     WORK,
@@ -45,7 +46,7 @@ class SafeTrainer(Trainer):
                 path, damaged = checkpoint_to_resume(self._out)
                 for other, wrong in damaged.items():
                     aside = set_aside(other).name
-                    print(f"{other} is damaged: {wrong}; renamed to {aside}, resuming from {path}", file=sys.stderr)
+                    say(f"{other} is damaged: {wrong}; renamed to {aside}, resuming from {path}", sys.stderr)
                 chosen = [path and str(path)]
         if self.args.world_size > 1:
             dist.broadcast_object_list(chosen, device=self.args.device)

@@ -322,7 +322,7 @@ def test_a_record_is_a_regular_file(tmp_path: Path, stand: str) -> None:
     publish_json(tmp_path / "real.json", {"a": 1})
     path = tmp_path / "m.json"
     {"link": lambda: path.symlink_to("real.json"), "fifo": lambda: os.mkfifo(path), "directory": path.mkdir}[stand]()
-    with pytest.raises(ShardCorruptError, match=r"m\.json: is (a link|not a regular file|a directory)"):
+    with pytest.raises(OSError, match=r"is (a link|not a regular file|a directory): .*m\.json"):
         read_json(path)
 
 
@@ -332,5 +332,5 @@ def test_a_record_is_a_regular_file(tmp_path: Path, stand: str) -> None:
 def test_a_record_with_a_right_checksum_that_is_not_json_is_one_line(tmp_path: Path, body: bytes) -> None:
     check = hashlib.sha256(body).hexdigest().encode()
     (tmp_path / "m.json").write_bytes(body + b' "check": "' + check + b'"\n}\n')
-    with pytest.raises(ShardCorruptError, match=r"m\.json: its checksum is right, but it is not JSON"):
+    with pytest.raises(ShardCorruptError, match=r"m\.json: is not plain JSON"):
         read_json(tmp_path / "m.json")
