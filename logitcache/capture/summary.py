@@ -22,12 +22,13 @@ class SectionCounts:
     def add(self, trace: Trace, markers: Markers) -> None:
         self.markers = str(markers)
         sizes = trace.sections.sizes()
+        own_text = "" if len(trace.context_spans) else trace.text  # a tool's result may quote a marker
         delimited = any(sizes[name] for name in ("opening", "reasoning", "closing"))
         pair = None if delimited else known_pair(trace.text)
         if pair and markers.format != Markers(*pair).format:
             name = ",".join(pair)
             self.unmarked[name] = self.unmarked.get(name, 0) + 1
-        elif markers.closing and not sizes["closing"] and markers.closing in trace.text:
+        elif markers.closing and not sizes["closing"] and markers.closing in own_text:
             self.spelled += 1
         self.without_reasoning += bool(markers.pair and not delimited and sizes["answer"])
         self.without_answer += not sizes["answer"]
