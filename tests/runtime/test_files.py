@@ -300,6 +300,12 @@ def test_only_what_we_leave_counts_as_a_leftover(tmp_path: Path, name: str, make
     assert is_leftover(tmp_path / name) == ours
 
 
+def test_an_unfinished_file_that_is_completed_meanwhile_is_nobody_s(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    assert is_leftover(tmp_path / ".manifest.json.logitcache-part"), "renamed after the directory was listed"
+    assert is_leftover(tmp_path / "logs" / ".generate-20260101T000000Z-abc123-12.json.logitcache-part")
+
+
 @pytest.mark.parametrize("stand", ["text", "link", "link to nothing", "fifo", "directory", "pid 12 on host\nmore"])
 def test_what_is_not_our_lock_is_neither_written_nor_waited_for(tmp_path: Path, stand: str) -> None:
     (tmp_path / "other").write_text("")
