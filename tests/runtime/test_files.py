@@ -284,6 +284,7 @@ def test_what_is_there_already_is_never_replaced(tmp_path: Path, stand: str) -> 
         (".lock", lambda p: p.write_text("my notes"), False),
         (".lock", lambda p: p.write_text("pid 12 on host\nand more"), False),
         (".lock-0-of-1", lambda p: p.symlink_to("x"), False),
+        (".lock-0-of-1.json", lambda p: publish_json(p, {"teacher": "t"}), True),
         (".lock", os.mkfifo, False),
         ("x.part", lambda p: p.write_text("mine"), False),
         (".x.logitcache-part", lambda p: p.write_text("half"), True),
