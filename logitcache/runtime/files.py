@@ -185,16 +185,23 @@ def is_occupied(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bo
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a command that ended before it wrote its record leaves such an entry: a lock, logs, an unfinished file."""
-    if path.name == LOGS:
-        return path.is_dir() and not path.is_symlink() and all(map(_is_log, path.iterdir()))
-    if _CLAIM.fullmatch(path.name):
-        return is_regular(path)
-    return is_part(path) or (path.name.startswith(LOCK) and is_lock(path))
+    """Whether a command that ended before it wrote its record leaves such an entry: a lock, logs, an unfinished file.
+
+    True also for an entry that another process has removed or completed meanwhile.
+    """
+    if path.name == LOGS and path.is_dir() and not path.is_symlink():
+        return all(is_part(each) or _is_log(each) or _is_gone(each) for each in path.iterdir())
+    if _CLAIM.fullmatch(path.name) and is_regular(path):
+        return True
+    return is_part(path) or (path.name.startswith(LOCK) and is_lock(path)) or _is_gone(path)
 
 
 def _is_log(path: Path) -> bool:
-    return is_part(path) or (_LOG.fullmatch(path.name) is not None and is_regular(path))
+    return _LOG.fullmatch(path.name) is not None and is_regular(path)
+
+
+def _is_gone(path: Path) -> bool:
+    return not os.path.lexists(path)
 
 
 @contextlib.contextmanager

@@ -54,7 +54,7 @@ def test_a_prompt_cannot_steer_the_terminal(run, tmp_path: Path, monkeypatch) ->
     rows = [{"id": EVIL, "prompt": "w1 " * 50}, {"id": "b", "prompt": "w1"}]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     code, out, err = run("generate", tmp_path / "p.jsonl", "--teacher", "fake", "--out", tmp_path / "c", "--top-k", 4)
-    assert code == 0
+    assert code == 0, err
     assert is_safe(out)
     assert is_safe(err)
     assert SHOWN in out

@@ -284,6 +284,7 @@ def test_what_is_there_already_is_never_replaced(tmp_path: Path, stand: str) -> 
         (".lock", lambda p: p.write_text("my notes"), False),
         (".lock", lambda p: p.write_text("pid 12 on host\nand more"), False),
         (".lock-0-of-1", lambda p: p.symlink_to("x"), False),
+        (".lock-0-of-1.json", lambda p: publish_json(p, {"teacher": "t"}), True),
         (".lock", os.mkfifo, False),
         ("x.part", lambda p: p.write_text("mine"), False),
         (".x.logitcache-part", lambda p: p.write_text("half"), True),
@@ -298,6 +299,12 @@ def test_what_is_there_already_is_never_replaced(tmp_path: Path, stand: str) -> 
 def test_only_what_we_leave_counts_as_a_leftover(tmp_path: Path, name: str, make, ours: bool) -> None:
     make(tmp_path / name)
     assert is_leftover(tmp_path / name) == ours
+
+
+def test_an_unfinished_file_that_is_completed_meanwhile_is_nobody_s(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    assert is_leftover(tmp_path / ".manifest.json.logitcache-part"), "renamed after the directory was listed"
+    assert is_leftover(tmp_path / "logs" / ".generate-20260101T000000Z-abc123-12.json.logitcache-part")
 
 
 @pytest.mark.parametrize("stand", ["text", "link", "link to nothing", "fifo", "directory", "pid 12 on host\nmore"])
