@@ -66,22 +66,13 @@ RESERVED_SAMPLING = {
     "detokenize": None,
     "output_kind": None,
 }
-RESERVED_TEMPLATE_ARGS: dict[str, str | None] = dict.fromkeys(
-    [
-        "conversation",
-        "add_generation_prompt",
-        "continue_final_message",
-        "tokenize",
-        "padding",
-        "truncation",
-        "max_length",
-        "return_tensors",
-        "return_dict",
-        "return_assistant_tokens_mask",
-        "tokenizer_kwargs",
-        "chat_template",
-    ]
-) | {"tools": "the column `tools`"}
+_OF_APPLY_CHAT_TEMPLATE = (
+    "conversation add_generation_prompt continue_final_message tokenize padding truncation max_length return_tensors "
+    "return_dict return_assistant_tokens_mask tokenizer_kwargs chat_template"
+)
+RESERVED_TEMPLATE_ARGS: dict[str, str | None] = dict.fromkeys(_OF_APPLY_CHAT_TEMPLATE.split()) | {
+    "tools": "the column `tools`"
+}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -75,7 +75,8 @@ def test_a_last_turn_that_ends_with_another_token_than_the_others() -> None:
 
 def test_a_transcript_may_end_with_a_result_and_with_sentencepiece() -> None:
     facts = llama_2(
-        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+        "{% for m in messages %}{{ m.role[0] }}:{{ m.content }}{{ eos_token }}{% endfor %}"
+        "{% if add_generation_prompt %}a:{% endif %}"
     )
     found = transcript(facts, Prompt("p", USER), TURNS[:2], {})
     _, read, written = parts(facts, found)
