@@ -24,8 +24,8 @@ def test_values_become_the_types_that_vllm_declares() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("logit_bias", {"a": 1}), ("logit_bias", [5]), ("stop_token_ids", "5"), ("stop_token_ids", ["x"])]
-    + [("top_k", 5.5), ("top_p", True), ("min_tokens", "x"), ("ignore_eos", "maybe"), ("stop", 5)],
+    [("logit_bias", {"a": 1}), ("logit_bias", [5]), ("stop_token_ids", "5"), ("stop_token_ids", ["x"]),
+     ("top_k", 5.5), ("top_p", True), ("min_tokens", "x"), ("ignore_eos", "maybe"), ("stop", 5)],
 )  # fmt: skip
 def test_a_value_of_another_type_is_refused_by_name(name, value) -> None:
     with pytest.raises(InputError, match=f"`sampling` {name}=.*: expected "):
