@@ -7,66 +7,14 @@ from typing import Any
 HIDDEN = "[hidden]"
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
-_SECRET = frozenset(
-    [
-        "secret",
-        "secrets",
-        "password",
-        "passwd",
-        "passphrase",
-        "pwd",
-        "key",
-        "apikey",
-        "credential",
-        "credentials",
-        "authorization",
-        "auth",
-        "bearer",
-        "cookie",
-    ]
+# The last word of a name that holds a secret.
+_SECRET = (
+    "secret secrets password passwd passphrase pwd key apikey credential credentials authorization auth bearer cookie"
 )
 # What stands before "token" in the name of a token of a vocabulary.
-_OF_A_VOCABULARY = frozenset(
-    [
-        "bos",
-        "eos",
-        "pad",
-        "unk",
-        "sep",
-        "cls",
-        "mask",
-        "stop",
-        "start",
-        "end",
-        "begin",
-        "first",
-        "last",
-        "next",
-        "prefix",
-        "suffix",
-        "special",
-        "additional",
-        "newline",
-        "per",
-        "image",
-        "img",
-        "audio",
-        "video",
-        "vision",
-        "boi",
-        "eoi",
-        "eot",
-        "eom",
-        "soft",
-        "think",
-        "thinking",
-        "reasoning",
-        "answer",
-        "user",
-        "assistant",
-        "system",
-        "tool",
-    ]
+_OF_A_VOCABULARY = (
+    "bos eos pad unk sep cls mask stop start end begin first last next prefix suffix special additional newline per "
+    "image img audio video vision boi eoi eot eom soft think thinking reasoning answer user assistant system tool"
 )
 _VALUE = re.compile(
     r"\b(?:hf_|api_org_)(?=[a-z]*[A-Z0-9])[A-Za-z0-9]{10,}"
@@ -89,8 +37,8 @@ def is_secret(name: str) -> bool:
     """Whether a setting of this name holds a secret: ``hf_token`` and ``apiKey`` do, ``stop_token_ids`` does not."""
     words = [word.lower() for word in _WORDS.findall(name)] or [""]
     if words[-1] == "token":
-        return words[-2:-1] == [] or words[-2] not in _OF_A_VOCABULARY
-    return words[-1] in _SECRET
+        return words[-2:-1] == [] or words[-2] not in _OF_A_VOCABULARY.split()
+    return words[-1] in _SECRET.split()
 
 
 def remember(settings: Mapping[str, Any]) -> None:

@@ -8,10 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from logitcache.cache.claim import claim
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
 from logitcache.cache.workers import Worker
 from logitcache.capture.generate import GenerateOptions, generate
+from logitcache.capture.job import identify
 from logitcache.commands.text_capture import describe_summary
 from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, ModelError, WriteError
 from logitcache.sections import Markers
@@ -230,6 +232,7 @@ def test_an_engine_that_cannot_start_leaves_no_identity_behind(engine, prompts, 
     with pytest.raises(InputError, match="refuses"):
         generate(options(prompts(3), tmp_path / "c", top_k=4))
     monkeypatch.setattr(module, "Engine", engine)
+    assert not (tmp_path / "c" / "manifest.json").exists()
     assert generate(options(prompts(3), tmp_path / "c", top_k=8)).made == 3
 
 
@@ -386,3 +389,62 @@ def test_a_plan_draws_from_all_of_the_source(engine, prompts, tmp_path) -> None:
         drawn[i] = set(Cache.open(tmp_path / f"{i}").prompt_ids)
     assert drawn[0] == drawn[1]
     assert max(int(p[1:]) for p in drawn[0]) > 20
+
+
+def test_a_run_that_makes_no_trace_leaves_no_identity_behind(engine, prompts, tmp_path) -> None:
+    engine.steps_before_failure, engine.failure = 0, EngineError("the engine died")
+    with pytest.raises(EngineError):
+        generate(options(prompts(3), tmp_path / "c", top_k=4))
+    assert not (tmp_path / "c" / "manifest.json").exists()
+    engine.steps_before_failure = None
+    assert generate(options(prompts(3), tmp_path / "c", top_k=8)).made == 3
+
+
+def test_a_worker_of_other_settings_is_refused_while_no_trace_exists_yet(engine, prompts, tmp_path) -> None:
+    out = tmp_path / "c"
+    first = options(prompts(3), out, worker=Worker(0, 2))
+    other = identify(first, fake_engine.facts(first.spec), {"temperature": 0.5})
+    with Worker(0, 2).alone(out), claim(out, Worker(0, 2), other):
+        with pytest.raises(IdentityError, match="made with sampling"):
+            generate(options(prompts(9), out, worker=Worker(1, 2)))
+        assert engine.started == 0
+    assert not [*out.glob(".lock-*.json")]
+    assert generate(options(prompts(9), out, worker=Worker(1, 2))).made > 0, "a worker that ended holds no claim"
+
+
+@pytest.mark.parametrize("order", [("system", "user"), ("user", "system")])
+def test_rows_that_the_template_refuses_are_skipped_wherever_they_stand(engine, tmp_path, monkeypatch, order) -> None:
+    def render(facts, prompt, template_args):
+        if "system" in prompt.id:
+            raise ModelError(f"prompt {prompt.id!r}: the chat template refuses its messages")
+        return [1, 2]
+
+    monkeypatch.setattr("logitcache.capture.generate.render", render)
+    rows = {name: f'{{"id": "{name}", "messages": [{{"role": "user", "content": "x"}}]}}' for name in order}
+    (tmp_path / "p.jsonl").write_text("\n".join(rows.values()))
+    summary = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c"))
+    assert (summary.made, [*summary.skipped]) == (1, ["system"])
+    assert "1 prompts skipped:\n  system: prompt 'system': the chat template refuses" in describe_summary(
+        summary, tmp_path
+    )
+    (tmp_path / "q.jsonl").write_text(rows["system"] + "\n" + rows["system"].replace("system", "system2"))
+    with pytest.raises(ModelError, match="all 2 requests are refused, the first: prompt 'system'"):
+        generate(options(str(tmp_path / "q.jsonl"), tmp_path / "d"))
+    assert not (tmp_path / "d").exists()
+
+
+def test_secrets_reach_neither_the_identity_nor_the_folder(engine, prompts, tmp_path) -> None:
+    secret = "hf_" + "Ab1" * 11
+    first = {
+        "engine_args": {"hf_token": "opensesame", "extra": {"api_key": "swordfish"}},
+        "sampling": {"extra_args": {"key": "xyzzyx"}},
+    }
+    generate(options(prompts(2), tmp_path / "c", **first))
+    text = b"".join(path.read_bytes() for path in (tmp_path / "c").rglob("*") if path.is_file())
+    for value in (b"opensesame", b"swordfish", b"xyzzyx"):
+        assert value not in text
+    other = {
+        "engine_args": {"hf_token": secret, "extra": {"api_key": "other"}},
+        "sampling": {"extra_args": {"key": "k"}},
+    }
+    assert generate(options(prompts(2), tmp_path / "c", **other)).before == 2
