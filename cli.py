@@ -14,8 +14,8 @@ import typer.main
 
 import logitcache
 from logitcache.commands import COMMANDS, Entry
-from logitcache.errors import LogitcacheError, with_flags
-from logitcache.runtime.secrets import hide
+from logitcache.errors import LogitcacheError
+from logitcache.runtime.console import say, say_warnings
 
 # What typer raises for options it does not know; it has no public name of its own.
 _USAGE_ERROR: Any = typer.BadParameter.__base__
@@ -96,16 +96,17 @@ def main() -> NoReturn:
 
 def call() -> int:
     """Runs the command line and returns its exit code. A deliberate error is one line, a Ctrl-C has no traceback."""
+    say_warnings()
     try:
         code = app(standalone_mode=False) or 0
         sys.stdout.flush()
     except LogitcacheError as e:
-        print(f"logitcache: {hide(with_flags(str(e)))}", file=sys.stderr)
+        say(f"logitcache: {e}", sys.stderr)
         code = e.exit_code
     except BrokenPipeError:  # the reader has read enough
         code = 1
     except OSError as e:
-        print(f"logitcache: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), file=sys.stderr)
+        say(f"logitcache: {e.strerror or e}" + (f": {e.filename}" if e.filename else ""), sys.stderr)
         code = 1
     except typer.Abort:
         print("logitcache: stopped; run the same command to resume", file=sys.stderr)

@@ -46,6 +46,8 @@ def make(path: Path, shards: int, traces: int, rows: int = 16, k: int = 4) -> Pa
     directory = path / shard.DIRECTORY
     if len(list(directory.glob("*.json"))) == shards:
         return path
+    if path.exists() and manifest.read(path).teacher != "synthetic":
+        raise SystemExit(f"{path} is not a cache of this benchmark; move it away")
     shutil.rmtree(path, ignore_errors=True)
     identity = Identity("synthetic", "0", "0", None, VOCAB, k, None, 1, False, {}, None, None, "float32", "none", {})
     manifest.write(path, identity)

@@ -36,7 +36,9 @@ TRAIN = [
 
 def main() -> None:
     if "--fresh" in sys.argv:
-        shutil.rmtree(HERE, ignore_errors=True)
+        for made in (TEACHER, CACHE, PRUNED, RUN):
+            shutil.rmtree(made, ignore_errors=True)
+        TIMES.unlink(missing_ok=True)
     HERE.mkdir(exist_ok=True)
     stage("teacher made", lambda: embedded_teacher(TEACHER))
     stage("cache written", lambda: logitcache(*GENERATE))
@@ -62,12 +64,12 @@ def logitcache(*arguments: str, where: Path | None = None) -> None:
 
 def prune() -> None:
     """Makes the student: a copy of the teacher with every third layer, 10 of 30."""
+    from logitcache.runtime.files import atomic_directory
     from logitcache.student.model.prune import prune_layers
 
     if not PRUNED.exists():
-        part = PRUNED.with_suffix(".part")
-        prune_layers(TEACHER, part, every=3)
-        part.rename(PRUNED)
+        with atomic_directory(PRUNED) as part:
+            prune_layers(TEACHER, part, every=3)
 
 
 def table(seconds: dict[str, float]) -> str:

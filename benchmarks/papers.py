@@ -17,7 +17,9 @@ from benchmarks.demo import logitcache
 from benchmarks.reasoner.make import SIZES, make
 from benchmarks.reasoner.problems import FAMILIES
 from logitcache.accuracy.options import DEFAULT_BUDGETS
-from logitcache.student.experiments.report import REPORT_FILE, markdown
+from logitcache.runtime.text import markdown_table
+from logitcache.student.experiments.plots import FILES
+from logitcache.student.experiments.report import REPORT_FILE
 from logitcache.student.experiments.results import COSTS, CSV_FILE, TENTHS, Rows, from_csv, relative, spread, values
 
 ACCURACY = "accuracy none"
@@ -72,8 +74,9 @@ def main() -> None:
 def publish(out: Path) -> None:
     for name in EXPERIMENTS:
         if (out / name / CSV_FILE).exists():
-            shutil.rmtree(REPORTS / name, ignore_errors=True)
-            (REPORTS / name).mkdir(parents=True)
+            (REPORTS / name).mkdir(parents=True, exist_ok=True)
+            for plot in FILES:
+                (REPORTS / name / plot).unlink(missing_ok=True)
             for file in (out / name / REPORT_FILE, out / name / CSV_FILE, *(out / name).glob("*.png")):
                 shutil.copy(file, REPORTS / name)
     readme = REPORTS / "README.md"
@@ -106,7 +109,7 @@ def essence(found: dict[str, Rows]) -> str:
     ]
     variants = ["reasoning", "answer", "prompt+answer"]
     halves = several(found["halves"], ["left", "middle", "right"], ACCURACY)
-    return markdown(
+    return markdown_table(
         ["Distilling the Essence", "paper", "here"],
         [
             ["accuracy at lead-span 0.5, of 1.0", "about 91%", shown(half, "lsp:0.5", ACCURACY)],
@@ -120,6 +123,7 @@ def essence(found: dict[str, Rows]) -> str:
             ["... the answer alone; prompt and answer", "far worse", several(sections, variants[1:], ACCURACY)],
             ["accuracy after the left, middle, right half", "early tokens matter most", halves],
         ],
+        "---:",
     )
 
 
@@ -127,7 +131,7 @@ def places(lsp: Rows) -> str:
     variants = ["before", "lsp:0.5", "lsp:1"]
     labels = [name.removeprefix("kl ") for name in TENTHS]
     lines = [[variant, *(shown(lsp, variant, name, ".3f") for name in TENTHS)] for variant in variants]
-    return markdown(["held-out KL, nats, by place in the completion", *labels], lines)
+    return markdown_table(["held-out KL, nats, by place in the completion", *labels], lines, "---:")
 
 
 def trsd(rows: Rows) -> str:
@@ -142,7 +146,7 @@ def trsd(rows: Rows) -> str:
                 *(shown(rows, v, f"reasoning tokens none [{f}]", ".1f") for v in variants),
             ]
         ]
-    return markdown(["TRSD, accuracy by budget", *variants], lines)
+    return markdown_table(["TRSD, accuracy by budget", *variants], lines, "---:")
 
 
 def shown(rows: Rows, variant: str, name: str, form: str = ".1%") -> str:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 BETA, ALPHA = 0.5, 0.1  # defaults: the teacher's share of jsd's mixture, the skew of the skewed divergences
+LOG_ZERO = -1e4  # stands for a log of -inf: exp is 0, and 0 times it is 0
 LOG_FLOOR = -30.0  # reverse KL divides by P: e^-30 is below what a float32 softmax over 2^18 ids resolves
 SAME_LOG = 1e-5  # |log Q - log P| below this is float32 rounding: total variation has no slope there
 
@@ -30,10 +31,12 @@ class Divergence:
 
     Attributes:
         formula: L, in the words of the module's docstring.
-        loss: (log P, log Q, mix) -> term of every bucket, differentiable in log Q. log P is at least -1e4.
+        loss: (log P, log Q, mix) -> term of every bucket, differentiable in log Q. log P is at least LOG_ZERO; so is
+            log Q, unless the loss is infinite where Q is 0.
         slope: (log P, log Q, mix) -> Q dL/dQ of every bucket.
         parameter: the option that is its `mix`, "beta" or "alpha", in (0, 1); None where it has none.
         linear_in_p: whether L is linear in P but for a constant, so that a sampled tail is unbiased.
+        infinite_at_zero: whether a bucket that only the teacher has makes L infinite.
         in_nats: whether its values are nats.
     """
 
@@ -42,6 +45,7 @@ class Divergence:
     slope: Callable[["Tensor", "Tensor", float], "Tensor"]
     parameter: str | None = None
     linear_in_p: bool = False
+    infinite_at_zero: bool = False
     in_nats: bool = True
 
 
@@ -103,7 +107,7 @@ def _total_variation_slope(log_p: "Tensor", log_q: "Tensor", mix: float) -> "Ten
 
 
 DIVERGENCES = {
-    "forward_kl": Divergence("sum P log(P/Q)", _forward_kl, _forward_kl_slope, linear_in_p=True),
+    "forward_kl": Divergence("sum P log(P/Q)", _forward_kl, _forward_kl_slope, linear_in_p=True, infinite_at_zero=True),
     "reverse_kl": Divergence("sum Q log(Q/P)", _reverse_kl, _reverse_kl_slope),
     "jsd": Divergence("b KL(P, M) + (1-b) KL(Q, M), M = b P + (1-b) Q", _jsd, _jsd_slope, "beta"),
     "skewed_forward_kl": Divergence("KL(P, a P + (1-a) Q)", _skewed_forward_kl, _skewed_forward_kl_slope, "alpha"),

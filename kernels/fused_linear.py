@@ -17,7 +17,7 @@ from torch import Tensor
 
 from logitcache.kernels.divergences import ALPHA, BETA
 from logitcache.kernels.objective import Objective
-from logitcache.kernels.reference import RowValues, sparse_divergence_
+from logitcache.kernels.reference import RowValues, sparse_divergence_, weighted
 from logitcache.kernels.targets import SparseTargets, resolve_ce_weights
 
 logger = logging.getLogger(__name__)
@@ -361,9 +361,9 @@ def _linear_sparse_divergence(
         elif need_weight:
             _add_product(grad_weight_VH[:vocab], grad_CV, hidden_NH[start:stop], first=start == 0)
     values = _cat(parts, hidden_NH)
-    loss = (values.divergence_N if weights_N is None else values.divergence_N * weights_N).sum()
+    loss = weighted(values.divergence_N, weights_N).sum()
     if ce_weights_N is not None:
-        loss = loss + (values.ce_N * ce_weights_N).sum()
+        loss = loss + weighted(values.ce_N, ce_weights_N).sum()
     return loss.to(wide), grad_hidden_NH, grad_weight_VH.to(weight_VH.dtype), grad_bias_V.to(weight_VH.dtype)
 
 

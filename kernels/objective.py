@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from logitcache.kernels.divergences import ALPHA, BETA, DIVERGENCES, TAILS
+from logitcache.kernels.divergences import ALPHA, BETA, DIVERGENCES, LOG_ZERO, TAILS
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,13 @@ class Objective:
 
     def loss(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """The term of every bucket, differentiable with respect to log_q."""
-        log_p = log_p.clamp(min=-1e4)  # exp is 0 and 0 * log_p is 0; -inf would give NaN
-        return DIVERGENCES[self.divergence].loss(log_p, log_q, self.mix)
+        return DIVERGENCES[self.divergence].loss(*self._bounded(log_p, log_q), self.mix)
 
     def slope(self, log_p: Tensor, log_q: Tensor) -> Tensor:
         """h = Q dL/dQ of every bucket: what the gradient is made of, by hand."""
-        return DIVERGENCES[self.divergence].slope(log_p.clamp(min=-1e4), log_q, self.mix)
+        return DIVERGENCES[self.divergence].slope(*self._bounded(log_p, log_q), self.mix)
+
+    def _bounded(self, log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
+        """Both logs without -inf, which would give NaN where a mass of 0 is multiplied by it."""
+        infinite = DIVERGENCES[self.divergence].infinite_at_zero
+        return log_p.clamp(min=LOG_ZERO), log_q if infinite else log_q.clamp(min=LOG_ZERO)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from logitcache.kernels.divergences import ALPHA, BETA
+from logitcache.kernels.divergences import ALPHA, BETA, LOG_ZERO
 from logitcache.kernels.objective import Objective
 from logitcache.kernels.targets import IGNORED, SparseTargets, resolve_ce_weights
 
@@ -68,22 +68,21 @@ def sparse_divergence(
     if check:
         targets.check(vocab)
     z_NV = objective.logits(logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32)))
+    z_NV = z_NV - _finite(z_NV.detach().amax(dim=1))[:, None]  # logits far from 0 lose no precision below
     ids_NK, log_p_NK, valid_NK = targets.padded()
     log_p_NK, log_tail_N = log_p_NK.to(z_NV.dtype), targets.log_tail.to(z_NV.dtype)
-    z_NK, lse_N = z_NV.gather(1, ids_NK), z_NV.logsumexp(dim=1)
+    z_NK, lse_N = z_NV.gather(1, ids_NK).masked_fill(~valid_NK, 0.0), z_NV.logsumexp(dim=1)
     label_N, outside_N = _labels(targets, ids_NK, valid_NK)
-    ce_N = (lse_N - z_NV.gather(1, label_N.clamp(min=0)[:, None])[:, 0]) * (label_N >= 0)
+    ce_N = (lse_N - z_NV.gather(1, label_N.clamp(min=0)[:, None])[:, 0]).masked_fill(label_N < 0, 0.0)
 
     if tail == "support":
-        hidden_NK = ~valid_NK
-        log_p_NK = (log_p_NK / temperature).masked_fill(hidden_NK, -1e4).log_softmax(dim=1)
-        log_q_NK = (z_NK / temperature).masked_fill(hidden_NK, -1e4).log_softmax(dim=1)
-        value_N = objective.loss(log_p_NK, log_q_NK).masked_fill(hidden_NK, 0.0).sum(dim=1) * temperature**2
+        log_p_NK, log_q_NK = (_log_softmax(x_NK / temperature, valid_NK) for x_NK in (log_p_NK, z_NK))
+        value_N = objective.loss(log_p_NK, log_q_NK).masked_fill(~valid_NK, 0.0).sum(dim=1) * temperature**2
     else:
         log_q_NK = z_NK - lse_N[:, None]
         value_N = objective.loss(log_p_NK, log_q_NK).masked_fill(~valid_NK, 0.0).sum(dim=1)
         if tail == "sampled":
-            value_N = value_N + ce_N * outside_N
+            value_N = value_N + ce_N.masked_fill(~outside_N, 0.0)
         else:
             rows_E, slots_E = valid_NK.nonzero(as_tuple=True)
             rest_NV = z_NV.index_put((rows_E, ids_NK[rows_E, slots_E]), z_NV.new_tensor(-math.inf))
@@ -91,9 +90,24 @@ def sparse_divergence(
             rest_NV = rest_NV.masked_fill(complete_N[:, None], 0.0)
             tail_N = objective.loss(log_tail_N, rest_NV.logsumexp(dim=1) - lse_N)
             value_N = value_N + tail_N.masked_fill(complete_N, 0.0)
-    if weights_N is not None:
-        value_N = value_N * weights_N
-    return value_N if ce_weights_N is None else value_N + ce_N * ce_weights_N
+    value_N = weighted(value_N, weights_N)
+    return value_N if ce_weights_N is None else value_N + weighted(ce_N, ce_weights_N)
+
+
+def weighted(values_N: Tensor, weights_N: Tensor | None) -> Tensor:
+    """The values times their weights; None: 1. A weight of 0 makes 0 of any value, inf and NaN included."""
+    return values_N if weights_N is None else (values_N * weights_N).masked_fill(weights_N == 0, 0.0)
+
+
+def _finite(top_N: Tensor) -> Tensor:
+    """The largest logit of each row; 0 for a row of only -inf."""
+    return top_N.masked_fill(top_N == -math.inf, 0.0)
+
+
+def _log_softmax(x_NK: Tensor, valid_NK: Tensor) -> Tensor:
+    """Log-softmax over the valid entries of each row; the others are finite."""
+    hidden_NK = ~valid_NK & valid_NK.any(dim=1, keepdim=True)
+    return x_NK.masked_fill(hidden_NK, -math.inf).log_softmax(dim=1).masked_fill(hidden_NK, LOG_ZERO)
 
 
 def _labels(targets: SparseTargets, ids_NK: Tensor, valid_NK: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,19 +162,21 @@ def sparse_divergence_(
     z_NK = logits_NV.gather(1, ids_NK)
     z_label_N = logits_NV.gather(1, label_N.clamp(min=0)[:, None])[:, 0]
     logits_NV[rows_E, ids_E] = -math.inf
-    lse_tail_N = softmax_(logits_NV)
+    top_N, lse_tail_N = softmax_(logits_NV)
+    # All logits relative to the row's largest: those far from 0 lose no precision.
+    base_N = _finite(z_NK.masked_fill(hidden_NK, -math.inf).amax(dim=1).maximum(top_N))
+    z_NK, z_label_N, lse_tail_N = z_NK - base_N[:, None], z_label_N - base_N, lse_tail_N + (top_N - base_N)
     lse_N = torch.logaddexp(z_NK.masked_fill(hidden_NK, -math.inf).logsumexp(dim=1), lse_tail_N)
     complete_N = lse_tail_N == -math.inf
     log_q_NK, log_q_tail_N = z_NK - lse_N[:, None], lse_tail_N - lse_N
     q_NK, q_tail_N = log_q_NK.exp(), log_q_tail_N.exp()
-    ce_N = (lse_N - z_label_N) * (label_N >= 0)
+    ce_N = (lse_N - z_label_N).masked_fill(label_N < 0, 0.0)
 
     dense_N = torch.zeros_like(lse_N)  # factor of the tail's softmax r
     at_label_N = torch.zeros_like(lse_N)  # subtracted from the entry of the label
     if objective.tail == "support":
         t = objective.temperature
-        log_p_NK = (log_p_NK / t).masked_fill_(hidden_NK, -1e4).log_softmax(dim=1)
-        log_s_NK = (z_NK / t).masked_fill_(hidden_NK, -1e4).log_softmax(dim=1)
+        log_p_NK, log_s_NK = (_log_softmax(x_NK / t, valid_NK) for x_NK in (log_p_NK, z_NK))
         value_N = objective.loss(log_p_NK, log_s_NK).masked_fill_(hidden_NK, 0.0).sum(dim=1) * t**2
         h_NK = objective.slope(log_p_NK, log_s_NK).masked_fill_(hidden_NK, 0.0)
         entry_NK = (h_NK - log_s_NK.exp() * h_NK.sum(dim=1, keepdim=True)) * t
@@ -168,7 +184,7 @@ def sparse_divergence_(
         value_N = objective.loss(log_p_NK, log_q_NK).masked_fill_(hidden_NK, 0.0).sum(dim=1)
         h_NK = objective.slope(log_p_NK, log_q_NK).masked_fill_(hidden_NK, 0.0)
         if objective.tail == "sampled":
-            value_N += ce_N * outside_N
+            value_N += ce_N.masked_fill(~outside_N, 0.0)
             h_tail_N = torch.zeros_like(lse_N)
             c_N = h_NK.sum(dim=1) - outside_N.to(lse_N.dtype)
             at_label_N += outside_N
@@ -200,11 +216,12 @@ def sparse_divergence_(
     return values
 
 
-def softmax_(logits_NV: Tensor) -> Tensor:
-    """Softmax of each row in place; returns the log-sum-exp [N]. A row of only -inf becomes zeros, its log-sum-exp is -inf."""
+def softmax_(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax of each row in place; a row of only -inf becomes zeros.
+
+    Returns: the largest logit [N] and the log of the sum of exp(logit - largest) [N]; both -inf for a row of only -inf.
+    """
     top_N = logits_NV.amax(dim=1)
-    empty_N = top_N == -math.inf
-    logits_NV.sub_(top_N.masked_fill(empty_N, 0.0)[:, None]).exp_()
-    sum_N = logits_NV.sum(dim=1)
-    logits_NV.div_(sum_N.masked_fill(empty_N, 1.0)[:, None])
-    return top_N + sum_N.log()
+    sum_N = logits_NV.sub_(_finite(top_N)[:, None]).exp_().sum(dim=1)
+    logits_NV.div_(sum_N.masked_fill(sum_N == 0, 1.0)[:, None])
+    return top_N, sum_N.log()

@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 TILES = ((4, 2), (8, 2), (16, 1), (16, 2), (32, 2))  # warps and vectors a thread that compile without spills
 LOWEST = tl.constexpr(-3.0e38)  # finite, so that the online maximum of only -inf gives no NaN
+LOG_ZERO = tl.constexpr(divergences.LOG_ZERO)
 LOG_FLOOR = tl.constexpr(divergences.LOG_FLOOR)
 SAME_LOG = tl.constexpr(divergences.SAME_LOG)
 MOST_K = 4096  # the entries of a row stay in registers
@@ -45,7 +46,9 @@ def _terms(log_p, log_q, mix, DIVERGENCE: tl.constexpr):
 
     A bucket without student mass (log_q = -inf) has h = 0, except for forward KL.
     """
-    log_p = tl.maximum(log_p, -1e4)
+    log_p = tl.maximum(log_p, LOG_ZERO)
+    if DIVERGENCE != "forward_kl":  # which is infinite there
+        log_q = tl.maximum(log_q, LOG_ZERO)
     p = tl.exp(log_p)
     q = tl.exp(log_q)
     if DIVERGENCE == "forward_kl":
@@ -190,26 +193,28 @@ def _row_kernel(
     z_RL, tanh_RL = _logits(raw_RL, scale, softcap, SCALE, SOFTCAP)
     z_RL = tl.where(full + column_RL < V, z_RL, float("-inf"))
     top_R, sum_R = _online(top_R, sum_R, z_RL)
-    top = tl.max(top_R, axis=0)
-    lse_tail = top + tl.log(tl.sum(sum_R * tl.exp(top_R - top), axis=0))
-    complete = lse_tail == float("-inf")
+    top_tail = tl.max(top_R, axis=0)
+    sum_tail = tl.sum(sum_R * tl.exp(top_R - top_tail), axis=0)
+    complete = sum_tail == 0.0
 
-    top = tl.max(tl.where(valid_K, z_K, LOWEST), axis=0)
-    lse_support = top + tl.log(tl.sum(tl.where(valid_K, tl.exp(z_K - top), 0.0), axis=0))
-    lse = _log_add(lse_support, lse_tail)
+    # The support's logits and all logs are relative to the row's largest logit: those far from 0 lose no precision.
+    top = tl.maximum(tl.max(tl.where(valid_K, z_K, LOWEST), axis=0), top_tail)
+    z_K = tl.where(valid_K, z_K - top, 0.0)
+    lse_tail = tl.where(complete, float("-inf"), top_tail - top + tl.log(sum_tail))
+    lse = _log_add(tl.log(tl.sum(tl.where(valid_K, tl.exp(z_K), 0.0), axis=0)), lse_tail)
     log_q_K = z_K - lse
     q_K = tl.exp(log_q_K)
     log_q_tail = lse_tail - lse
     q_tail = tl.exp(log_q_tail)
-    ce = tl.where(label >= 0, lse - z_label, 0.0)
+    ce = tl.where(label >= 0, lse + (top - z_label), 0.0)
 
     dense = 0.0  # factor of the tail's softmax
     at_label = 0.0  # subtracted from the entry of the label
     if TAIL == "support":
-        log_p_K = tl.where(valid_K, log_p_K / temperature, -1e4)
+        log_p_K = tl.where(valid_K, log_p_K / temperature, LOWEST)
         log_p_K -= tl.max(log_p_K, axis=0)
         log_p_K -= tl.log(tl.sum(tl.exp(log_p_K), axis=0))
-        log_s_K = tl.where(valid_K, z_K / temperature, -1e4)
+        log_s_K = tl.where(valid_K, z_K / temperature, LOWEST)
         log_s_K -= tl.max(log_s_K, axis=0)
         log_s_K -= tl.log(tl.sum(tl.exp(log_s_K), axis=0))
         loss_K, h_K = _terms(log_p_K, log_s_K, mix, DIVERGENCE)
@@ -228,7 +233,8 @@ def _row_kernel(
             dense = -q_tail * c
         else:
             tl.static_assert(TAIL == "bucket")
-            loss_tail, h_tail = _terms(tl.load(log_tail_ptr + row).to(tl.float32), log_q_tail, mix, DIVERGENCE)
+            log_tail = tl.load(log_tail_ptr + row).to(tl.float32)
+            loss_tail, h_tail = _terms(log_tail, log_q_tail, mix, DIVERGENCE)
             value += tl.where(complete, 0.0, loss_tail)
             h_tail = tl.where(complete, 0.0, h_tail)
             c += h_tail
@@ -240,21 +246,21 @@ def _row_kernel(
 
     if GRAD:
         entry_K = entry_K * weight + ce_weight * (q_K - tl.where(id_K == label, 1.0, 0.0))
-        dense = tl.where(complete, 0.0, dense * weight + ce_weight * q_tail)
+        # The tail's softmax is exp(z - top_tail) / sum_tail.
+        dense = tl.where(complete, 0.0, (dense * weight + ce_weight * q_tail) / sum_tail)
         at_label = at_label * weight + ce_weight
-        lse_tail = tl.where(complete, 0.0, lse_tail)
-        grad_RL = _chain(tl.exp(z_RL - lse_tail) * dense, tanh_RL, scale, SCALE, SOFTCAP)
+        grad_RL = _chain(tl.exp(z_RL - top_tail) * dense, tanh_RL, scale, SCALE, SOFTCAP)
         tl.store(logits_ptr + full + column_RL, grad_RL.to(logits_ptr.dtype.element_ty), mask=full + column_RL < stored)
         for back in range(0, full, TILE):
             at_RL = logits_ptr + (full - TILE - back) + column_RL
             z_RL, tanh_RL = _logits(tl.load(at_RL).to(tl.float32), scale, softcap, SCALE, SOFTCAP)
-            grad_RL = _chain(tl.exp(z_RL - lse_tail) * dense, tanh_RL, scale, SCALE, SOFTCAP)
+            grad_RL = _chain(tl.exp(z_RL - top_tail) * dense, tanh_RL, scale, SCALE, SOFTCAP)
             tl.store(at_RL, grad_RL.to(logits_ptr.dtype.element_ty))
         tl.debug_barrier()  # the dense part is written everywhere before the entries overwrite theirs
         entry_K = _chain(entry_K, tanh_K, scale, SCALE, SOFTCAP)
         tl.store(logits_ptr + id_K, entry_K.to(logits_ptr.dtype.element_ty), mask=valid_K)
         if LABELS:
-            entry = tl.exp(z_label - lse_tail) * dense - at_label
+            entry = tl.exp(tl.where(outside, z_label - top_tail, 0.0)) * dense - at_label
             entry = _chain(entry, tanh_label, scale, SCALE, SOFTCAP)
             tl.store(logits_ptr + label, entry.to(logits_ptr.dtype.element_ty), mask=outside)
 

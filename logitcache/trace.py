@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from logitcache.errors import InputError
 from logitcache.sections import Sections
 from logitcache.sparse_rows import SparseRows
 
@@ -30,6 +31,30 @@ class Trace:
     answer: str | None = None  # gold answer of the prompt
     correct: bool | None = None
     metadata: dict[str, Any] = field(default_factory=dict)
+    # int32 [C, 2], half-open token spans of the completion that others wrote, such as the results of tools: they are read,
+    # never supervised. Ascending, apart from each other.
+    context_spans: np.ndarray = field(default_factory=lambda: np.zeros((0, 2), np.int32))
+    answer_offset: int | None = (
+        None  # characters of the text before the answer; None: as `sections.answer_text` finds it
+    )
+
+    def __post_init__(self) -> None:
+        bounds = [self.sections.prompt_end, *self.context_spans.ravel().tolist(), len(self.token_ids)]
+        starts, ends = bounds[1:-1:2], bounds[2:-1:2]
+        if bounds[1:-1] and (bounds != sorted(bounds) or any(a >= b for a, b in zip(starts, ends, strict=True))):
+            raise InputError(
+                f"context spans {self.context_spans.tolist()} are not ascending spans of the tokens {bounds[0]} to {bounds[-1]}"
+            )
+        if self.answer_offset is not None and not 0 <= self.answer_offset <= len(self.text):
+            raise InputError(f"the answer begins at character {self.answer_offset} of a text of {len(self.text)}")
+
+    @property
+    def is_context(self) -> np.ndarray:
+        """bool [L], tokens that are never supervised."""
+        token_L = np.zeros(len(self.token_ids), bool)
+        for start, end in self.context_spans:
+            token_L[start:end] = True
+        return token_L
 
     @property
     def row_offsets(self) -> np.ndarray:

@@ -1,17 +1,19 @@
 """Whole runs of training: in this process, and in processes of their own that stop or die where they are told."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AutoModelForCausalLM, TrainerState
 
+from logitcache.student.training.checkpoints import WORK
 from logitcache.student.training.distributed import end_process_group
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run import train
@@ -58,7 +60,7 @@ CHECKPOINT_FILES = (
 
 def kill_at(step: int, file: str) -> None:
     """This process dies while it writes that file of the checkpoint of that step, half of it on disk."""
-    watched = f"checkpoint-{step}"
+    watched = f"{WORK}/checkpoint-{step}"
 
     def die(path: Path) -> None:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
@@ -132,6 +134,20 @@ def launch(
         assert killed.code == -signal.SIGKILL, killed.err[-3000:]
         return None
     return RunRecord.from_json(json.loads(last_lines(command, count)[0]))
+
+
+def in_a_process(options: TrainOptions) -> multiprocessing.Process:
+    """A started process that trains; forked from one that has imported everything, so that it starts quickly."""
+    context: Any = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.runs"])
+    process = context.Process(target=_train_on_one_thread, args=(options,))
+    process.start()
+    return process
+
+
+def _train_on_one_thread(options: TrainOptions) -> None:
+    torch.set_num_threads(1)
+    train(options)
 
 
 def main() -> None:

@@ -1,7 +1,6 @@
 """Makes a reasoner's folder: prompts, teacher, student, and the accuracy of both. Parts that exist are not made again."""
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +15,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from benchmarks.reasoner import tokenizer as tok
 from benchmarks.reasoner.problems import FAMILIES, Problem, Ranges, distinct, write_prompts
 from benchmarks.reasoner.train import Schedule, Shape, accuracy, again, exact_traces, fit, new_model, train_stream
+from logitcache.runtime.files import atomic_directory, is_occupied, publish
 
 Say = Callable[[str], None]
 
@@ -81,6 +81,8 @@ def make(size: Size, out: Path, seed: int = 0, say: Say = print) -> dict[str, An
     for name, work in (("teacher", _teacher), ("student", _student)):
         found = record.setdefault(name, {})
         if "seconds" not in found or not (out / name).exists():
+            if is_occupied(out / name):
+                raise SystemExit(f"{out / name} is not of this record; move it away")
             found.clear()
             model = work(size, seed, device, found, lambda line, name=name: say(f"{name}: {line}"), sets["test"][:192])
             _write(out, record)
@@ -153,11 +155,9 @@ def _lengths(chosen: list[Problem]) -> dict[str, dict[str, float]]:
 
 
 def _save(model: PreTrainedModel, path: Path) -> None:
-    part = path.with_name(path.name + ".part")
-    model.save_pretrained(part)
-    tok.make().save_pretrained(part)
-    shutil.rmtree(path, ignore_errors=True)
-    part.rename(path)
+    with atomic_directory(path) as part:
+        model.save_pretrained(part)
+        tok.make().save_pretrained(part)
 
 
 def _record(out: Path, size: Size, seed: int) -> dict[str, Any]:
@@ -172,6 +172,4 @@ def _record(out: Path, size: Size, seed: int) -> dict[str, Any]:
 
 
 def _write(out: Path, record: dict[str, Any]) -> None:
-    part = out / "reasoner.json.part"
-    part.write_text(json.dumps(record, indent=1) + "\n")
-    part.rename(out / "reasoner.json")
+    publish(out / "reasoner.json", (json.dumps(record, indent=1) + "\n").encode())

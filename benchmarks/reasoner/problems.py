@@ -15,6 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from logitcache.runtime.files import publish
+
 LETTERS = "abcdefghijkl"
 MULTIPLIERS = "xyzw"  # names of the multiplier's digits, units first
 FAMILIES = ("redundant", "incremental", "incompressible")
@@ -88,13 +90,12 @@ def distinct(family: str, ranges: Ranges, which: str, seed: int, count: int) -> 
 
 def write_prompts(path: Path, chosen: Sequence[Problem]) -> None:
     """Writes prompts for `logitcache generate`: id, messages, answer; family, size, steps, reasoning, derived as metadata."""
-    part = path.with_name(path.name + ".part")
-    with part.open("w") as out:
-        for p in chosen:
-            row = {"id": p.id, "messages": p.messages, "answer": p.answer, "family": p.family, "size": p.size}
-            row |= {"steps": p.steps, "reasoning": p.reasoning, "derived": p.derived}
-            out.write(json.dumps(row) + "\n")
-    part.rename(path)
+    lines = []
+    for p in chosen:
+        row = {"id": p.id, "messages": p.messages, "answer": p.answer, "family": p.family, "size": p.size}
+        row |= {"steps": p.steps, "reasoning": p.reasoning, "derived": p.derived}
+        lines.append(json.dumps(row) + "\n")
+    publish(path, "".join(lines).encode())
 
 
 def _redundant(ranges: Ranges, rng: random.Random) -> Problem:

@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from io import FileIO
 from pathlib import Path
 from typing import NamedTuple
 
 from logitcache.errors import ShardCorruptError, WriteError
 from logitcache.prompts import Prompt
+from logitcache.runtime.regular_files import descriptor_of, open_regular
 
 NO_ROOM = "no room"  # finish of an answer that was not requested, since it would exceed the model's context
 
@@ -54,13 +55,14 @@ class AnswerFile:
 
     def __init__(self, path: Path) -> None:
         self.path, self.answers = path, dict[Key, Answer]()
-        whole, newline, _ = (path.read_bytes() if path.exists() else b"").rpartition(b"\n")
+        whole, newline, _ = _read(path).rpartition(b"\n")
         self._length, self._file = len(whole + newline), None
         for number, line in enumerate(whole.split(b"\n") if newline else [], 1):
             try:
-                fields = json.loads(line)
-                answer = Answer(**fields | {"tokens": array("i", fields["tokens"])})
-            except (ValueError, TypeError, KeyError) as e:
+                found = json.loads(line)
+                answer = Answer(**found | {"tokens": array("i", found["tokens"])})
+                _check(answer)
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as e:
                 raise ShardCorruptError(
                     f"{path}:{number}: not an answer of this version ({e}); remove the line to have it made again"
                 ) from None
@@ -68,11 +70,11 @@ class AnswerFile:
 
     def add(self, answer: Answer) -> None:
         """Raises: WriteError."""
-        fields = asdict(answer) | {"tokens": answer.tokens.tolist()}
-        line: bytes = (json.dumps(fields, separators=(",", ":")) + "\n").encode()
+        found = asdict(answer) | {"tokens": answer.tokens.tolist()}
+        line: bytes = (json.dumps(found, separators=(",", ":")) + "\n").encode()
         try:
             if self._file is None:
-                self._file = FileIO(self.path, "a")
+                self._file = FileIO(descriptor_of(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND), "a")
                 self._file.truncate(self._length)
             while line:
                 line = line[self._file.write(line) or 0 :]
@@ -98,3 +100,23 @@ def digest_of(prompt: Prompt) -> str:
     """Hash of a prompt with everything that grading reads."""
     graded = json.dumps([prompt.digest(), prompt.answer, prompt.metadata.get("gym")], sort_keys=True)
     return hashlib.blake2b(graded.encode(), digest_size=16).hexdigest()
+
+
+def _read(path: Path) -> bytes:
+    """The bytes of the file; none if there is no file yet. Raises: ShardCorruptError for a link, and for what is no file."""
+    if not os.path.lexists(path):
+        return b""
+    try:
+        with open_regular(path) as file:
+            return file.read()
+    except OSError as e:
+        raise ShardCorruptError(f"{path}: {e.strerror}; put the file itself there, or move it away") from e
+
+
+def _check(answer: Answer) -> None:
+    """Raises: TypeError for a field of another type."""
+    for field in fields(Answer):
+        value, kind = getattr(answer, field.name), field.type
+        assert not isinstance(kind, str)
+        if not isinstance(value, kind) or (isinstance(value, bool) and kind is int):
+            raise TypeError(f"{field.name} is {value!r}")

@@ -16,11 +16,12 @@ from logitcache.accuracy.answer_file import NO_ROOM, Answer, AnswerFile, Key, di
 from logitcache.accuracy.options import AccuracyOptions, Budget
 from logitcache.accuracy.run import Delimiters, Questions, Run
 from logitcache.errors import IdentityError, InputError, NotACacheError, PromptsError
+from logitcache.grading import verdicts
 from logitcache.identity import first_difference
 from logitcache.inference import model
 from logitcache.inference.model import ModelFacts
 from logitcache.inference.rendering import render
-from logitcache.prompts import PromptSet
+from logitcache.prompts import PromptSet, SourceCounts
 from logitcache.runtime.files import LOCK, is_leftover, is_occupied, publish_json, read_json
 from logitcache.runtime.locks import exclusive
 from logitcache.runtime.secrets import without_secrets
@@ -59,7 +60,9 @@ class AccuracyResult:
     made: int  # answers that this call made
     before: int  # answers that existed before
     seconds: float
+    no_verdict: dict[str, int]  # answers of this call that could not be graded, by reason
     settings: dict[str, Any]  # of the model and of the sampling: all but the prompts that an answer depends on
+    counts: SourceCounts  # of the prompts
     delimiters: dict[str, list[int]] | None  # token ids of the forced opening and closing; None: not decided yet
 
     def to_json(self) -> dict[str, Any]:
@@ -79,8 +82,8 @@ def measure(options: AccuracyOptions) -> AccuracyResult:
 
     Raises: InputError, IdentityError or CacheBusyError before anything is generated; EngineError and WriteError.
     """
-    began, out = time.monotonic(), options.out
-    source = prompts.load(options.prompts, options.limit)
+    began, out, graded = time.monotonic(), options.out, verdicts.no_verdict.copy()
+    source = prompts.load(options.prompts, options.limit, options.columns)
     _check_gradable(options, source)
     facts = _inspect(options)
     markers = options.reasoning_markers or Markers.detect(facts.tokenizer.get_vocab(), facts.chat_template)
@@ -121,12 +124,14 @@ def measure(options: AccuracyOptions) -> AccuracyResult:
             student=options.student,
             source=options.prompts,
             prompts_digest=prompts_digest(source),
+            counts=source.counts,
             ci_method=CI_METHOD,
             budgets={} if stopped else {str(b): _result(b, questions, file.answers) for b in options.parsed},
             stopped=stopped,
             made=len(file.answers) - before,
             before=before,
             seconds=time.monotonic() - began,
+            no_verdict=dict(verdicts.no_verdict - graded),
             **read_json(out / SETTINGS),
         )
         if not stopped:
@@ -187,6 +192,7 @@ def _inspect(options: AccuracyOptions) -> ModelFacts:
 
 
 def _check_gradable(options: AccuracyOptions, source: PromptSet) -> None:
+    verdicts.check_answers(options.verifier, options.prompts, ((p.answer, p.metadata) for p in source))
     for prompt in source:
         if options.verifier == "gym":
             entry = prompt.metadata.get("gym")

@@ -1,13 +1,15 @@
 """Options of `logitcache eval --prompts`."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
+from logitcache.grading.verdicts import Grading
 from logitcache.inference.model import SAMPLING, ModelOptions, ModelSpec, Sampling
+from logitcache.prompts import Columns
 from logitcache.runtime.options import Option, values_of
 from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
 
@@ -53,7 +55,7 @@ class AccuracyOptions(ModelOptions, Sampling):
     prompts: Annotated[
         str,
         Option(
-            "Questions with a gold `answer`, as .jsonl, .parquet or gym:NAME. The student answers them with vLLM, which "
+            "Questions with a gold `answer`, from a source as PROMPTS of generate. The student answers them with vLLM, which "
             "needs a whole model: merge a LoRA adapter into its base first.",
         ),
     ]
@@ -67,8 +69,9 @@ class AccuracyOptions(ModelOptions, Sampling):
             _ANSWERS,
         ),
     ] = DEFAULT_BUDGETS
-    verifier: Annotated[str, Option("With --prompts: how to grade an answer: math, exact or gym.")] = "exact"
+    verifier: Grading = "exact"
     limit: Annotated[int | None, Option("Use only the first N prompts.", _ANSWERS, default="all")] = None
+    columns: Columns = field(default_factory=dict)
     samples: Annotated[int, Option("Completions per prompt.", SAMPLING)] = 1
     temperature: Annotated[float, Option("Sampling temperature; 0 is greedy decoding.", SAMPLING)] = 0.0
     max_tokens: Annotated[int, Option("Longest completion, in tokens.", SAMPLING)] = 2048

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from logitcache import sections
 from logitcache.accuracy.answer_file import NO_ROOM, Answer, AnswerFile, Key, digest_of
 from logitcache.errors import InputError
 from logitcache.grading import verdicts
@@ -17,7 +16,9 @@ from logitcache.inference.rendering import render
 from logitcache.inference.session import EngineRequest, Session
 from logitcache.inference.token_texts import token_texts
 from logitcache.prompts import Prompt
-from logitcache.sections import Markers
+from logitcache.sections import Finder, Markers
+
+Allowed = Callable[[list[str | None], tuple[int, ...]], bool]  # text of each token, ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,25 +32,27 @@ class Delimiters:
     def of(cls, answers: Iterable[Answer], facts: ModelFacts, markers: Markers) -> "Delimiters":
         """The form that the model writes most often in natural answers, else the tokens of the markers.
 
-        A form counts only if it is the marker with white space. A model that closes a reasoning it did not
-        open needs no opening.
+        A form counts only if it is the marker with white space, for a format of several tokens its whole hand-over. A
+        model that closes a reasoning it did not open needs no opening.
         """
         tokenizer: Any = facts.tokenizer
+        finder = Finder.of(tokenizer, markers)
         openings, closings = Counter[tuple[int, ...]](), Counter[tuple[int, ...]]()
         for a in answers:
             start = a.opening + a.reasoning
             openings[tuple(a.tokens[: a.opening])] += a.opening > 0 or (a.closing > 0 and not a.opened)
             closings[tuple(a.tokens[start : start + a.closing])] += 1
 
-        def usual(marker: str | None, forms: Counter[tuple[int, ...]], allowed: tuple[str | None, ...]) -> list[int]:
+        def usual(marker: str | None, forms: Counter[tuple[int, ...]], allowed: Allowed) -> list[int]:
             for form, count in forms.most_common():
-                if count and tokenizer.decode(list(form)).strip() in allowed:
+                if count and allowed(token_texts(facts, list(form)), form):
                     return list(form)
             return tokenizer(marker, add_special_tokens=False)["input_ids"]
 
+        form = markers.format
         return cls(
-            usual(markers.opening, openings, (markers.opening, "")),
-            usual(markers.closing, closings, (markers.closing,)),
+            usual(markers.opening, openings, lambda pieces, ids: not ids or finder.is_opening(pieces, ids)),
+            usual(form and form.hand_over(tokenizer.get_vocab()), closings, finder.is_closing),
         )
 
 
@@ -100,6 +103,7 @@ class Run:
         self.questions, self.file, self.delimiters, self.publish = questions, file, delimiters, publish
         self.out = out
         self.prompt_ids: dict[str, list[int]] = {}
+        self.finder = Finder.of(questions.facts.tokenizer, questions.markers)
 
     def work(self) -> str | None:
         """Returns: the name of the signal that stopped it, or None.
@@ -136,7 +140,7 @@ class Run:
     def _render(self, prompt: Prompt) -> list[int]:
         asked = self.questions
         ids = render(asked.facts, prompt, asked.spec.template_args)
-        spans = sections.find(token_texts(asked.facts, ids), len(ids), asked.markers)
+        spans = self.finder.find(token_texts(asked.facts, ids), len(ids), ids).sections
         if spans.reasoning_end < spans.answer_start and asked.cuts(0):
             raise InputError(
                 f"prompt {prompt.id!r}: the chat template closes the reasoning before it begins, so there is none to cut; "
@@ -179,8 +183,12 @@ class Run:
             return prompt_ids
         assert self.delimiters is not None
         natural = self.file.answers[key._replace(cut=None)]
-        opening = self._opening(natural)
-        return [*prompt_ids, *opening, *natural.tokens[natural.opening :][: key.cut], *self.delimiters.closing]
+        return [*prompt_ids, *self._opening(natural), *self._kept(natural, key.cut), *self.delimiters.closing]
+
+    def _kept(self, natural: Answer, cut: int) -> list[int]:
+        """What is kept of the reasoning."""
+        kept = natural.tokens[natural.opening :][:cut].tolist()
+        return kept[: self.finder.usable(token_texts(self.questions.facts, kept), kept)]
 
     def _opening(self, natural: Answer) -> list[int]:
         """The sample's own opening delimiter; the usual one for a sample without delimiters."""
@@ -202,7 +210,10 @@ class Run:
     def _read_natural(self, key: Key, tokens: list[int], ended: bool) -> "_Reading":
         prompt_ids = self.prompt_ids[key.prompt_id]
         texts = token_texts(self.questions.facts, [*prompt_ids, *tokens])
-        spans = sections.find(texts, len(prompt_ids), self.questions.markers)
+        if ended:
+            texts[-1] = None
+        found = self.finder.find(texts, len(prompt_ids), [*prompt_ids, *tokens])
+        spans = found.sections
         # Delimiters that the template put into the prompt count as prompt.
         _, start, end, close, length = (max(0, bound - len(prompt_ids)) for bound in spans.bounds())
         reasoning = end - start - (ended and start < end == length)  # the end of sequence does not count as reasoning
@@ -212,21 +223,25 @@ class Run:
             reasoning=reasoning,
             closing=close - end,
             answer=len(tokens) - start - reasoning - (close - end),
-            text="".join(text or "" for text in texts[spans.answer_start : len(texts) - ended]),
+            text="".join(text or "" for text in texts[len(prompt_ids) :])[found.answer],
         )
 
     def _read_forced(self, key: Key, tokens: list[int], ended: bool) -> "_Reading":
         assert self.delimiters is not None
         assert key.cut is not None
-        closing = self.delimiters.closing
-        texts = token_texts(self.questions.facts, [*closing, *tokens])[len(closing) :]
+        closing, natural = self.delimiters.closing, self.file.answers[key._replace(cut=None)]
+        ids = [*closing, *tokens]
+        texts = token_texts(self.questions.facts, ids)
+        if ended:
+            texts[-1] = None
+        answer = self.finder.find(texts, len(closing), ids).answer  # the forced closing reads as that of a prompt
         return _Reading(
             opened=True,
-            opening=len(self._opening(self.file.answers[key._replace(cut=None)])),
-            reasoning=key.cut,
+            opening=len(self._opening(natural)),
+            reasoning=len(self._kept(natural, key.cut)),
             closing=len(closing),
             answer=len(tokens),
-            text="".join(text or "" for text in texts[: len(tokens) - ended]),
+            text="".join(text or "" for text in texts[len(closing) :])[answer],
         )
 
 

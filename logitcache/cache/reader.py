@@ -92,10 +92,11 @@ class Cache:
         return hashlib.blake2b("\n".join(sorted(self.trace_ids)).encode(), digest_size=16).hexdigest()
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A plain column of all traces, in order, without decoding rows."""
-        return pa.chunked_array(
-            [self.shard(i).batch.column(name) for i in range(len(self.shards))], type=schema.SCHEMA.field(name).type
-        )
+        """A plain column of all traces, in order, without decoding rows. Null where a shard lacks an optional column."""
+        kind = schema.ALL.field(name).type
+        batches = [self.shard(i).batch for i in range(len(self.shards))]
+        columns = [b.column(name) if name in b.schema.names else pa.nulls(b.num_rows, kind) for b in batches]
+        return pa.chunked_array(columns, type=kind)
 
     def shard(self, number: int) -> Shard:
         """Shard ``number`` of ``shards``, mapped into memory; its checksum is verified the first time.

@@ -1,8 +1,10 @@
 """The columns of a shard, and conversion between its rows and traces. FORMAT.md specifies them."""
 
 import json
+from collections.abc import Collection
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 
 from logitcache.codec import decode
@@ -31,11 +33,28 @@ SCHEMA = pa.schema(
     ]
 )
 
+# Columns that a shard has only if one of its traces has a value there.
+OPTIONAL = (
+    pa.field("context_spans", pa.list_(pa.struct([("start", pa.int32()), ("end", pa.int32())]))),
+    pa.field("answer_offset", pa.int32()),
+)
+ALL = pa.schema([*SCHEMA, *OPTIONAL])
+
+
+def schema_of(names: Collection[str]) -> pa.Schema:
+    """The columns of a shard whose traces have values in the optional columns ``names``."""
+    return pa.schema([*SCHEMA, *(field for field in OPTIONAL if field.name in names)])
+
 
 def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
     """Converts a trace to a record of a shard; ``block``: its encoded rows."""
     bounds = trace.sections.bounds()
-    return {
+    optional: dict[str, Any] = {}
+    if len(trace.context_spans):
+        optional["context_spans"] = [{"start": start, "end": end} for start, end in trace.context_spans.tolist()]
+    if trace.answer_offset is not None:
+        optional["answer_offset"] = trace.answer_offset
+    return optional | {
         "trace_id": trace.trace_id,
         "prompt_id": trace.prompt_id,
         "sample_index": trace.sample_index,
@@ -62,6 +81,12 @@ def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) ->
     def cell(name: str) -> Any:
         return batch.column(name)[row]
 
+    optional: dict[str, Any] = {}
+    if "context_spans" in batch.schema.names and (spans := cell("context_spans").values) is not None:
+        starts_ends = [spans.field(name).to_numpy() for name in ("start", "end")]
+        optional["context_spans"] = np.stack(starts_ends, axis=1)
+    if "answer_offset" in batch.schema.names:
+        optional["answer_offset"] = cell("answer_offset").as_py()
     token_ids = cell("token_ids").values.to_numpy()
     metadata = cell("metadata").as_py()
     return Trace(
@@ -79,4 +104,5 @@ def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) ->
         answer=cell("answer").as_py(),
         correct=cell("correct").as_py(),
         metadata=json.loads(metadata) if metadata else {},
+        **optional,
     )

@@ -13,7 +13,7 @@ import pyarrow as pa
 
 from logitcache import codec
 from logitcache.cache.manifest import FORMAT_VERSION
-from logitcache.cache.schema import SCHEMA, SECTION_FIELDS, from_batch, to_record
+from logitcache.cache.schema import SCHEMA, SECTION_FIELDS, from_batch, schema_of, to_record
 from logitcache.codec.frequency_table import FrequencyTable, build_table
 from logitcache.errors import FormatVersionError, LogitcacheError, ShardCorruptError
 from logitcache.identity import Identity
@@ -116,8 +116,11 @@ def write(
     """
     table = _share_table(traces, identity)
     # Base64: strict readers of Arrow expect metadata to be text.
-    schema = SCHEMA.with_metadata({TABLE_KEY: base64.b64encode(table.to_bytes())} if table else None)
-    arrow = pa.Table.from_pylist([t.record for t in traces], schema=schema).combine_chunks()
+    records = [t.record for t in traces]
+    schema = schema_of({name for record in records for name in record}).with_metadata(
+        {TABLE_KEY: base64.b64encode(table.to_bytes())} if table else None
+    )
+    arrow = pa.Table.from_pylist(records, schema=schema).combine_chunks()
     buffer = io.BytesIO()
     with pa.ipc.new_file(buffer, schema) as writer:
         writer.write_table(arrow)
@@ -219,10 +222,10 @@ def read(directory: Path, index: ShardIndex, checked: bool = False) -> Shard:
     if not checked and hashlib.sha256(data).hexdigest() != index.sha256:
         raise ShardCorruptError(f"{path}: its bytes do not match the checksum in its index; {way_out}")
     reader = pa.ipc.open_file(pa.BufferReader(data))
-    if reader.schema != SCHEMA or reader.num_record_batches != 1:
+    if reader.schema != schema_of(reader.schema.names) or reader.num_record_batches != 1:
         raise ShardCorruptError(
-            f"{path}: {reader.num_record_batches} batches of columns {reader.schema.names}, expected one batch of a "
-            f"shard's columns; {way_out}"
+            f"{path}: {reader.num_record_batches} batches of columns {reader.schema.names}, expected one batch of "
+            f"{SCHEMA.names}; {way_out}"
         )
     try:
         text = (reader.schema.metadata or {}).get(TABLE_KEY)

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcache import prompts
-from logitcache.capture.job import JobOptions, PromptOptions, Request, Tokens, identify
+from logitcache.capture.job import Context, JobOptions, PromptOptions, Request, Tokens, identify
 from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import trace_of
+from logitcache.grading import verdicts
 from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
@@ -37,11 +38,13 @@ def generate(options: GenerateOptions) -> Summary:
     Raises: InputError and CacheError before anything is written; EngineError and WriteError, after which the same call
         resumes.
     """
-    source = prompts.load(options.prompts, options.limit)
+    source = prompts.load(options.prompts, options.limit, options.columns)
+    if options.verifier:
+        verdicts.check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in source))
     facts = model.inspect_model(options.spec)
     drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
     summary = fill(_Answers(options, facts, drawn), identify(options, facts, _recorded(options)))
-    summary.repeated = source.repeated
+    summary.source = source.counts
     return summary
 
 
@@ -82,5 +85,5 @@ class _Answers:
             self._rendered = prompt, Tokens(token_ids, len(token_ids), remarks=tuple(remarks(self.facts, prompt)))
         return self._rendered[1]
 
-    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
-        return trace_of(request, request.content, completion, identity, self.facts, self.options.verifier)
+    def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:
+        return trace_of(request, request.content, completion, identity, self.facts, self.options.verifier, context)

@@ -1,7 +1,7 @@
 """Options and identity of a cache that is filled, and the task that turns requests into traces."""
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -9,10 +9,12 @@ from typing import Annotated, Any, NamedTuple, Protocol
 from logitcache.cache.workers import Worker
 from logitcache.errors import InputError, ModelError
 from logitcache.grading import verdicts
+from logitcache.grading.verdicts import Verifier
 from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
 from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Sampling
+from logitcache.prompts import Columns
 from logitcache.runtime.options import Option, at_least, values_of
 from logitcache.runtime.secrets import without_secrets
 from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
@@ -31,12 +33,8 @@ class CaptureOptions(ModelOptions):
     teacher: Annotated[str, Option("The teacher: a model folder or a hub id.")]
     top_k: Annotated[int, Option("Token ids stored per row, with their log-probabilities.")] = 64
     limit: Annotated[int | None, Option("Read only this many rows of the source.", default="all")] = None
-    verifier: Annotated[
-        str | None,
-        Option(
-            "Grade each answer against the prompt's `answer`: math, exact or gym.", default="answers are not graded"
-        ),
-    ] = None
+    columns: Columns = field(default_factory=dict)
+    verifier: Verifier = None
     prompt_logits: Annotated[
         bool, Option("Store rows of the prompt's tokens too, to supervise the prompt section.", ROWS)
     ] = False
@@ -117,8 +115,10 @@ class PromptOptions(CaptureOptions, Sampling):
     prompts: Annotated[
         str,
         Option(
-            "A .jsonl or .parquet file with `prompt` or `messages` (optional `id`, `answer`; other columns are kept as "
-            "metadata), or gym:NAME?size=100&seed=1 for a reasoning-gym task.",
+            "Files (.jsonl, .json, .parquet, .jsonl.gz, .jsonl.zst), a folder or a pattern of them, "
+            "hf:OWNER/NAME?split=train for a dataset of the hub, or gym:NAME?size=100&seed=1 for a reasoning-gym task. "
+            "Columns: `prompt` (text or messages), `messages` or `conversations`; optional `id`, `answer`, `tools`, "
+            "`chat_template_kwargs`; others are kept as metadata.",
             positional=True,
         ),
     ]
@@ -153,6 +153,9 @@ class Request:
     content: Any  # the task makes token ids of it
 
 
+Context = Sequence[tuple[int, int]]
+
+
 class Tokens(NamedTuple):
     """Input of the engine for a request: the prompt, or the whole text if it is scored.
 
@@ -163,7 +166,7 @@ class Tokens(NamedTuple):
 
     ids: list[int]
     prompt_length: int
-    context: Sequence[tuple[int, int]] = ()
+    context: Context = ()
     remarks: tuple[str, ...] = ()
 
 
@@ -189,7 +192,9 @@ class Task(Protocol):
         """Raises: InputError if the teacher cannot take the request."""
         ...
 
-    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace: ...
+    def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:
+        """The trace of a completion; ``context``: that of the request's `Tokens`."""
+        ...
 
 
 def identify(

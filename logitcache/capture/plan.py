@@ -1,6 +1,6 @@
 """Estimates tokens, disk and hours of a whole job from a few of its traces."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil, log2
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -15,7 +15,7 @@ from logitcache.cache.workers import Worker
 from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.capture.job import PromptOptions
 from logitcache.errors import InputError
-from logitcache.prompts import load
+from logitcache.prompts import SourceCounts, load
 from logitcache.runtime.files import LOGS, read_json
 from logitcache.runtime.options import Option, at_least, values_of
 from logitcache.runtime.units import in_bytes
@@ -56,6 +56,7 @@ class JobEstimate:
     workers: int
     hours: Estimate
     warnings: list[str]
+    source: SourceCounts | None = None  # of the prompts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def plan(options: PlanOptions) -> JobEstimate:
 
     Raises: as `generate`; KeyboardInterrupt if a signal stopped it.
     """
-    source = load(options.prompts, options.limit).prompts
+    source = load(options.prompts, options.limit, options.columns)
     with TemporaryDirectory(prefix="logitcache-plan-") as scratch:
         out = Path(options.out or Path(scratch) / "cache")
         summary = generate(options.job(out))
@@ -108,7 +109,7 @@ def plan(options: PlanOptions) -> JobEstimate:
     for what, lost in (("skipped", summary.skipped), ("lost", summary.failed)):
         if lost:
             job.warnings.append(f"{len(lost)} {what}, such as {next(iter(lost.values()))}")
-    return job
+    return replace(job, source=source.counts)
 
 
 def extrapolate(

@@ -16,13 +16,14 @@ from logitcache.cache.claim import claim
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace
 from logitcache.cache.workers import Worker
-from logitcache.capture.job import Request, Task, Tokens, rows_wanted
+from logitcache.capture.job import Context, Request, Task, Tokens, rows_wanted
 from logitcache.capture.summary import Summary
 from logitcache.errors import InputError, ShardCorruptError, first_line
+from logitcache.grading import verdicts
 from logitcache.identity import Identity
 from logitcache.inference.engine import Completion
 from logitcache.inference.session import EngineRequest, Session
-from logitcache.runtime.files import LOGS, publish_json, read_json
+from logitcache.runtime.files import LOGS, publish_json, read_json, remove_parts
 from logitcache.runtime.secrets import hide, without_secrets
 
 
@@ -81,10 +82,14 @@ def _refuse_unanswerable(task: Task, identity: Identity) -> None:
 
 def _sweep(directory: Path, worker: Worker) -> None:
     """Removes files without an index, which a kill left of this worker's shards. No other process can be writing them."""
-    for path in [*directory.glob("unit-*.arrow"), *directory.glob("unit-*.part")]:
-        number = path.name.removeprefix("unit-").partition(".")[0]
-        whole = path.suffix == ".arrow" and path.with_suffix(".json").exists()
-        if not whole and number.isdecimal() and int(number) % worker.count == worker.index:
+
+    def mine(name: str) -> bool:
+        number = name.removeprefix("unit-").partition(".")[0]
+        return number.isdecimal() and int(number) % worker.count == worker.index
+
+    remove_parts(directory, mine)
+    for path in directory.glob("unit-*.arrow"):
+        if mine(path.name) and not path.with_suffix(".json").exists():
             path.unlink(missing_ok=True)
 
 
@@ -114,6 +119,7 @@ class Unit:
 class _InFlight:
     request: Request
     prompt_length: int
+    context: Context
     unit: Unit
 
 
@@ -129,6 +135,7 @@ class _Filling:
         self.remarked: defaultdict[str, set[str]] = defaultdict(set)  # remark -> prompt ids
 
     def run(self) -> None:
+        graded = verdicts.no_verdict.copy()
         place = f"worker {self.options.place}: " if self.options.place.count > 1 else ""
         with Session(
             replace(self.options.spec, dtype=self.identity.dtype),
@@ -145,6 +152,7 @@ class _Filling:
                 self.session.run(self._requests(), self._finish, total=len(self.missing), on_refused=self._refused)
             finally:
                 self._publish_rest()
+                self.summary.no_verdict = dict(verdicts.no_verdict - graded)
                 self.summary.load_seconds, self.summary.seconds = self.session.load_seconds, self.session.seconds
                 self.summary.stopped = self.session.stopped
                 self.summary.remarks = {remark: len(prompts) for remark, prompts in self.remarked.items()}
@@ -162,7 +170,7 @@ class _Filling:
                 continue
             for remark in tokens.remarks:
                 self.remarked[remark].add(request.prompt_id)
-            self.in_flight[request.trace_id] = _InFlight(request, tokens.prompt_length, self._join())
+            self.in_flight[request.trace_id] = _InFlight(request, tokens.prompt_length, tokens.context, self._join())
             yield EngineRequest(request.trace_id, tokens.ids)
         if self.open:
             self.open[-1].closed = True
@@ -206,7 +214,7 @@ class _Filling:
         if self.task.scored:
             first = 1 if self.identity.prompt_logits else max(1, flight.prompt_length)
             completion = completion.split_at(flight.prompt_length, first)
-        flight.unit.finished.append(self.session.later(self._encode, flight.request, completion))
+        flight.unit.finished.append(self.session.later(self._encode, flight.request, completion, flight.context))
         made = len(completion.token_rank) if self.task.scored else completion.made
         self.summary.tokens += made
         self._publish_if_complete(flight.unit)
@@ -229,10 +237,12 @@ class _Filling:
         number, self.number = self.number, self.options.place.number_after(self.number)
         return number
 
-    def _encode(self, request: Request, completion: Completion) -> EncodedTrace | None:
+    def _encode(self, request: Request, completion: Completion, context: Context) -> EncodedTrace | None:
         """A trace, encoded. None if that fails: the summary then has the reason, and other traces are not affected."""
         try:
-            return EncodedTrace.of(self.task.trace(request, completion, self.identity), self.identity)
+            trace = self.task.trace(request, completion, self.identity, context)
+            self.summary.sections.add(trace, self.identity.markers)
+            return EncodedTrace.of(trace, self.identity)
         except Exception as e:  # a tokenizer or a grader may raise anything
             self.summary.failed[request.trace_id] = f"{request.prompt_id}: {first_line(e)}"
             return None

@@ -8,14 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+
 from logitcache import prompts
 from logitcache.cache.reader import Cache
-from logitcache.capture.job import JobOptions, Request, Tokens, identify
+from logitcache.capture.job import Context, JobOptions, Request, Tokens, identify
 from logitcache.capture.runner import fill
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import rows_of, trace_of
 from logitcache.errors import InputError, PromptsError
-from logitcache.grading.verdicts import verdict
+from logitcache.grading.verdicts import check_answers, verdict
 from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion
@@ -30,7 +32,7 @@ from logitcache.inference.rendering import (
 )
 from logitcache.inference.token_texts import text_behind, token_texts
 from logitcache.inference.transcript import transcript
-from logitcache.prompts import Prompt
+from logitcache.prompts import Messages, Prompt, Reading, SourceCounts
 from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS_GROUP, Sections, answer_text
 from logitcache.trace import Trace
@@ -74,8 +76,8 @@ class ScoreOptions(JobOptions):
     traces: Annotated[
         str | None,
         Option(
-            "A .jsonl or .parquet file with `prompt` or `messages`, and `completion` (optional `id`, `answer`, "
-            "`finish_reason`; other columns are kept as metadata).",
+            "A source as PROMPTS of generate, with completions: `completion` (text or messages), or the turns after the "
+            "last user turn (optional `finish_reason`).",
             positional=True,
         ),
     ] = None
@@ -110,7 +112,7 @@ class ScoreOptions(JobOptions):
                 raise InputError("`crop` cuts the traces of a cache; give `from_cache`")
             return
         object.__setattr__(self, "from_cache", Path(self.from_cache))
-        for name in ("reasoning_markers", "answer_regex", "template_args"):
+        for name in ("reasoning_markers", "answer_regex", "template_args", "columns"):
             if getattr(self, name):
                 raise InputError(f"`{name}`: `from_cache` takes tokens and sections as they are; leave it out")
         if self.eos != "auto":
@@ -132,7 +134,15 @@ def score(options: ScoreOptions) -> Summary:
     if cache is None:
         end = _end(options, facts)
         identity = identify(options, replace(facts, eos_ids=facts.eos_ids | {*end[-1:]}), {}, (_words(facts, end),))
-        return fill(_Texts(options, facts, end, identity.markers.pair), identity)
+        texts = _Texts(options, facts, end, identity.markers.pair)
+        if options.verifier:
+            asked = (request.content.prompt for request in texts.requests(identity))
+            check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in asked))
+        summary = fill(texts, identity)
+        summary.source = texts.counts
+        return summary
+    if options.verifier:
+        check_answers(options.verifier, options.source, ((a, {}) for a in cache.column("answer").to_pylist()))
     words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
     identity = replace(
         identify(options, facts, {}, (*cache.identity.derived, words)),
@@ -161,7 +171,7 @@ def _words(facts: ModelFacts, end: list[int]) -> str:
 @dataclass(frozen=True, slots=True)
 class _Text:
     prompt: Prompt
-    completion: str | list[dict[str, Any]]
+    completion: str | Messages  # messages: the turns after the last user turn
     finish_reason: str
 
 
@@ -172,21 +182,21 @@ class _Texts:
 
     def __init__(self, options: ScoreOptions, facts: ModelFacts, end: list[int], markers: list[str] | None) -> None:
         self.options, self.facts, self.end, self.markers = options, facts, end, markers
-        self.ends = replace(
-            facts, eos_ids=facts.eos_ids | {*end[-1:]}
-        )  # facts whose end of sequence is that of the texts
+        # Facts whose end of sequence is that of the texts.
+        self.ends = replace(facts, eos_ids=facts.eos_ids | {*end[-1:]})
+        self.counts = SourceCounts()  # of the whole source, once it was read
 
     def requests(self, identity: Identity) -> Iterator[Request]:
+        reading = Reading(self.options.source, self.options.columns, completed=True)
         contents: dict[str, str] = {}  # of each prompt id
         samples: Counter[str] = Counter()
         repeats: Counter[str] = Counter()
         for i, (where, row) in enumerate(prompts.rows(self.options.source)):
             if i == self.options.limit:
-                return
-            completion, reason = row.pop("completion", None), row.pop("finish_reason", None) or "stop"
-            if not isinstance(completion, str):
-                raise PromptsError(f"{where}: `completion` is a {type(completion).__name__}, expected text")
-            prompt, _ = prompts.parse(where, row)
+                break
+            parsed = reading.parse(where, row)
+            prompt, completion, reason = parsed.prompt, parsed.completion, parsed.finish_reason
+            assert completion is not None
             if contents.setdefault(prompt.id, prompt.digest()) != prompt.digest():
                 raise PromptsError(
                     f"{where}: id {prompt.id!r} is used by another prompt above; give each prompt its own id"
@@ -196,9 +206,11 @@ class _Texts:
                 json.dumps([prompt.digest(), completion, reason]).encode(), digest_size=16
             ).hexdigest()
             trace_id = identity.trace_id(prompt.id, text, repeats[text])
-            yield Request(trace_id, prompt.id, samples[prompt.id], _Text(prompt, completion, str(reason)))
+            yield Request(trace_id, prompt.id, samples[prompt.id], _Text(prompt, completion, reason))
+            reading.count(parsed)
             repeats[text] += 1
             samples[prompt.id] += 1
+        self.counts = reading.finish()
 
     def tokens(self, request: Request) -> Tokens:
         text: _Text = request.content
@@ -237,10 +249,10 @@ class _Texts:
     def _is_end(self, ids: list[int]) -> bool:
         return bool(ids) and ids[-1] in self.ends.eos_ids
 
-    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
+    def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:
         text: _Text = request.content
         completion = replace(completion, finish_reason=text.finish_reason)
-        return trace_of(request, text.prompt, completion, identity, self.ends, self.options.verifier)
+        return trace_of(request, text.prompt, completion, identity, self.ends, self.options.verifier, context)
 
 
 def _is_plain(turn: dict[str, Any]) -> bool:
@@ -277,15 +289,15 @@ class _Traces:
         span = self.crop.span(len(token_ids))
         return Tokens(token_ids[span].tolist(), _cropped(spans, span).prompt_end)
 
-    def trace(self, request: Request, completion: Completion, identity: Identity) -> Trace:
+    def trace(self, request: Request, completion: Completion, identity: Identity, context: Context) -> Trace:
         trace, verifier = self.cache[request.content], self.options.verifier
         span = self.crop.span(len(trace.token_ids))
         rows = rows_of(completion, identity)
-        text, correct = trace.text, trace.correct
+        text, offset, correct = trace.text, trace.answer_offset, trace.correct
         if span != slice(0, len(trace.token_ids)):
-            text = self._text(trace, span)
+            text, offset = self._text(trace, span)
         if verifier:  # grades the whole answer, of which a crop may have only a part
-            answer = answer_text(trace.text, trace.sections, identity.markers)
+            answer = answer_text(trace.text, trace.sections, identity.markers, trace.answer_offset)
             correct = verdict(verifier, answer, trace.answer, trace.metadata)
         return replace(
             trace,
@@ -297,15 +309,28 @@ class _Traces:
             token_logprob=completion.token_logprob,
             token_rank=completion.token_rank,
             text=text,
+            answer_offset=offset,
+            context_spans=_cropped_context(trace, span),
             correct=correct,
         )
 
-    def _text(self, trace: Trace, span: slice) -> str:
+    def _text(self, trace: Trace, span: slice) -> tuple[str, int | None]:
+        """The text of a crop's completion, and its characters before the answer if the trace's own are stored."""
         pieces = token_texts(self.facts, trace.token_ids[span].tolist())
         ended = int(trace.token_ids[span][-1]) in self.facts.eos_ids
-        start = max(0, trace.sections.prompt_end - span.start)
-        return "".join(piece or "" for piece in pieces[start : len(pieces) - ended])
+        spans = _cropped(trace.sections, span)
+        text, before = (
+            "".join(piece or "" for piece in pieces[spans.prompt_end : end])
+            for end in (len(pieces) - ended, spans.answer_start)
+        )
+        return text, None if trace.answer_offset is None else min(len(before), len(text))
 
 
 def _cropped(spans: Sections, span: slice) -> Sections:
     return Sections(*(min(max(bound - span.start, 0), span.stop - span.start) for bound in spans.bounds()))
+
+
+def _cropped_context(trace: Trace, span: slice) -> np.ndarray:
+    """The context spans that a crop reads, int32 [C, 2]."""
+    cropped = np.clip(trace.context_spans, span.start, span.stop) - span.start
+    return cropped[cropped[:, 0] < cropped[:, 1]].astype(np.int32)

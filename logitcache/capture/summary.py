@@ -2,6 +2,38 @@
 
 from dataclasses import dataclass, field
 
+from logitcache.prompts import SourceCounts
+from logitcache.sections import Markers, known_pair
+from logitcache.trace import Trace
+
+
+@dataclass
+class SectionCounts:
+    """What the sections of new traces look like, in traces."""
+
+    markers: str = "none"  # that were searched for
+    unmarked: dict[str, int] = field(default_factory=dict)  # known markers that were not searched for, OPENING,CLOSING
+    spelled: int = 0  # text that only spells the closing marker, with tokens of its own
+    without_reasoning: int = 0  # markers were searched for, none was found
+    without_answer: int = 0  # the completion ended before its answer
+    with_context: int = 0  # traces with tokens that are never supervised
+    context_tokens: int = 0  # those tokens
+
+    def add(self, trace: Trace, markers: Markers) -> None:
+        self.markers = str(markers)
+        sizes = trace.sections.sizes()
+        delimited = any(sizes[name] for name in ("opening", "reasoning", "closing"))
+        pair = None if delimited else known_pair(trace.text)
+        if pair and markers.format != Markers(*pair).format:
+            name = ",".join(pair)
+            self.unmarked[name] = self.unmarked.get(name, 0) + 1
+        elif markers.closing and not sizes["closing"] and markers.closing in trace.text:
+            self.spelled += 1
+        self.without_reasoning += bool(markers.pair and not delimited and sizes["answer"])
+        self.without_answer += not sizes["answer"]
+        self.with_context += bool(len(trace.context_spans))
+        self.context_tokens += int(trace.is_context.sum())
+
 
 @dataclass
 class Summary:
@@ -14,8 +46,10 @@ class Summary:
     tokens: int = 0  # generated tokens, or scored rows
     seconds: float = 0.0  # without loading
     load_seconds: float = 0.0
-    repeated: int = 0  # repeated prompts in the source, used once
+    source: SourceCounts = field(default_factory=SourceCounts)
+    sections: SectionCounts = field(default_factory=SectionCounts)
     unjudged: int = 0  # existing traces without the verdicts that this call gives
+    no_verdict: dict[str, int] = field(default_factory=dict)  # traces that could not be graded, by reason
     skipped: dict[str, str] = field(default_factory=dict)  # prompt id -> why the teacher cannot take it
     skipped_traces: list[str] = field(default_factory=list)  # their trace ids; later calls skip them too
     failed: dict[str, str] = field(default_factory=dict)  # trace id -> why its completion cannot be stored

@@ -25,7 +25,7 @@ def info(info: CacheInfo, json: Json = False) -> None:
     if json:
         show_json(info.to_json())
     else:
-        show(describe_info(info))
+        show(describe_info, info)
 
 
 @command(verify_cache)
@@ -38,7 +38,7 @@ def verify(report: VerifyReport, json: Json = False) -> int:
     if json:
         show_json(report.to_json())
     else:
-        show(describe_verify(report))
+        show(describe_verify, report)
     return 2 if report.problems else 0
 
 
@@ -50,7 +50,7 @@ def slice_(report: SliceReport) -> None:
 
     Example: logitcache slice math-cache --out math-right --top-k 32 --where "correct and tokens<=8192"
     """
-    show(describe_slice(report))
+    show(describe_slice, report)
 
 
 @command(merge_caches)
@@ -59,7 +59,7 @@ def merge(report: MergeReport) -> None:
 
     Example: logitcache merge part-a part-b --out whole
     """
-    show(describe_merge(report))
+    show(describe_merge, report)
 
 
 @command(split_cache)
@@ -68,4 +68,4 @@ def split(report: SplitReport) -> None:
 
     Example: logitcache split math-cache --into train=0.95 --into test=0.05
     """
-    show(describe_split(report))
+    show(describe_split, report)

@@ -37,7 +37,7 @@ def plan(options: PlanOptions, json: Json = False) -> None:
     if json:
         show_json(job)
     else:
-        show(describe_estimate(job))
+        show(describe_estimate, job)
 
 
 @command(ScoreOptions)
@@ -54,5 +54,5 @@ def score(options: ScoreOptions) -> int:
 
 def _finished(summary: Summary, out: Path) -> int:
     """Prints the summary. Returns: the exit code, which is 1 if traces failed, or that of the signal that stopped the call."""
-    show(describe_summary(summary, out))
+    show(describe_summary, summary, out)
     return signal_code(summary.stopped) or int(bool(summary.failed))

@@ -1,14 +1,13 @@
 """Reads and writes ``--config FILE.yaml``: values of a command's options by name."""
 
 import difflib
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from logitcache.errors import InputError, first_line
+from logitcache.errors import InputError
+from logitcache.runtime.yaml_files import construct, dialect, place_of, read_yaml, reason_of
 
-_EXPONENT = re.compile(r"[-+]?(\d+(\.\d*)?|\.\d+)[eE][-+]?\d+$")
 CONFIG, PRINT_CONFIG = "config_file", "print_config"  # parameters of every command
 
 
@@ -26,13 +25,7 @@ def read_config(path: Path, known: Mapping[str, FromFile], command: str) -> dict
     """
     import yaml
 
-    try:
-        loader = _dialect(yaml.SafeLoader)(path.read_text("utf-8-sig"))
-        node = loader.get_single_node()
-    except OSError as e:
-        raise InputError(f"{path}: {e.strerror}; give --config a YAML file") from None
-    except (UnicodeDecodeError, yaml.YAMLError) as e:
-        raise InputError(f"{path}{_place(e)}: not valid YAML ({_reason(e)})") from None
+    node, loader = read_yaml(path)
     if node is None:
         return {}
     if not isinstance(node, yaml.MappingNode):
@@ -51,25 +44,15 @@ def read_config(path: Path, known: Mapping[str, FromFile], command: str) -> dict
             )
         if name in found:
             raise InputError(f"{where}: {key_node.value} is given twice")
-        _refuse_repeated(value_node, path)
         try:
-            value = loader.construct_object(value_node, deep=True)
+            value = construct(value_node, loader)
             if value is not None:
                 found[name] = known[name].from_file(value)
         except yaml.YAMLError as e:
-            raise InputError(f"{path}{_place(e)}: {key_node.value}: {_reason(e)}") from None
+            raise InputError(f"{path}{place_of(e)}: {key_node.value}: {reason_of(e)}") from None
         except ValueError as e:
             raise InputError(f"{where}: {key_node.value}: {e}") from None
     return found
-
-
-def _refuse_repeated(node: Any, path: Path) -> None:
-    """Raises: InputError for a key that a mapping has twice; YAML would keep the last."""
-    seen: set[str] = set()
-    for key, _ in node.value if node.id == "mapping" else ():
-        if str(key.value) in seen:
-            raise InputError(f"{path}:{key.start_mark.line + 1}: {key.value} is given twice")
-        seen.add(str(key.value))
 
 
 def dump(settings: dict[str, Any]) -> str:
@@ -77,23 +60,7 @@ def dump(settings: dict[str, Any]) -> str:
     import yaml
 
     plain = {k: _plain(v) for k, v in settings.items()}
-    return yaml.dump(plain, Dumper=_dialect(yaml.SafeDumper), sort_keys=False, allow_unicode=True).rstrip()
-
-
-def _dialect(base: Any) -> Any:
-    """A loader or dumper for which 1e-4 is a number, as in YAML 1.2 and JSON; to YAML 1.1 it is text."""
-    made = type("Dialect", (base,), {})
-    made.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+0123456789."))
-    return made
-
-
-def _place(error: Any) -> str:
-    mark = getattr(error, "problem_mark", None)
-    return f":{mark.line + 1}" if mark else ""
-
-
-def _reason(error: Any) -> str:
-    return getattr(error, "problem", None) or first_line(error)
+    return yaml.dump(plain, Dumper=dialect(yaml.SafeDumper), sort_keys=False, allow_unicode=True).rstrip()
 
 
 def _plain(value: Any) -> Any:

@@ -48,7 +48,7 @@ def _against_teacher(options: EvaluationOptions, json: bool) -> int:
     if json:
         show_json(found.to_json())
     else:
-        show(describe_evaluation(found))
+        show(describe_evaluation, found)
     return 0
 
 
@@ -60,7 +60,7 @@ def _accuracy(options: AccuracyOptions, json: bool) -> int:
     if json:
         show_json(result.to_json())
     else:
-        show(describe_accuracy(result))
+        show(describe_accuracy, result)
     return signal_code(result.stopped)
 
 
@@ -75,4 +75,4 @@ def compare(comparison: Comparison, json: Json = False) -> None:
     if json:
         show_json(comparison.to_json())
     else:
-        show(describe_comparison(comparison))
+        show(describe_comparison, comparison)

@@ -37,11 +37,11 @@ def experiment(
         from logitcache.commands.text_experiments import describe_estimates
         from logitcache.student.experiments.estimate import estimate
 
-        show(describe_estimates(options, estimate(options)))
+        show(describe_estimates, options, estimate(options))
         return 0
     from logitcache.commands.text_experiments import describe_experiment
     from logitcache.student.experiments.experiment import run_experiment
 
     result = run_experiment(options)
-    show(describe_experiment(result))
+    show(describe_experiment, result)
     return signal_code(result.signal)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from typing import Annotated, Any
 
@@ -10,18 +11,24 @@ import typer
 
 from logitcache.errors import with_flags
 from logitcache.runtime.options import Option
+from logitcache.runtime.text import all_visible, visible
 
 Json = Annotated[bool, Option("Print one JSON object.", "Output")]
 
 
-def show(text: str) -> None:
-    """Prints a result with the command's flags, once, however many processes torchrun started."""
-    _print(with_flags(text))
+def show(describe: Callable[..., str], *results: Any) -> None:
+    """Prints the text of a result with the command's flags, once, however many processes torchrun started.
+
+    A result holds texts that others wrote, so ``describe`` gets a copy in which they can neither steer the terminal nor begin
+    a line.
+    """
+    _print(visible(with_flags(describe(*map(all_visible, results))), keep="\n"))
 
 
 def show_json(result: Any) -> None:
     """Prints a result as one JSON object, with the names of the Python API."""
-    _print(json.dumps(asdict(result) if is_dataclass(result) and not isinstance(result, type) else result, indent=1))
+    fields = asdict(result) if is_dataclass(result) and not isinstance(result, type) else result
+    _print(json.dumps(fields, indent=1).replace("\x7f", "\\u007f"))  # the one control character that JSON leaves
 
 
 def _print(text: str) -> None:

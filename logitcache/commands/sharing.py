@@ -14,7 +14,7 @@ def export(report: formats.ExportReport) -> None:
 
     Example: logitcache export math-cache --to parquet --out math-parquet
     """
-    show(describe_export(report))
+    show(describe_export, report)
 
 
 @command(formats.import_capture)
@@ -26,7 +26,7 @@ def import_(report: formats.ImportReport) -> None:
 
     Example: logitcache import capture/ --from distillkit --tokenizer Qwen/Qwen3-8B --out cache
     """
-    show(describe_import(report))
+    show(describe_import, report)
 
 
 @command(hub.push)
@@ -37,7 +37,7 @@ def push(report: hub.PushReport) -> None:
 
     Example: logitcache push math-cache me/math-cache
     """
-    show(describe_push(report))
+    show(describe_push, report)
 
 
 @command(hub.pull)
@@ -46,4 +46,4 @@ def pull(report: hub.PullReport) -> None:
 
     Example: logitcache pull me/math-cache --out math-cache
     """
-    show(describe_pull(report))
+    show(describe_pull, report)

@@ -1,20 +1,24 @@
 """Text of `generate`, `score` and `plan`."""
 
+import shlex
 from pathlib import Path
 
 from logitcache.capture.plan import Estimate, JobEstimate
-from logitcache.capture.summary import Summary
+from logitcache.capture.summary import SectionCounts, Summary
+from logitcache.commands.text_prompts import describe_source
+from logitcache.grading.verdicts import listed
 from logitcache.runtime.units import BYTES, COUNTS, HOURS, Units, in_bytes, in_units
 
 
 def describe_summary(summary: Summary, out: Path) -> str:
     """The closing lines of `generate` and `score`."""
-    lines = []
-    if summary.repeated:
-        lines.append(f"{summary.repeated} repeated prompts were read once")
+    lines = describe_source(summary.source)
     lines += _listed("prompts skipped", [f"{prompt}: {why}" for prompt, why in summary.skipped.items()])
     lines += _listed("traces lost", list(summary.failed.values()))
     lines += [f"{count} {remark}" for remark, count in summary.remarks.items()]
+    lines += describe_sections(summary.sections)
+    if summary.no_verdict:
+        lines.append(listed(summary.no_verdict))
     if summary.unjudged:
         lines.append(
             f"{summary.unjudged} traces of earlier calls have no verdict: `logitcache slice --verifier` grades them"
@@ -32,6 +36,29 @@ def describe_summary(summary: Summary, out: Path) -> str:
             f"{summary.tokens:,} tokens in {summary.seconds:.1f} s, {summary.tokens_per_s:,.0f} tokens/s"
         )
     return "\n".join(lines)
+
+
+def describe_sections(counts: SectionCounts) -> list[str]:
+    """What a user should know about the sections of new traces."""
+    searched = "no markers were searched for" if counts.markers == "none" else f"{counts.markers} were searched for"
+    lines = [
+        f"{count} completions hold the markers {pair}, but {searched}: they count as answer; make the cache again with "
+        f"`--reasoning-markers {shlex.quote(pair)}`"
+        for pair, count in counts.unmarked.items()
+    ]
+    if counts.without_reasoning > sum(counts.unmarked.values()):
+        lines.append(f"{counts.without_reasoning} completions have no reasoning: {counts.markers} are not in them")
+    if counts.spelled:
+        lines.append(
+            f"{counts.spelled} completions spell the closing marker with ordinary tokens, which closes no reasoning"
+        )
+    if counts.without_answer:
+        lines.append(f"{counts.without_answer} completions ended before their answer")
+    if counts.with_context:
+        lines.append(
+            f"{counts.context_tokens:,} tokens of {counts.with_context} traces, such as results of tools, are never supervised"
+        )
+    return lines
 
 
 def _listed(what: str, found: list[str]) -> list[str]:
@@ -55,9 +82,8 @@ def describe_estimate(job: JobEstimate) -> str:
         "": "the engine partly idle at its end",
         "time": f"{_range(job.hours, HOURS)}, without loading the teacher",
     }
-    return "\n".join(
-        [*(f"{name:<8}{text}" for name, text in lines.items()), *(f"warning: {text}" for text in job.warnings)]
-    )
+    notes = [*(describe_source(job.source) if job.source else []), *(f"warning: {text}" for text in job.warnings)]
+    return "\n".join([*(f"{name:<8}{text}" for name, text in lines.items()), *notes])
 
 
 def _range(value: Estimate, units: Units) -> str:

@@ -5,6 +5,8 @@ from typing import Any
 
 from logitcache.accuracy.budgets import AccuracyResult
 from logitcache.commands.text import columns, shown
+from logitcache.commands.text_prompts import describe_source
+from logitcache.grading import verdicts
 from logitcache.student.evaluation.compare import Comparison
 from logitcache.student.evaluation.evaluate_run import StudentEvaluation
 from logitcache.student.model.measures import Measures
@@ -139,7 +141,9 @@ def describe_accuracy(result: AccuracyResult) -> str:
         if counts:
             listed = ", ".join(f"{count} at {budget}" for budget, count in counts.items())
             lines.append(f"counted as wrong because they {reason}: {listed}")
-    return "\n".join(lines)
+    if result.no_verdict:
+        lines.append(f"of the answers of this call: {verdicts.listed(result.no_verdict)}")
+    return "\n".join([*lines, *describe_source(result.counts)])
 
 
 def _short(value: Any, longest: int = 40) -> str:

@@ -27,5 +27,5 @@ def train(options: TrainOptions) -> int:
 
     finished = run(options)
     end_process_group()
-    show(describe_run(finished, options.out))
+    show(describe_run, finished, options.out)
     return signal_code(finished.signal)

@@ -5,13 +5,14 @@ from collections.abc import Callable
 from typing import Any
 
 from logitcache.grading import exact
+from logitcache.grading.confinement import SYMPY, import_all
 from logitcache.grading.exact import LONGEST, gold_answer, is_words
 from logitcache.grading.final_answer import find_final
-from logitcache.grading.sandbox import Sandbox
+from logitcache.grading.sandbox import UNREAD, Sandbox, Unscored
 
 _TAIL = 2_000  # characters searched where nothing marks a final answer
 
-SANDBOX = Sandbox(f"{__name__}:make_scorer")
+SANDBOX = Sandbox(f"{__name__}:make_scorer", reused=True)  # it reads formulas with a parser of its own, no code
 
 
 def grade(answer_text: str, gold: str | None, metadata: dict[str, Any]) -> bool | None:
@@ -37,6 +38,8 @@ def make_scorer() -> Callable[..., bool]:
     from math_verify.parser import ExprExtractionConfig, LatexExtractionConfig
 
     logging.disable(logging.CRITICAL)
+    import_all("sympy", *SYMPY)
+    parse(r"\boxed{x^2}"), parse("2 + 3")  # antlr4 loads some of its modules when it parses
     # Their timeouts are ours here, and they work in main threads alone. No fallback: texts were compared before.
     options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
 
@@ -45,7 +48,7 @@ def make_scorer() -> Callable[..., bool]:
 
     def score(final: str, context: str, gold: str) -> bool:
         if not (wanted := boxed(gold)):
-            raise ValueError(f"math-verify reads no formula in the gold answer {gold[:80]!r}")
+            raise Unscored(f"math-verify reads no formula in the gold answer {gold[:80]!r}", UNREAD)
         said = boxed(final) if len(final) <= _TAIL and _balanced(final) else []
         if _PROSE.search(final):
             context = _CURRENCY.sub("", context)

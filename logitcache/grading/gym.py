@@ -1,17 +1,17 @@
 """The grader ``gym``: reasoning-gym scores answers to its own tasks, in a sandbox."""
 
 import re
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+from logitcache.grading.confinement import SYMPY, import_all
 from logitcache.grading.exact import LONGEST, number_value, plain_text, same_answer
 from logitcache.grading.final_answer import after_announcement, boxed, final_answer, tagged
 from logitcache.grading.sandbox import Sandbox, Unscored
 
 _RIGHT = 0.99  # of reasoning-gym's score: it gives less to answers that are near the right one, or contain it
 
-SANDBOX = Sandbox(f"{__name__}:make_scorer")
+SANDBOX = Sandbox(f"{__name__}:Scorer")
 
 
 def grade(answer_text: str, gold: str | None, metadata: dict[str, Any]) -> bool | None:
@@ -47,22 +47,26 @@ _FENCE = re.compile(r"\A```\w*\n(.*?)\n?```\Z", re.DOTALL)
 _NUMBERS = re.compile(r"\d+(?:[.,]\d+)*+")
 
 
-def make_scorer() -> Callable[..., bool]:
-    """The scorer that the sandbox calls."""
-    import reasoning_gym
+class Scorer:
+    """What the sandbox calls."""
 
-    dataset = cache(lambda name: reasoning_gym.create_dataset(name, seed=0, size=1))
+    def __init__(self) -> None:
+        import reasoning_gym
 
-    def score(texts: list[str], gold: str | None, entry: dict[str, Any]) -> bool:
-        task = dataset(entry["source_dataset"])
+        import_all("sympy", *SYMPY)
+        self._task = cache(lambda name: reasoning_gym.create_dataset(name, seed=0, size=1))
+
+    def prepare(self, texts: list[str], gold: str | None, entry: dict[str, Any]) -> None:
+        self._task(entry["source_dataset"])
+
+    def __call__(self, texts: list[str], gold: str | None, entry: dict[str, Any]) -> bool:
+        task = self._task(entry["source_dataset"])
         forms = [{"question": "", "answer": gold, "metadata": m} for m in (entry, _with_tuples(entry))]
         if not any(task.score_answer(text, form) >= _RIGHT for text in texts for form in forms):
             return False
         if _accepts(task, "?", forms[0]):  # game_of_life_halting does
             raise ValueError(f"{entry['source_dataset']} accepts any answer")
         return True
-
-    return score
 
 
 def _accepts(task: Any, text: str, form: dict[str, Any]) -> bool:

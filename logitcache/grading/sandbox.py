@@ -1,40 +1,55 @@
-"""A process that scores answers with code that computes, or even ``eval``s, them.
-
-It has a limit of time and memory and may not write files, start programs or open connections. That prevents accidents; it
-does not stop an attacker.
-"""
+"""Scores answers with code that evaluates them, in a confined process."""
 
 import json
 import os
+import secrets
 import signal
 import subprocess
-import sys
 import threading
+import time
 from contextlib import suppress
-from importlib import import_module
 from typing import Any
 
-from logitcache.errors import first_line
+from logitcache.grading.confinement import environment, python
 
-_SECONDS, _MEMORY = 3.0, 4 << 30  # for one verdict
+_SECONDS = 3.0  # for one verdict
+_PREPARE_SECONDS = 30.0  # for what a scorer prepares
+_START_SECONDS = 120.0  # for the imports of a scorer
+_LIFE = 600  # seconds that one process is used for; it ends itself a minute later, even if we are gone
+_REPLY = 4_000  # bytes
+
+
+# Why an answer has no verdict, in the words of the counts at the end of a command.
+NO_ANSWER, UNREAD, LATE, FAILED = "without a gold answer", "with a gold answer not parsed", "timed out", "not scored"
 
 
 class Unscored(Exception):
-    """An answer that a grader could not score, and why."""
+    """An answer that a grader could not score.
+
+    Attributes:
+        why: one of NO_ANSWER, UNREAD, LATE and FAILED.
+    """
+
+    def __init__(self, reason: str, why: str = FAILED) -> None:
+        super().__init__(reason)
+        self.why = why
 
 
 class Sandbox:
-    """A process that scores answers. It starts with the first question, and again if a question ended it.
+    """A scorer in a confined process. It starts with the first question, and again if a question ended it.
 
     Args:
-        scorer: "module:function"; the process calls the function once, and what it returns with each question.
+        scorer: "module:function"; the function returns the scorer, which is called with each question and returns whether
+            the answer is right. If it has a method ``prepare``, that is called first with the same question, and is not
+            confined: it must evaluate nothing of it.
+        reused: score all questions in one process. Otherwise each has a new one, so that a question whose evaluation runs
+            code of its own cannot change the verdicts of others.
     """
 
-    def __init__(self, scorer: str) -> None:
-        self.scorer = scorer
+    def __init__(self, scorer: str, reused: bool = False) -> None:
+        self.scorer, self.reused = scorer, reused
         self._turn = threading.Lock()
-        self._process: subprocess.Popen[str] | None = None
-        self._owner = 0  # a fork must not read its parent's verdicts
+        self._process: _Process | None = None
 
     def ask(self, **question: Any) -> bool:
         """The scorer's verdict on a question: its keyword arguments, as JSON.
@@ -42,78 +57,93 @@ class Sandbox:
         Raises: Unscored if the scorer raises, ends, or takes more than its time.
         """
         with self._turn:
-            right, reason = self._ask(json.dumps(question))
-        if reason is not None:
-            raise Unscored(reason)
+            # None until it replies: after an interrupt no process with an unread reply may be asked again.
+            process, self._process = self._process, None
+            if process is None or not process.usable:
+                process = _Process(self.scorer, self.reused)
+            right, unscored = process.ask(question)
+            self._process = process
+        if unscored:
+            raise unscored
         return right
 
-    def _ask(self, question: str) -> tuple[Any, str | None]:
-        if self._process is None or self._owner != os.getpid() or self._process.poll() is not None:
-            self._process, self._owner = self._start(), os.getpid()
-        # None until it replies: after an interrupt no process with an unread reply may be asked again.
-        process, self._process = self._process, None
-        assert process.stdin is not None
-        assert process.stdout is not None
-        with suppress(OSError):  # it ended before the question
-            process.stdin.write(question + "\n")
-            process.stdin.flush()
-            if reply := process.stdout.readline():
-                self._process = process
-                return tuple(json.loads(reply))
-        with suppress(OSError), process:  # closes its pipes
-            process.kill()
-        if process.returncode == -signal.SIGALRM:
-            return None, f"no result within {_SECONDS:g} s"
-        return None, f"the scorer ended with code {process.returncode}"
 
-    def _start(self) -> subprocess.Popen[str]:
+class _Process:
+    """A process that `worker.serve` runs in."""
+
+    def __init__(self, scorer: str, reused: bool) -> None:
         import atexit
 
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-B",
-                "-P",
-                "-c",
-                f"from logitcache.grading.sandbox import serve; serve({self.scorer!r}, {_SECONDS})",
-            ],
+        self._popen = subprocess.Popen(
+            python(f"from logitcache.grading.worker import serve; serve({scorer!r}, {_SECONDS}, {reused})"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
+            env=environment(),
+            cwd="/",
             start_new_session=True,  # a Ctrl-C goes to the command: answers under way are still scored
-            text=True,
-            encoding="utf-8",
         )
-        atexit.register(process.kill)
-        return process
+        atexit.register(self.end)
+        self._reused, self._owner, self._born = reused, os.getpid(), time.monotonic()
+        if refused := self._exchange(b"", _START_SECONDS):
+            raise Unscored(f"the scorer does not start: {refused}")
 
+    @property
+    def usable(self) -> bool:
+        """Whether it is alive, not too old, and of this process: a fork must not read its parent's verdicts."""
+        ours = self._owner == os.getpid()
+        if ours and time.monotonic() - self._born > _LIFE:
+            self.end()
+        return ours and self._popen.poll() is None
 
-def serve(scorer: str, seconds: float) -> None:
-    """The loop of a sandbox: reads one question per line, writes one verdict and reason per line, until its parent ends."""
-    import resource
+    def ask(self, question: dict[str, Any]) -> tuple[bool, Unscored | None]:
+        """The verdict, or why there is none.
 
-    replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a scorer prints is no verdict
-    module, _, function = scorer.partition(":")
-    score = getattr(import_module(module), function)()
-    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY, _MEMORY))
-    sys.addaudithook(_refuse)
-    for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, seconds)  # ends this process, whatever it is in
+        Raises: Unscored if the process had to be ended.
+        """
+        ticket = secrets.token_hex(16)
+        # Where each question has its own process, `serve` ends that one after _SECONDS.
+        seconds = _SECONDS if self._reused else _PREPARE_SECONDS + _SECONDS
+        reply = self._exchange(json.dumps([ticket, question]).encode() + b"\n", seconds)
+        match reply:
+            case [str(given), bool(right), None] if given == ticket:
+                return right, None
+            case [str(given), None, [str(reason), str(why)]] if given == ticket:
+                return False, Unscored(reason, why if why in (UNREAD, LATE) else FAILED)
+        self.end()
+        raise Unscored("the reply is not the scorer's")
+
+    def _exchange(self, line: bytes, seconds: float) -> Any:
+        """Sends a line and reads one, as JSON; ends the process if that takes longer."""
+        assert self._popen.stdin is not None
+        assert self._popen.stdout is not None
+        late = threading.Event()
+        timer = threading.Timer(seconds, lambda: (late.set(), self.end()))
+        timer.daemon = True
+        timer.start()
         try:
-            reply = (score(**json.loads(line)), None)
-        except BaseException as e:
-            reply = (None, first_line(e))
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        print(json.dumps(reply), file=replies, flush=True)
+            self._popen.stdin.write(line)
+            self._popen.stdin.flush()
+            reply = self._popen.stdout.readline(_REPLY)
+        except OSError:  # it ended before the question
+            reply = b""
+        finally:
+            timer.cancel()
+        if late.is_set():
+            raise Unscored(f"no result within {_SECONDS:g} s", LATE)
+        if not reply:
+            raise Unscored(f"the scorer ended with code {self.end()}")
+        try:
+            return json.loads(reply)
+        except (ValueError, RecursionError):
+            return ["not JSON"]
 
+    def end(self) -> int:
+        """Kills the process and what it started; returns its exit code."""
+        import atexit
 
-def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
-    """Audit hook: a scorer may read files, and nothing else."""
-    writes = event == "open" and arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC)
-    harmless = event in ("os.listdir", "os.scandir", "os.walk", "os.fwalk")
-    if writes or (
-        event.startswith(("os.", "subprocess.", "socket.", "shutil.", "ctypes.", "signal.")) and not harmless
-    ):
-        raise PermissionError(f"a scorer may not {event}")
+        if self._owner == os.getpid() and self._popen.poll() is None:
+            with suppress(OSError):
+                os.killpg(self._popen.pid, signal.SIGKILL)
+        atexit.unregister(self.end)
+        return self._popen.wait()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from logitcache.errors import InputError, ModelError, first_line
 from logitcache.identity import text_hash, tokenizer_hash, weights_fingerprint
+from logitcache.prompts.messages import RESERVED_VARIABLES
 from logitcache.runtime import secrets
 from logitcache.runtime.options import Option, at_least
 
@@ -66,13 +67,7 @@ RESERVED_SAMPLING = {
     "detokenize": None,
     "output_kind": None,
 }
-_OF_APPLY_CHAT_TEMPLATE = (
-    "conversation add_generation_prompt continue_final_message tokenize padding truncation max_length return_tensors "
-    "return_dict return_assistant_tokens_mask tokenizer_kwargs chat_template"
-)
-RESERVED_TEMPLATE_ARGS: dict[str, str | None] = dict.fromkeys(_OF_APPLY_CHAT_TEMPLATE.split()) | {
-    "tools": "the column `tools`"
-}
+RESERVED_TEMPLATE_ARGS: dict[str, str | None] = dict.fromkeys(RESERVED_VARIABLES) | {"tools": "the column `tools`"}
 
 
 @dataclass(frozen=True, kw_only=True)

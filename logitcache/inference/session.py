@@ -22,7 +22,7 @@ from typing import Any, Self
 from logitcache.errors import EngineError, InputError
 from logitcache.inference.engine import Completion, Engine, Rows, cause_in
 from logitcache.inference.model import ModelSpec, Sampling
-from logitcache.runtime.console import Progress, Stop, redirect_output
+from logitcache.runtime.console import Progress, Stop, redirect_output, say
 from logitcache.runtime.files import LOGS
 from logitcache.runtime.secrets import hide
 
@@ -85,7 +85,7 @@ class Session:
             stack.callback(self._clean_log)
             self._terminal = stack.enter_context(redirect_output(self.log))
             stack.enter_context(self._stop)
-            print(f"{self._greeting} (log: {self.log})", file=self._terminal)
+            say(f"{self._greeting} (log: {self.log})", self._terminal)
             began = time.monotonic()
             try:
                 self._engine = Engine(self._spec, self._sampling, self._seed, self._rows)

@@ -75,7 +75,7 @@ def import_distillkit(
         exact_part_only: keep the exact values and fold the fitted ones into the tail, instead of refusing them.
     Raises: InputError naming file and row if the capture cannot be decoded; NotACacheError if ``out`` is not empty.
     """
-    files = [source] if source.is_file() else sorted(source.rglob("*.parquet"))
+    files = [source] if source.is_file() else sorted(p for p in source.rglob("*.parquet") if not p.is_dir())
     if not files:
         raise InputError(f"{source}: contains no .parquet files; give the directory of a DistillKit capture")
     loaded = _load_tokenizer(tokenizer)

@@ -12,6 +12,7 @@ the coefficients of a curve, in some captures with quantised residuals. There ar
     token_ids, top_values ids and floats, all exact
 """
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from logitcache.errors import CacheError, InputError, first_line
+from logitcache.runtime.yaml_files import construct, place_of, read_yaml, reason_of
 
 # R rows; K ids per row, E of them with exact values.
 
@@ -97,6 +99,8 @@ def open_parquet(path: Path) -> pq.ParquetFile:
 
     Raises: InputError if it cannot be read.
     """
+    if not path.is_file():
+        raise InputError(f"{path}: not a file")
     try:
         return pq.ParquetFile(path)
     except (pa.ArrowException, OSError) as e:
@@ -183,7 +187,7 @@ def read_layout(path: Path, settings: dict[str, Any], vocab_size: int) -> Layout
     try:
         if kind == "legacy":
             exact_k = int(settings["exact_k"])
-            return Layout(kind, int(settings["vocab_size"]), int(settings["k"]), exact_k, "float16", False, 0)
+            return _checked(Layout(kind, int(settings["vocab_size"]), int(settings["k"]), exact_k, "float16", False, 0))
         dtype, exact_k = settings.get("exact_dtype", "float32"), int(settings["exact_k"])
         size = {name: np.dtype(code).itemsize for name, code in _DTYPES.items()}
         terms = len(settings.get("polynomial_terms") or []) * size[settings.get("term_dtype", "float32")]
@@ -192,9 +196,17 @@ def read_layout(path: Path, settings: dict[str, Any], vocab_size: int) -> Layout
         )
         deltas = bool(settings.get("delta_encoding", True))
         row_bytes = exact_k * size[dtype] + terms + bins
-        return Layout(kind, int(settings["d"]), int(settings["k"]), exact_k, dtype, deltas, row_bytes)
-    except (KeyError, TypeError, ValueError) as e:
+        return _checked(Layout(kind, int(settings["d"]), int(settings["k"]), exact_k, dtype, deltas, row_bytes))
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as e:
         raise InputError(f"{path}: in its settings {e} is missing or wrong; give another file as `settings`") from None
+
+
+def _checked(layout: Layout) -> Layout:
+    """Raises: ValueError for numbers that no capture has."""
+    vocab_size, k, exact_k = layout.vocab_size, layout.k, layout.exact_k
+    if not 0 <= exact_k <= k <= vocab_size <= 1 << 31 or k < 1:
+        raise ValueError(f"vocabulary {vocab_size}, k {k} or exact_k {exact_k}")
+    return layout
 
 
 def find_settings(path: Path, source: Path) -> Path | None:
@@ -210,12 +222,16 @@ def read_settings(path: Path | None) -> dict[str, Any]:
     """
     if path is None:
         return {}
-    import yaml  # transformers depends on it, and the tokenizer needs transformers
+    import yaml
 
+    if not path.is_file():
+        raise InputError(f"{path}: not a file; give `settings` a YAML file")
+    node, loader = read_yaml(path)
     try:
-        found = yaml.safe_load(path.read_text())
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise InputError(f"{path}: cannot be read as YAML ({first_line(e)})") from None
+        found = None if node is None else construct(node, loader)
+        json.dumps(found, allow_nan=False)  # the identity of the cache holds them
+    except (TypeError, ValueError, yaml.YAMLError) as e:
+        raise InputError(f"{path}{place_of(e)}: cannot be read as settings ({reason_of(e)})") from None
     for name in ("teacher", "logprob_compressor", "legacy_logit_compression"):
         if isinstance(found, dict):
             found = found.get(name) or found

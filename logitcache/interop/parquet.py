@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 from logitcache.cache import shard
 from logitcache.cache.manifest import FORMAT_VERSION
 from logitcache.cache.reader import Cache
-from logitcache.cache.schema import SCHEMA
+from logitcache.cache.schema import OPTIONAL, SCHEMA
 from logitcache.cache.shard import Shard
 from logitcache.errors import InputError, WriteError
 from logitcache.interop.formats import ExportReport
@@ -47,7 +47,7 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
     """
     opened = Cache.open(cache)
     about = {IDENTITY_KEY: json.dumps(asdict(opened.identity)), "logitcache.format": str(FORMAT_VERSION)}
-    schema = pa.schema([*PLAIN, *ROWS], metadata=about)
+    schema = pa.schema([*PLAIN, *ROWS, *_optional(opened)], metadata=about)
     if out.resolve().is_relative_to(cache.resolve()):
         raise InputError(f"{out} lies in the cache {cache}; give `out` a directory outside it")
     size = 0
@@ -59,6 +59,12 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
             except OSError as e:
                 raise WriteError(f"{out}: {e.strerror or e}; nothing was written; fix the cause and run again") from e
     return ExportReport(out, len(opened.shards), len(opened), sum(s.row_count for s in opened.shards), size)
+
+
+def _optional(cache: Cache) -> list[pa.Field]:
+    """The optional columns that some shard has: all files of an export have the same columns."""
+    names = {name for i in range(len(cache.shards)) for name in cache.shard(i).batch.schema.names}
+    return [field for field in OPTIONAL if field.name in names]
 
 
 def _write(path: Path, source: Shard, schema: pa.Schema) -> int:
@@ -80,8 +86,11 @@ def _groups(source: Shard, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
         size += waiting[-1].ids.nbytes + waiting[-1].logprobs.nbytes + waiting[-1].log_tail.nbytes
         if size >= _GROUP_BYTES or i + 1 == source.batch.num_rows:
             plain = source.batch.slice(start, len(waiting))
-            arrays = [plain.column(field.name) for field in PLAIN]
-            yield pa.RecordBatch.from_arrays([*arrays, *_lists(waiting)], schema=schema)
+            arrays = dict(zip(plain.schema.names, plain.columns, strict=True))
+            arrays |= zip((field.name for field in ROWS), _lists(waiting), strict=True)
+            nulls = (pa.nulls(plain.num_rows, field.type) for field in schema)
+            columns = [arrays.get(field.name, empty) for field, empty in zip(schema, nulls, strict=True)]
+            yield pa.RecordBatch.from_arrays(columns, schema=schema)
             start, size, waiting = i + 1, 0, []
 
 

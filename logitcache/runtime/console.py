@@ -1,17 +1,24 @@
 """Output of long commands: a progress bar on a terminal, plain lines elsewhere, output of other libraries in a log."""
 
 import contextlib
+import errno
 import os
 import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, TextIO
 
-from logitcache.errors import with_flags
+from logitcache.errors import WriteError, with_flags
+from logitcache.runtime.regular_files import descriptor_of
+from logitcache.runtime.secrets import hide
+from logitcache.runtime.text import visible
+
+_format_warning = warnings.formatwarning  # Python's own
 
 
 @contextlib.contextmanager
@@ -20,11 +27,16 @@ def redirect_output(log: Path) -> Iterator[TextIO]:
 
     Redirects file descriptors, so that C libraries and the engine's processes are included.
     """
-    log.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        if log.parent.is_symlink():
+            raise OSError(errno.ELOOP, "is a link", str(log.parent))
+        target = descriptor_of(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    except OSError as e:
+        raise WriteError(f"{log}: {e.filename} {e.strerror}; give `out` a directory that can hold logs") from e
     sys.stdout.flush()
     sys.stderr.flush()
     kept = [os.dup(1), os.dup(2)]
-    target = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(target, 1)
     os.dup2(target, 2)
     os.close(target)
@@ -39,6 +51,20 @@ def redirect_output(log: Path) -> Iterator[TextIO]:
             os.dup2(original, descriptor)
             os.close(original)
         terminal.close()
+
+
+def say(text: str, out: TextIO) -> None:
+    """Prints a line with the flags of the command that runs; what others wrote in it cannot steer the terminal."""
+    print(_shown(text), file=out, flush=True)
+
+
+def _shown(text: str) -> str:
+    return visible(hide(with_flags(text)))
+
+
+def say_warnings() -> None:
+    """From now on warnings are printed like `say` does."""
+    warnings.formatwarning = lambda message, *where, **more: _format_warning(_shown(str(message)), *where, **more)
 
 
 class Stop:
@@ -133,11 +159,10 @@ class Progress:
 
     def print(self, text: str) -> None:
         """Prints a line, above the bar if there is one, with the flags of the command that runs."""
-        text = with_flags(text)
         if self._bar is not None:
-            self._bar.console.print(text, markup=False, highlight=False)
+            self._bar.console.print(_shown(text), markup=False, highlight=False, emoji=False)
         else:
-            print(text, file=self.out, flush=True)
+            say(text, self.out)
 
     def _line(self) -> None:
         self._last = time.monotonic()

@@ -1,58 +1,95 @@
-"""Files and directories written atomically, and JSON with a checksum."""
+"""Files and directories written atomically, and JSON with a checksum.
+
+What is being written stands beside its place under a hidden name that ends with PART. A file of that name, and a directory
+of that name with the file MARK in it, is ours: a killed process left it, and the next one removes it. Nothing else is ever
+removed.
+"""
 
 import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
+import re
 import shutil
-import stat
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from logitcache.errors import NotACacheError, ShardCorruptError, WriteError
-from logitcache.runtime.locks import exclusive
+from logitcache.runtime.locks import exclusive, is_lock
+from logitcache.runtime.regular_files import is_regular, open_regular
+
+__all__ = [
+    "LOCK",
+    "LOGS",
+    "MAX_JSON",
+    "atomic_directory",
+    "is_leftover",
+    "is_occupied",
+    "open_regular",
+    "part_of",
+    "publish",
+]
+__all__ += ["publish_json", "read_json", "remove_parts", "sync_directory"]
 
 LOCK, LOGS = ".lock", "logs"  # in every directory that a command writes
+PART = ".logitcache-part"
+MARK = "made-by-logitcache"
+_CONTENT = "content"  # beside the mark: the directory that is being written
+_CLAIM = re.compile(rf"\{LOCK}-\d+-of-\d+\.json")  # of a worker that fills a cache
+_LOG = re.compile(r"[a-z]+-\d{8}T\d{6}Z-[0-9a-f]{6}-\d+\.(log|json)")  # of a session
+MAX_JSON = 16 << 20  # bytes; parsed, hostile JSON takes up to 25 times as much memory
+
+
+def part_of(path: Path) -> Path:
+    """Where ``path`` stands until it is complete."""
+    return path.with_name(f".{path.name}{PART}")
+
+
+def is_part(path: Path) -> bool:
+    """Whether ``path`` is a file of ours that is not complete."""
+    return path.name.startswith(".") and path.name.endswith(PART) and is_regular(path)
+
+
+def remove_parts(directory: Path, mine: Callable[[str], bool] = lambda _: True) -> None:
+    """Removes files that killed processes left unfinished.
+
+    Args:
+        mine: whether to remove the part of the file with this name.
+    """
+    for path in directory.glob(f".*{PART}"):
+        if is_part(path) and mine(path.name.removeprefix(".").removesuffix(PART)):
+            path.unlink(missing_ok=True)
 
 
 def publish(path: Path, data: bytes | memoryview) -> None:
-    """Writes ``path`` atomically: a ``.part`` file, fsync, rename, fsync of the directory.
+    """Writes ``path`` atomically: a hidden file beside it, fsync, rename, fsync of the directory.
 
-    Raises: WriteError if it cannot be written; the ``.part`` file is removed.
+    Raises: WriteError if it cannot be written; the hidden file is removed.
     """
-    part = path.with_name(path.name + ".part")
+    part, made = part_of(path), False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with part.open("wb") as file:
+        if is_part(part):  # left from a killed process
+            part.unlink(missing_ok=True)
+        with part.open("xb") as file:
+            made = True
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         part.rename(path)
         sync_directory(path.parent)
     except OSError as e:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-        way_out = "free some space" if e.errno in (errno.ENOSPC, errno.EDQUOT) else "fix the cause"
+        if made:
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "free some space" if full else f"move {part} away" if os.path.lexists(part) else "fix the cause"
         raise WriteError(
             f"{path}: {e.strerror or e} while writing {len(data):,} bytes; {way_out}, then run the same command to resume"
         ) from e
-
-
-def open_regular(path: Path) -> BinaryIO:
-    """Opens a regular file for reading; follows no link and waits for nothing.
-
-    Raises: OSError; ELOOP for a link, and EINVAL for what is no file, such as a directory or a FIFO.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    try:
-        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-            raise OSError(errno.EINVAL, "not a regular file", str(path))
-        return os.fdopen(descriptor, "rb")
-    except BaseException:
-        os.close(descriptor)
-        raise
 
 
 def sync_directory(path: Path) -> None:
@@ -68,25 +105,62 @@ def sync_directory(path: Path) -> None:
 
 
 def publish_json(path: Path, fields: dict[str, Any]) -> None:
-    """Writes ``fields`` atomically as JSON, one per line; the last field, ``check``, is the SHA-256 of the bytes before it."""
-    publish(path, _render(fields))
+    """Writes ``fields`` atomically as JSON, one per line; the last field, ``check``, is the SHA-256 of the bytes before it.
+
+    Raises: WriteError, also for more bytes than ``read_json`` takes.
+    """
+    data = _render(fields)
+    if len(data) > MAX_JSON:
+        raise WriteError(f"{path}: {len(data):,} bytes, at most {MAX_JSON:,}; make smaller units with `unit_size`")
+    publish(path, data)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads what ``publish_json`` wrote.
 
-    Raises: ShardCorruptError if it does not match its checksum.
+    Raises: ShardCorruptError if it does not match its checksum or is not plain JSON: a key twice, a number that is not
+        finite or does not fit in 64 bits, more than ``MAX_JSON`` bytes. OSError, as ``open_regular``.
     """
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise ShardCorruptError(f"{path}: more than {MAX_JSON:,} bytes")
     body = data[: data.rfind(b' "check"')]
-    if data == body + _check(body):
-        fields = json.loads(data)
-        del fields["check"]
-        return fields
-    raise ShardCorruptError(
-        f"{path}: does not match its checksum; restore it from a copy, "
-        "or move its shard aside with `logitcache verify --repair`"
-    )
+    if data != body + _check(body):
+        raise ShardCorruptError(
+            f"{path}: does not match its checksum; restore it from a copy, or run `logitcache verify --repair`"
+        )
+    try:
+        fields = json.loads(
+            data.decode(),
+            object_pairs_hook=_distinct,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except (ValueError, RecursionError) as e:
+        raise ShardCorruptError(f"{path}: is not plain JSON ({e})") from None
+    del fields["check"]
+    return fields
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return fields
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError("a number does not fit in 64 bits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("a number is not finite")
+    return value
 
 
 def _render(fields: dict[str, Any]) -> bytes:
@@ -111,28 +185,78 @@ def is_occupied(path: Path, own: Callable[[Path], bool] = lambda _: False) -> bo
 
 
 def is_leftover(path: Path) -> bool:
-    """Whether a command that ended before it wrote its record leaves such an entry: a lock, a log, a ``.part`` file."""
-    return path.name.startswith(LOCK) or path.name == LOGS or path.suffix == ".part"
+    """Whether a command that ended before it wrote its record leaves such an entry: a lock, logs, an unfinished file."""
+    if path.name == LOGS:
+        return path.is_dir() and not path.is_symlink() and all(map(_is_log, path.iterdir()))
+    if _CLAIM.fullmatch(path.name):
+        return is_regular(path)
+    return is_part(path) or (path.name.startswith(LOCK) and is_lock(path))
+
+
+def _is_log(path: Path) -> bool:
+    return is_part(path) or (_LOG.fullmatch(path.name) is not None and is_regular(path))
 
 
 @contextlib.contextmanager
-def atomic_directory(out: Path) -> Iterator[Path]:
-    """Writes the directory ``out`` atomically: yields OUT.part, which is renamed when the block ends without an error.
+def atomic_directory(out: Path, *, resume: bool = False) -> Iterator[Path]:
+    """Writes the directory ``out`` atomically: yields a directory that takes its place when the block ends without an error.
 
-    Raises: NotACacheError if ``out`` is not an empty directory; CacheBusyError if another process is writing it.
+    Args:
+        out: if it is a link to an empty directory, that one is filled.
+        resume: yield what a killed or failed call left, and keep it after an error; otherwise begin anew.
+    Raises: NotACacheError if ``out`` is not an empty directory; CacheBusyError if another process is writing it; WriteError.
     """
     if is_occupied(out):
         raise NotACacheError(f"{out} is not an empty directory; give `out` a new directory")
-    place = out.absolute()
-    part, lock = place.with_name(place.name + ".part"), place.with_name(f".{place.name}.lock")
+    place = Path(os.path.realpath(out))
+    if os.path.ismount(place):  # nothing can be renamed to it
+        raise WriteError(f"{out} is the root of a file system; give `out` a directory below it")
+    work, lock = part_of(place), place.with_name(f".{place.name}.logitcache-lock")
     with exclusive(lock, str(out)), contextlib.ExitStack() as stack:
         stack.callback(lock.unlink, missing_ok=True)
-        shutil.rmtree(part, ignore_errors=True)  # left from a killed process
-        stack.callback(shutil.rmtree, part, ignore_errors=True)
-        part.mkdir(parents=True)
+        part = _begin(work, resume)
+        stack.callback(_remove, work, keep=resume)
         yield part
         try:
+            if place.exists():
+                shutil.copymode(place, part)
             part.rename(place)
             sync_directory(place.parent)
         except OSError as e:
             raise WriteError(f"{out}: {e.strerror or e}; fix the cause, then run the same command again") from e
+
+
+def _begin(work: Path, resume: bool) -> Path:
+    """Makes the marked directory ``work`` and returns the one in it to write to. Raises: WriteError where others stand."""
+    try:
+        if not resume:
+            _remove(work)
+        if not _is_marked(work):
+            if os.path.lexists(work):
+                work.rmdir()  # an empty one: killed before it was marked
+            work.mkdir(parents=True)
+            (work / MARK).touch()
+        (work / _CONTENT).mkdir(exist_ok=resume)
+    except OSError as e:
+        raise WriteError(f"{work}: {e.strerror}; move it away or fix the cause, then run the same command again") from e
+    return work / _CONTENT
+
+
+def _is_marked(work: Path) -> bool:
+    return not work.is_symlink() and is_regular(work / MARK)
+
+
+def _remove(work: Path, keep: bool = False) -> None:
+    """Removes a directory with our mark, the mark last: a process that is killed meanwhile leaves a marked one.
+
+    Args:
+        keep: keep it if it has content.
+    """
+    content = work / _CONTENT
+    if not _is_marked(work) or (keep and content.exists() and any(content.iterdir())):
+        return
+    shutil.rmtree(content, ignore_errors=True)
+    if not content.exists():
+        with contextlib.suppress(OSError):
+            (work / MARK).unlink()
+            work.rmdir()

@@ -10,7 +10,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -82,7 +82,8 @@ class Parameter:
     def items(self, value: Any) -> list[str]:
         """A value of several items as the command line writes each."""
         if isinstance(value, Mapping):
-            return [f"{key}={_json_text(item)}" for key, item in value.items()]
+            write = str if typing.get_args(self.kind)[1:] == (str,) else _json_text
+            return [f"{key}={write(item)}" for key, item in value.items()]
         return [str(item) for item in value]
 
     def arguments(self, value: Any) -> list[str]:
@@ -108,7 +109,7 @@ class Parameter:
             (inner,) = typing.get_args(self.kind)
             return [inner(item) for item in raw]
         if self.origin is dict:
-            return _numbers(self, raw) if typing.get_args(self.kind)[1] is float else _pairs(self, raw)
+            return _READERS.get(typing.get_args(self.kind)[1], _pairs)(self, raw)
         if self.origin is tuple:
             (inner, _) = typing.get_args(self.kind)
             try:
@@ -246,6 +247,21 @@ def _numbers(p: Parameter, raw: list[str]) -> dict[str, float]:
             raise InputError(f"`{p.name}` {item!r}: {name} is given twice")
         numbers[name] = value
     return numbers
+
+
+def _texts(p: Parameter, raw: list[str]) -> dict[str, str]:
+    texts: dict[str, str] = {}
+    for item in raw:
+        name, _, text = item.partition("=")
+        if not name or not text:
+            raise InputError(f"`{p.name}` {item!r}: write {p.option.metavar or 'NAME=TEXT'}")
+        if name in texts:
+            raise InputError(f"`{p.name}` {item!r}: {name} is given twice")
+        texts[name] = text
+    return texts
+
+
+_READERS: Mapping[Any, Callable[[Parameter, list[str]], dict[str, Any]]] = {float: _numbers, str: _texts}
 
 
 def values_of(kind: type, source: Any) -> dict[str, Any]:

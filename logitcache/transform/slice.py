@@ -93,6 +93,7 @@ def slice_cache(
         raise InputError(f"`limit` {limit}: give at least 1")
     if verifier is not None:
         verdicts.check(verifier)
+        verdicts.check_answers(verifier, str(cache), ((a, {}) for a in opened.column("answer").to_pylist()))
     elif chosen and chosen.needs_verdicts and not any(sum(s.verdicts.values()) for s in opened.shards):
         raise InputError(f"`where` {chosen}: no trace of {cache} has a verdict; give `verifier` to grade them")
     if ends:
@@ -152,12 +153,15 @@ def _choose(cache: Cache, chosen: Filter | None, limit: int | None, verifier: st
 
 def _grade(piece: Piece, verifier: str, identity: Identity) -> list[bool | None]:
     """A verdict on each trace of a shard."""
-    columns = ("text", "sections", "answer", "metadata")
-    rows = piece.open().batch.select(columns).to_pylist()
+    batch = piece.open().batch
+    columns = ("text", "sections", "answer", "metadata", "answer_offset")
+    rows = batch.select([name for name in columns if name in batch.schema.names]).to_pylist()
     return [
         verdicts.verdict(
             verifier,
-            answer_text(row["text"], Sections(**row["sections"], length=length), identity.markers),
+            answer_text(
+                row["text"], Sections(**row["sections"], length=length), identity.markers, row.get("answer_offset")
+            ),
             row["answer"],
             json.loads(row["metadata"] or "{}"),
         )

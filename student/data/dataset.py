@@ -80,7 +80,8 @@ class TraceDataset(Dataset[Example]):
     def example(self, i: int, epoch: int = 0) -> Example:
         trace = self.cache[int(self.indices[i])]
         seen = self.view(trace, epoch)
-        positions = (seen.target != UNSUPERVISED).nonzero()[0]
+        context_L = np.append(trace.is_context, False)  # a view of the caller's own may not know of context spans
+        positions = ((seen.target != UNSUPERVISED) & ~context_L[seen.target]).nonzero()[0]
         target_N = seen.target[positions]
         return Example(
             trace.trace_id,

@@ -2,7 +2,8 @@
 
 A cut decides both. A choice comes after a cut, and keeps some of the supervised tokens. Random draws depend on the trace
 id (and on the epoch where a step says so), never on order, batch or seed. A share p of n things is int(p * n) of them, but
-at least one. docs/extending.md adds a step.
+at least one. Tokens of the trace's context spans, such as the results of tools, are input and never supervised, whatever a
+step decides. docs/extending.md adds a step.
 """
 
 from __future__ import annotations

@@ -82,7 +82,7 @@ class View:
         (first, argument), *choices = parse(self.text)
         assert first.cut
         masks = first.cut(trace, epoch, argument)
-        supervised_L = masks.by_row | masks.by_token
+        supervised_L = (masks.by_row | masks.by_token) & ~trace.is_context
         for step, argument in choices:
             assert step.choose
             supervised_L = step.choose(trace, supervised_L, argument)

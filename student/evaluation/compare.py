@@ -5,18 +5,21 @@ Reads run.json and, for an unfinished run, its checkpoints. Needs neither torch 
 
 import contextlib
 import importlib.util
-import io
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
-from logitcache.errors import StudentError
+from logitcache.errors import StudentError, first_line
 from logitcache.runtime.files import publish
 from logitcache.runtime.options import Option
-from logitcache.student.training.checkpoints import RUN_FILE, SPENT_FILE, find_run, newest_checkpoint, run_status
+from logitcache.runtime.pictures import is_ours, label, png
+from logitcache.student.model.measures import Measures
+from logitcache.student.training.checkpoint_files import SPENT_FILE
+from logitcache.student.training.checkpoints import RUN_FILE, find_run, newest_checkpoint, run_status
 
 CURVES_FILE = "curves.png"
 SMOOTHED = 50  # the running mean drawn over a loss curve spans a 50th of its points
@@ -102,19 +105,45 @@ def compare(
         raise StudentError("no runs to compare: give directories that `logitcache train --out` made")
     if out is not None and importlib.util.find_spec("matplotlib") is None:
         raise StudentError("curves need matplotlib: pip install matplotlib, or omit `out` to get the table alone")
-    read = [_read(path, name) for path, name in zip(runs, _names(runs), strict=True)]
+    curves = out and out / CURVES_FILE
+    if curves and os.path.lexists(curves) and not is_ours(curves):
+        raise StudentError(f"{curves} was not drawn by logitcache; move it away, or give `out` another directory")
+    read = [_checked(path, name) for path, name in zip(runs, _names(runs), strict=True)]
     compared, settings = [run for run, _ in read], [_flat(found) for _, found in read]
     keys = dict.fromkeys(key for each in settings for key in each)
     values = {key: [each.get(key) for each in settings] for key in keys}
     differs = {key: v for key, v in values.items() if any(value != v[0] for value in v)}
     held_out, loss = ([k for k in differs if k.startswith(names)] for names in (_HELD_OUT, _OBJECTIVE))
     files = []
-    if out is not None:
+    if curves:
         nats = all(each.get("divergence") != "tv" for each in settings)
         unit = "objectives differ" if loss else "nats per position" if nats else "per position"
-        publish(out / CURVES_FILE, _curves_png(compared, unit))
-        files.append(str(out / CURVES_FILE))
+        publish(curves, _curves_png(compared, unit))
+        files.append(str(curves))
     return Comparison(runs=compared, differs=differs, held_out_differs=held_out, loss_differs=loss, files=files)
+
+
+def _checked(path: Path, name: str) -> tuple[ComparedRun, dict[str, Any]]:
+    """Returns: as `_read`. Raises: StudentError for a directory that is not a run, or has values that no run has."""
+    try:
+        run, settings = _read(path, name)
+        _check(run)
+        return run, settings
+    except (TypeError, ValueError, KeyError, AttributeError, IndexError, OverflowError, RecursionError) as e:
+        raise StudentError(f"{path}: its records are not those of `logitcache train` ({first_line(e)})") from None
+
+
+def _check(run: ComparedRun) -> None:
+    """Raises: TypeError for text or a list where a run has a number or a mapping."""
+    numbers = [run.steps, run.tokens_fed, run.tokens_taught, run.seconds, run.eval_step]
+    numbers += [*run.training.loss, *run.held_out.kl, *run.held_out.top1]
+    for part in (run.cost or {}, run.eval_before or {}, run.eval_after or {}):
+        numbers += [part.get(measure) for measure in (*Measures.__slots__, "flops", "peak_memory") if measure != "tail"]
+        numbers += (part.get("seconds") or {}).values()
+        numbers += [section.get("kl") for section in part.get("sections", {}).values()]
+    for number in numbers:
+        if not isinstance(number, int | float | None) or isinstance(number, bool):
+            raise TypeError(f"{number!r} is not a number")
 
 
 def _read(path: Path, name: str) -> tuple[ComparedRun, dict[str, Any]]:
@@ -217,21 +246,21 @@ def _curves_png(runs: list[ComparedRun], loss_unit: str) -> bytes:
 
     figure = Figure(figsize=(13, 7.5), layout="constrained")
     plots: Any = figure.subplots(2, len(AXES), sharey="row", sharex="col")
-    for row, label, curves in (
+    for row, name, drawn in (
         (plots[0], f"training loss ({loss_unit})", [(run.training, run.training.loss) for run in runs]),
         (plots[1], "held-out KL (nats per position)", [(run.held_out, run.held_out.kl) for run in runs]),
     ):
-        row[0].set_ylabel(label)
+        row[0].set_ylabel(name)
         for plot, axis in zip(row, AXES, strict=True):
-            for i, (run, (curve, y)) in enumerate(zip(runs, curves, strict=True)):
+            for i, (run, (curve, y)) in enumerate(zip(runs, drawn, strict=True)):
                 style = {"color": f"C{i % 10}", "linestyle": ("-", "--", ":")[i // 10 % 3]}
                 if curve is run.held_out:
                     style |= {"marker": "o", "markersize": 4}
-                    style |= {"label": f"{run.name} ({run.status})"} if axis == "step" else {}
+                    style |= {"label": label(f"{run.name} ({run.status})")} if axis == "step" else {}
                 if (x := getattr(curve, axis)) is not None:
                     _line(plot, np.array(x), np.array(y), style)
             plot.grid(alpha=0.3)
-        seen = [value for _, y in curves for value in y]
+        seen = [value for _, y in drawn for value in y]
         if seen and min(seen) > 0:  # on a linear axis a start at 10 nats would flatten everything after it
             row[0].set_yscale("log")
             narrow = max(seen) < 30 * min(seen)
@@ -244,9 +273,7 @@ def _curves_png(runs: list[ComparedRun], loss_unit: str) -> bytes:
         if axis != "seconds":
             plot.xaxis.set_major_formatter(EngFormatter(sep=""))
     figure.legend(loc="outside upper left", ncols=min(len(runs), 3))
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=160)
-    return image.getvalue()
+    return png(figure, 160)
 
 
 def _line(plot: Any, x: np.ndarray, y: np.ndarray, style: dict[str, Any]) -> None:

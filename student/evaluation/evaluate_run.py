@@ -21,6 +21,7 @@ from logitcache.student.model.head import find_head
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.model.measures import Evaluation
 from logitcache.student.model.metrics import evaluate
+from logitcache.student.training.checkpoint_files import weights_damage
 from logitcache.student.training.checkpoints import find_run, newest_checkpoint, run_status
 from logitcache.student.training.config import wants_bf16
 from logitcache.student.training.options import TrainOptions
@@ -121,10 +122,17 @@ def _choose(options: EvaluationOptions, cache: Cache, run: dict[str, Any]) -> tu
     return indices, held_out
 
 
+def _whole(folder: Path) -> str:
+    """Raises: StudentError for weights that are not what training wrote."""
+    if wrong := weights_damage(folder):
+        raise StudentError(f"{folder} is damaged: {wrong}; restore it from a copy, or evaluate another checkpoint")
+    return str(folder)
+
+
 def _weights(student: str) -> tuple[str, dict[str, Any], int | None]:
     """The folder of the student's weights, the run.json of their run ({} for none), and the step of a checkpoint.
 
-    Raises: StudentError for a run without weights.
+    Raises: StudentError for a run without weights, or with damaged ones.
     """
     path = Path(student)
     home, run = find_run(path)
@@ -132,10 +140,10 @@ def _weights(student: str) -> tuple[str, dict[str, Any], int | None]:
         return student, {}, None
     if home != path:
         step = path.name.removeprefix("checkpoint-")
-        return student, run, int(step) if step.isdigit() else None
+        return _whole(path), run, int(step) if step.isdigit() else None
     if run.get("status") == "finished":
-        return student, run, None
-    checkpoint, state = newest_checkpoint(home)
+        return _whole(path), run, None
+    checkpoint, state = newest_checkpoint(home, weights=True)
     if checkpoint is None:
         now = run_status(home, run)
         way_out = "wait for one" if now == "running" else "run its command again to resume it"

@@ -52,7 +52,7 @@ def estimate(options: ExperimentOptions) -> list[VariantEstimate]:
             if variant.crop:
                 span = Crop.parse(variant.crop).span(len(trace.token_ids))
                 first = max(1, 0 if prompt_rows else trace.sections.prompt_end - span.start)
-                inputs, supervised = span.stop - span.start - 1, max(0, span.stop - span.start - first)
+                inputs, supervised = span.stop - span.start - 1, int((~trace.is_context[span][first:]).sum())
             else:
                 supervised_trace = view(trace)
                 inputs, supervised = (

@@ -20,7 +20,7 @@ from pathlib import Path
 from logitcache.accuracy.options import Budget
 from logitcache.errors import IdentityError, NotACacheError
 from logitcache.identity import first_difference, weights_fingerprint
-from logitcache.runtime.console import Stop
+from logitcache.runtime.console import Stop, say
 from logitcache.runtime.files import LOCK, is_leftover, is_occupied, publish_json, read_json
 from logitcache.runtime.locks import exclusive
 from logitcache.student.experiments import report
@@ -171,4 +171,4 @@ def _versions(options: ExperimentOptions, variants: list[Variant]) -> list[str]:
 
 
 def _print(name: str) -> None:
-    print(f"done: {name}", file=sys.stderr, flush=True)
+    say(f"done: {name}", sys.stderr)

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from logitcache.accuracy.options import DEFAULT_BUDGETS
+from logitcache.grading.verdicts import Grading
 from logitcache.runtime.options import Option
 from logitcache.student.experiments.catalog import BEFORE, EXPERIMENTS, Variant
 
 # Options of every run and of its answers, declared by the commands that an experiment calls.
 OF_TRAINING = ("where", "held_out", "epochs", "max_steps", "learning_rate", "tokens_per_batch", "dtype", "set")
-OF_ANSWERS = ("samples", "temperature", "max_tokens", "answer_tokens", "reasoning_markers", "engine_args")
+OF_ANSWERS = ("columns", "samples", "temperature", "max_tokens", "answer_tokens", "reasoning_markers", "engine_args")
 _ANSWERS = "Answers to prompts"  # a group of options
 
 
@@ -33,7 +34,7 @@ class ExperimentOptions:
     prompts: Annotated[
         str | None, Option("Questions with a gold `answer`, which every run answers through vLLM.", _ANSWERS)
     ] = None
-    verifier: Annotated[str, Option("How to grade an answer: math, exact or gym.", _ANSWERS)] = "exact"
+    verifier: Grading = "exact"
     budgets: Annotated[tuple[str, ...], Option("Reasoning budgets to measure, as in `logitcache eval`.", _ANSWERS)] = (
         DEFAULT_BUDGETS
     )

@@ -184,7 +184,7 @@ def _prompts(options: ExperimentOptions) -> PromptSet | None:
         verifier=options.verifier,
         **options.answers,
     )
-    found = sources.load(options.prompts, options.answers.get("limit"))
+    found = sources.load(options.prompts, options.answers.get("limit"), options.answers.get("columns"))
     for prompt in found:
         if options.verifier != "gym" and not (prompt.answer or "").strip():
             raise PromptsError(f"{options.prompts}: prompt {prompt.id!r} has no gold `answer`; add one")

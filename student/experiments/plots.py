@@ -1,9 +1,10 @@
 """Plots of an experiment's results."""
 
-import io
 from statistics import fmean
 from typing import Any
 
+from logitcache.runtime.pictures import label as plain
+from logitcache.runtime.pictures import png
 from logitcache.student.experiments.catalog import BEFORE
 from logitcache.student.experiments.results import (
     COSTS,
@@ -79,7 +80,7 @@ def _quality(title: str, rows: Rows, measures: dict[str, str]) -> bytes:
             others = [variant for variant in names if _kept(trained, variant) is None]
             for i, variant in enumerate(others, 1):
                 if found := values(trained, variant, name):
-                    plot.axhline(fmean(found), color=f"C{i}", linestyle="-.", linewidth=1.2, label=variant)
+                    plot.axhline(fmean(found), color=f"C{i}", linestyle="-.", linewidth=1.2, label=plain(variant))
             plot.set_xlabel("share of the tokens kept")
             plot.set_xlim(0, 1.03)
             plot.set_ylabel(label)
@@ -90,7 +91,7 @@ def _quality(title: str, rows: Rows, measures: dict[str, str]) -> bytes:
                 if found:
                     plot.barh(y, fmean(found), color="C0", alpha=0.35, height=0.6)
                     plot.plot(found, [y] * len(found), "o", color="C0", markersize=4)
-            plot.set_yticks(range(len(names)), names)
+            plot.set_yticks(range(len(names)), list(map(plain, names)))
             plot.set_ylim(len(names) - 0.4, -0.6)
             plot.set_xlabel(label)
             _percent(plot.xaxis, percent)
@@ -123,7 +124,7 @@ def _cost(title: str, shares: Rows, reference: str) -> bytes:
                         place, fmean(found), color=f"C{i}", alpha=0.35, height=0.24, label=label if y == 0 else None
                     )
                     plot.plot(found, [place] * len(found), "o", color=f"C{i}", markersize=3)
-        plot.set_yticks(range(len(names)), names)
+        plot.set_yticks(range(len(names)), list(map(plain, names)))
         plot.set_ylim(len(names) - 0.4, -0.6)
         plot.axvline(1, color="grey", linestyle=":", linewidth=1)
         _percent(plot.xaxis, True)
@@ -143,10 +144,10 @@ def _budgets(title: str, rows: Rows, every: list[str]) -> bytes:
             style = {"color": colors.get(variant, f"C{i % 10}"), "marker": "os^"[i // 10 % 3]}
             style = {"color": "black", "linestyle": "--"} if variant == BEFORE else style
             if points:
-                plot.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=variant, **style)
-        plot.set_xticks(range(len(every)), every)
+                plot.plot(*zip(*points, strict=True), markersize=4, linewidth=1.4, label=plain(variant), **style)
+        plot.set_xticks(range(len(every)), list(map(plain, every)))
         plot.set_xlabel("reasoning budget")
-        plot.set_title(name, fontsize=10)
+        plot.set_title(plain(name), fontsize=10)
         _percent(plot.yaxis, True)
         _finish(plot)
     return _png(figure, panels)
@@ -183,7 +184,7 @@ def _figure(title: str, panels: int, width: float, height: float) -> Any:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width * panels + 0.8, height), layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(plain(title), fontsize=11)
     return figure
 
 
@@ -209,6 +210,4 @@ def _png(figure: Any, panels: list[Any]) -> bytes:
     if handles:
         columns = min(len(handles), 4 * len(panels))
         figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=columns, fontsize=8)
-    image = io.BytesIO()
-    figure.savefig(image, format="png", dpi=150)
-    return image.getvalue()
+    return png(figure, 150)

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.runtime.files import publish
+from logitcache.runtime.pictures import is_ours
+from logitcache.runtime.text import code_span, markdown, markdown_table
 from logitcache.student.experiments import plots
 from logitcache.student.experiments.catalog import ALL, BEFORE, Experiment, Variant
 from logitcache.student.experiments.results import (
@@ -52,8 +54,8 @@ def write(out: Path, experiment: Experiment, variants: list[Variant], rows: Rows
     reference = next((name for name in experiment.reference if any(r["variant"] == name for r in rows)), None)
     drawn = plots.draw(experiment.title, rows, reference)
     for stale in plots.FILES:
-        if stale not in drawn:
-            (out / stale).unlink(missing_ok=True)
+        if stale not in drawn and is_ours(out / stale):
+            (out / stale).unlink()
     for name, (image, _) in drawn.items():
         publish(out / name, image)
     publish(out / CSV_FILE, to_csv(rows).encode())
@@ -76,23 +78,25 @@ def report(
         captions: by file name of a plot.
         reference: the variant that costs are relative to.
     """
-    parts = [f"# {experiment.title}", _introduction(setup), *_unfinished(variants, rows, setup)]
-    parts += ["## Variants", markdown(["variant", "view", "sections", "what it trains on"], _variants(variants, rows))]
+    parts = [f"# {markdown(experiment.title)}", _introduction(setup), *_unfinished(variants, rows, setup)]
+    head = ["variant", "view", "sections", "what it trains on"]
+    parts += ["## Variants", markdown_table(head, _variants(variants, rows))]
     parts += _fidelity(rows, setup) + _accuracy(rows, setup) + _cost(rows, reference)
     parts += ["## Plots"] if captions else []
     for name, caption in captions.items():
-        parts.append(f"![{name}]({name})\n\n{caption}")
-    parts += ["## Machine", "\n".join(f"- {line}" for line in (*setup.machines, *setup.versions))]
+        parts.append(f"![{name}]({name})\n\n{markdown(caption)}")
+    parts += ["## Machine", "\n".join(f"- {markdown(line)}" for line in (*setup.machines, *setup.versions))]
     return "\n\n".join(parts) + "\n"
 
 
 def _introduction(setup: Setup) -> str:
-    shared = ", ".join(f"{k} {v}" for k, v in setup.shared.items()) or "none"
+    shared = ", ".join(code_span(f"{k} {v}") for k, v in setup.shared.items()) or "none"
+    student, teacher = code_span(setup.student), code_span(setup.teacher)
     return (
-        f"Every variant trains the same student, {setup.student}, from one cache of {setup.traces:,} traces (teacher "
-        f"{setup.teacher}), with {setup.seeds} seeds from 0. Settings of all variants: {shared}; all others are the "
+        f"Every variant trains the same student, {student}, from one cache of {setup.traces:,} traces (teacher "
+        f"{teacher}), with {setup.seeds} seeds from 0. Settings of all variants: {shared}; all others are the "
         "defaults of `logitcache train`."
-        + (f" They train on traces that match {setup.where}." if setup.where else "")
+        + (f" They train on traces that match {code_span(setup.where)}." if setup.where else "")
         + ("" if setup.prompt_rows else " The cache has no rows for prompt tokens, so the prompt is not supervised.")
         + " Tables show the mean over the seeds ± the standard deviation, which is omitted if all seeds agree; "
         f"`{BEFORE}` is the untrained student."
@@ -106,19 +110,27 @@ def _unfinished(variants: list[Variant], rows: Rows, setup: Setup) -> list[str]:
     if not (missing or setup.stopped or setup.failed):
         return []
     sentences = [f"Stopped by {setup.stopped}."] if setup.stopped else []
-    names = ", ".join(f"{name} ({n})" for name, n in missing.items())
+    names = ", ".join(f"{markdown(name)} ({n})" for name, n in missing.items())
     sentences += [f"Runs that are missing or not measured yet: {names}."] if missing else []
-    sentences += [f"Failed: {each}." for each in setup.failed]
+    sentences += [f"Failed: {markdown(each)}." for each in setup.failed]
     return [f"**Not finished.** {' '.join(sentences)}"]
 
 
 def _variants(variants: list[Variant], rows: Rows) -> list[list[str]]:
     supervised = {each["variant"]: str(each["sections"]).replace("+", ", ") for each in rows if each["sections"]}
-    return [[v.name, f"`{v.view}`", supervised.get(v.name, ", ".join(v.sections)), v.description] for v in variants]
+    return [
+        [
+            markdown(v.name),
+            code_span(v.view, in_table=True),
+            markdown(supervised.get(v.name, ", ".join(v.sections))),
+            markdown(v.description),
+        ]
+        for v in variants
+    ]
 
 
 def _fidelity(rows: Rows, setup: Setup) -> list[str]:
-    which = f" that match {setup.evaluated_where}" if setup.evaluated_where else ""
+    which = f" that match {code_span(setup.evaluated_where)}" if setup.evaluated_where else ""
     text = (
         f"On whole traces{which} of the held-out prompts ({setup.held_out:.3g} of all), on which no variant trains. KL: "
         "bucketed forward KL from teacher to student, nats per position, of all positions and by section. top-1: share of "
@@ -139,14 +151,14 @@ def _accuracy(rows: Rows, setup: Setup) -> list[str]:
         return []
     parts = [
         "## Accuracy",
-        f"Share of the test prompts answered correctly (verifier {setup.verifier}), by reasoning budget: the student's own "
-        "reasoning is cut after that many tokens, or after that share of it, and the student must answer; with `none` it "
-        "is not cut. results.csv has the 95% confidence interval of each run.",
+        f"Share of the test prompts answered correctly (verifier {code_span(setup.verifier)}), by reasoning budget: the "
+        "student's own reasoning is cut after that many tokens, or after that share of it, and the student must answer; with "
+        "`none` it is not cut. results.csv has the 95% confidence interval of each run.",
         _table(rows, {f"accuracy {b}": b for b in every}, {f"accuracy {b}": ".1%" for b in every}),
     ]
     for group in groups(rows):
         labels = {f"accuracy {b} [{group}]": b for b in every}
-        parts += [f"Prompts of group {group}:", _table(rows, labels, dict.fromkeys(labels, ".1%"))]
+        parts += [f"Prompts of group {code_span(group)}:", _table(rows, labels, dict.fromkeys(labels, ".1%"))]
     natural = NATURAL if NATURAL in every else every[-1]
     labels = {f"reasoning tokens {b}": f"reasoning, {b}" for b in every}
     labels |= {f"total tokens {natural}": f"all, {natural}", f"ended {natural}": f"ended, {natural}"}
@@ -201,10 +213,7 @@ def _cost(rows: Rows, reference: str | None) -> list[str]:
 def _table(rows: Rows, labels: dict[str, str], forms: dict[str, str]) -> str:
     """A line per variant; columns that no variant has are left out."""
     present = [name for name in labels if any(each.get(name) is not None for each in rows)]
-    lines = [[v, *(spread(values(rows, v, name), forms[name]) for name in present)] for v in variants_of(rows)]
-    return markdown(["variant", *(labels[name] for name in present)], lines)
-
-
-def markdown(head: list[str], lines: list[list[str]]) -> str:
-    rule = ["---", *["---" if "view" in head else "---:"] * (len(head) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
+    lines = [
+        [markdown(v), *(spread(values(rows, v, name), forms[name]) for name in present)] for v in variants_of(rows)
+    ]
+    return markdown_table(["variant", *(markdown(labels[name]) for name in present)], lines, "---:")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from logitcache.accuracy.answer_file import AnswerFile, Key
-from logitcache.accuracy.budgets import ANSWERS, RESULTS, BudgetResult, pass_at_1, prompts_digest
+from logitcache.accuracy.budgets import ANSWERS, RESULTS, SETTINGS, BudgetResult, pass_at_1, prompts_digest
 from logitcache.accuracy.options import Budget
 from logitcache.cache.reader import Cache
 from logitcache.errors import IdentityError, LogitcacheError, NotACacheError, PromptsError
@@ -145,7 +145,8 @@ class ExperimentRunner:
         if not place.exists():  # measurements of an earlier run in this place are not of this run
             for kind in ("evaluation", "accuracy"):
                 _beside(place, kind).unlink(missing_ok=True)
-            shutil.rmtree(_answers(place), ignore_errors=True)
+            if (_answers(place) / SETTINGS).is_file():
+                shutil.rmtree(_answers(place), ignore_errors=True)
         settings = {"seed": seed, **options.shared, **self.plan.settings(variant)}
         cache = options.crop(variant) if variant.crop else options.cache
         self._run(f"train {_name(variant, seed)}", subcommands.train(cache, options.student, place, settings))
@@ -222,9 +223,9 @@ def finished_run(place: Path, variant: Variant) -> dict[str, Any] | None:
     """
     try:
         found = json.loads((place / RUN_FILE).read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
-    if found.get("status") != "finished":
+    if not isinstance(found, dict) or found.get("status") != "finished":
         return None
     view = View(variant.view, variant.sections)
     wanted = {"view": str(view), "sections": list(view.sections), **variant.set}

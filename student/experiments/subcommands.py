@@ -1,20 +1,22 @@
 """Commands of logitcache that an experiment runs: their arguments, and a process for each."""
 
 import contextlib
+import os
 import re
 import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from logitcache.accuracy.options import AccuracyOptions
 from logitcache.capture.score import ScoreOptions
-from logitcache.errors import InputError, LogitcacheError, TrainingError
+from logitcache.errors import InputError, LogitcacheError, TrainingError, WriteError
 from logitcache.identity import Identity
 from logitcache.runtime.console import Stop
 from logitcache.runtime.options import arguments
+from logitcache.runtime.regular_files import descriptor_of
 from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.training.options import TrainOptions
 
@@ -31,7 +33,7 @@ def in_process_of_its_own(words: list[str], log: Path, stop: Stop) -> tuple[int,
     """
     command = [sys.executable, "-P", "-m", "logitcache.cli", *words]
     passed = False
-    with log.open("w") as errors, log.with_suffix(".out").open("w+") as out:
+    with _anew(log) as errors, _anew(log.with_suffix(".out")) as out:
         child = subprocess.Popen(command, stdout=out, stderr=errors, stdin=subprocess.DEVNULL, start_new_session=True)
         try:
             while (code := _wait(child)) is None:
@@ -44,6 +46,16 @@ def in_process_of_its_own(words: list[str], log: Path, stop: Stop) -> tuple[int,
             raise
         out.seek(0)
         return code if code >= 0 else 128 - code, out.read()
+
+
+def _anew(path: Path) -> TextIO:
+    """An empty file to write and read. Raises: WriteError where a link or no file stands."""
+    try:
+        file = os.fdopen(descriptor_of(path, os.O_RDWR | os.O_CREAT), "r+", errors="replace")
+    except OSError as e:
+        raise WriteError(f"{path}: {e.strerror}; move it away") from e
+    file.truncate(0)
+    return file
 
 
 def _wait(child: subprocess.Popen) -> int | None:

@@ -122,6 +122,5 @@ def _fit(trainer: DistillTrainer) -> None:
         raise StudentError(f"training arguments: {first_line(e)}") from e
     except (OSError, SafetensorError) as e:
         raise WriteError(
-            f"{trainer.args.output_dir}: {e}; the previous checkpoint is intact: fix the cause, then run the same command to "
-            "resume"
+            f"{trainer.args.output_dir}: {e}; checkpoints are intact: fix the cause, then run the same command to resume"
         ) from e

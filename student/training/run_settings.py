@@ -16,7 +16,7 @@ from logitcache.errors import StudentError
 from logitcache.identity import first_difference
 from logitcache.runtime.files import is_leftover, is_occupied, publish
 from logitcache.student.data.views import View
-from logitcache.student.training.checkpoints import RUN_FILE, find_run, latest_checkpoint
+from logitcache.student.training.checkpoints import RUN_FILE, checkpoints, find_run
 from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run_record import RunRecord
@@ -82,7 +82,7 @@ def claim(out: Path, wanted: dict[str, Any]) -> RunRecord | None:
             raise StudentError(f"{out} exists and is not a run; give `out` an empty or a new directory")
         return None
     if difference := first_difference(found, json.loads(json.dumps(wanted, default=str))):
-        if found["status"] != "finished" and latest_checkpoint(out) is None:
+        if found["status"] != "finished" and not checkpoints(out):
             return None
         name, there, here = difference
         option = _OPTIONS.get(name.partition(".")[0].rstrip("_0123456789"))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.utils.data import DataLoader
-from transformers import IntervalStrategy, PreTrainedModel, Trainer, TrainerCallback, TrainerState
+from transformers import IntervalStrategy, PreTrainedModel, TrainerCallback, TrainerState
 from transformers.integrations.integration_utils import TensorBoardCallback
 
 from logitcache.errors import StudentError, TrainingError
@@ -30,14 +30,15 @@ from logitcache.student.data.sampler import StepSampler
 from logitcache.student.model.head import PORTABLE_ATTENTION, attach_head, causal_model, check_packing
 from logitcache.student.model.measures import Evaluation
 from logitcache.student.model.metrics import evaluate
-from logitcache.student.training.checkpoints import SPENT_FILE, STATE_FILE, latest_checkpoint, remove_incomplete
+from logitcache.student.training.checkpoint_files import SPENT_FILE, STATE_FILE
 from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.flops import count_flops
 from logitcache.student.training.run_record import Counts, Spent
+from logitcache.student.training.saving import SafeTrainer
 from logitcache.student.training.timers import Costs
 
 
-class DistillTrainer(Trainer):
+class DistillTrainer(SafeTrainer):
     """A Trainer that distils from caches. Its loss is the divergence from the cached rows.
 
     It takes Trainer's arguments. `train_dataset` and `eval_dataset` are TraceDatasets or Mixtures of them; the model is a
@@ -240,11 +241,12 @@ class DistillTrainer(Trainer):
     def train(
         self, resume_from_checkpoint: str | bool | None = None, trial: Any = None, ignore_keys_for_eval: Any = None
     ) -> Any:
-        """As Trainer.train. True: resume from the newest complete checkpoint in the output folder, if there is one."""
+        """As Trainer.train. True: resume from the newest undamaged checkpoint in the output folder, if there is one.
+
+        Raises: TrainingError if there are checkpoints, but all are damaged, or if the given one is.
+        """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = latest_checkpoint(Path(self.args.output_dir or "."))
-            if self.args.should_save:
-                remove_incomplete(Path(self.args.output_dir or "."), resume_from_checkpoint)
+            resume_from_checkpoint = self.newest_checkpoint()
         if not resume_from_checkpoint:
             return super().train(None, trial, ignore_keys_for_eval)
         path = Path(resume_from_checkpoint)
@@ -265,8 +267,10 @@ class DistillTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         super().save_model(output_dir, _internal_call=_internal_call)
-        if _internal_call and output_dir and self.args.should_save:
-            (Path(output_dir) / SPENT_FILE).write_text(json.dumps(self.spent().to_json()))
+        if _internal_call and output_dir:
+            with self.writing(Path(output_dir)):
+                if self.args.should_save:
+                    (Path(output_dir) / SPENT_FILE).write_text(json.dumps(self.spent().to_json()))
 
     def _reduce(self, tensor: Tensor, op: Any = dist.ReduceOp.SUM) -> None:
         if self.args.world_size > 1:

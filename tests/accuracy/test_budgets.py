@@ -216,10 +216,13 @@ def test_delimiters_are_those_the_model_writes_most_often() -> None:
         def __call__(self, text, add_special_tokens):
             return {"input_ids": [5, 6]}
 
-        def decode(self, form):
+        def decode(self, form, **options):
             return "".join(texts[i] for i in form)
 
-    facts: Any = SimpleNamespace(tokenizer=Tokenizer())
+        def get_vocab(self):
+            return {}
+
+    facts: Any = SimpleNamespace(tokenizer=Tokenizer(), known_ids=range(10))
 
     def natural(opening: list[int], closing: list[int]) -> Answer:
         tokens = [*opening, 9, *closing]
@@ -362,6 +365,48 @@ def test_a_model_without_markers_can_only_be_measured_naturally(run, engine) -> 
     found = run("w5 w10", reasoning_markers=Markers(), budgets=("none",))
     assert found.budgets["none"].reasoning_tokens == 0
     assert found.delimiters is None
+
+
+@pytest.mark.parametrize("end", ["<think> </think>", "</think>"])
+@pytest.mark.parametrize("budgets", [("0",), ("512",), ("50%", "none")])
+def test_a_lone_closing_at_the_end_of_the_prompt_is_refused_too(run, engine, end, budgets) -> None:
+    with pytest.raises(InputError, match="'p0': the chat template closes the reasoning before it begins"):
+        run(f"w5 w10 {end}", budgets=budgets)
+    assert engine.started == 0
+
+
+def test_the_forced_closing_of_gpt_oss_is_its_whole_hand_over() -> None:
+    from tests.sections.pieces import HARMONY_TOKENS, Vocabulary
+
+    final = "<|end|><|start|>assistant<|channel|>final<|message|>"
+    opening = "<|channel|>analysis<|message|>"
+
+    class Tokenizer(Vocabulary):
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": [self.number(piece) for piece in self.encode(text)[0]]}
+
+        def number(self, piece: str) -> int:
+            return self.ids.get(piece) or ord(piece)
+
+        def decode(self, ids, **options):
+            names = {i: token for token, i in self.ids.items()}
+            return "".join(names.get(i) or chr(i) for i in ids)
+
+    tokenizer = Tokenizer(*(token for token in HARMONY_TOKENS))
+    tokenizer.ids = {token: 1000 + i for i, token in enumerate(HARMONY_TOKENS)}
+    facts: Any = SimpleNamespace(tokenizer=tokenizer, known_ids=range(2000))
+
+    def natural(closing: str) -> Answer:
+        first, last = (tokenizer(text, False)["input_ids"] for text in (opening, closing))
+        tokens = array("i", [*first, 9, *last])
+        return Answer("p", 0, None, "", True, len(first), 1, len(last), 0, "stop", None, "", tokens)
+
+    call = "<|end|><|start|>assistant<|channel|>commentary to=functions.f<|message|>{}<|call|>"
+    typed = final.replace("<|message|>", " <|constrain|>json<|message|>")
+    for closings, forced in (([call, call], final), ([final], final), ([typed, typed, final, call], typed)):
+        made = Delimiters.of(map(natural, closings), facts, Markers(opening, final))
+        assert tokenizer.decode(made.closing) == forced
+        assert tokenizer.decode(made.opening) == opening
 
 
 def test_a_prompt_that_closes_the_reasoning_is_refused(run, engine) -> None:
@@ -535,7 +580,7 @@ def test_the_real_engine_continues_prompt_cut_reasoning_and_closing(tmp_path) ->
         answer = answers[Key(*key)]
         natural = answers[Key(*key)._replace(cut=None)]
         cut = key[2]
-        forced = [] if cut is None else [*natural.tokens[:cut], *closing]
+        forced = [] if cut is None else [*natural.tokens[: natural.opening + cut], *closing]
         assert (ids_sent, limit) == ([*prompts[key[0]], *forced], 16 if cut is None else 5)
         made = reference.generate(torch.tensor([ids_sent]), max_new_tokens=limit, do_sample=False, pad_token_id=0)
         assert answer.tokens.tolist() == made[0, len(ids_sent) :].tolist()

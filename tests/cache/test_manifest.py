@@ -68,7 +68,7 @@ def test_a_directory_of_other_things_is_left_alone(tmp_path: Path) -> None:
 
 def test_what_a_run_without_a_manifest_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "logs").mkdir()
-    for name in (".lock", "manifest.json.part"):
+    for name in (".lock", ".manifest.json.logitcache-part"):
         (tmp_path / name).touch()
     assert manifest.match(tmp_path, IDENTITY) is None
     assert manifest.create_or_match(tmp_path, IDENTITY) == IDENTITY

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -26,8 +27,8 @@ def engine(monkeypatch):
 
 @pytest.fixture
 def prompts(tmp_path):
-    def write(count: int) -> str:
-        rows = [json.dumps({"id": f"p{i}", "prompt": f"question {i} is odd", "level": i}) for i in range(count)]
+    def write(count: int, **more) -> str:
+        rows = [json.dumps({"id": f"p{i}", "prompt": f"question {i} is odd", "level": i} | more) for i in range(count)]
         (tmp_path / "prompts.jsonl").write_text("\n".join(rows))
         return str(tmp_path / "prompts.jsonl")
 
@@ -125,21 +126,19 @@ def test_a_signal_publishes_what_finished_and_can_be_resumed(engine, prompts, tm
     assert generate(options(source, tmp_path / "c")).made == 20 - summary.made
 
 
-def test_a_full_disk_ends_the_command_and_keeps_the_shards_before(engine, prompts, tmp_path) -> None:
+def test_a_full_disk_ends_the_command_and_keeps_the_shards_before(engine, prompts, tmp_path, monkeypatch) -> None:
     source = prompts(12)
     generate(options(source, tmp_path / "c", limit=3))
 
-    class Full(engine):
-        def __init__(self, *args, **kwargs):
-            super().__init__(*args, **kwargs)
-            (tmp_path / "c" / "shards" / "unit-000001.arrow.part").symlink_to("/dev/full")
+    def full(descriptor: int, fsync=os.fsync) -> None:
+        if "unit-000001.arrow" in os.readlink(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(descriptor)
 
-    import logitcache.inference.session as module
-
-    module.Engine = Full
-    with pytest.raises(WriteError, match=r"unit-000001\.arrow: No space left on device"):
-        generate(options(source, tmp_path / "c"))
-    module.Engine = engine
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(WriteError, match=r"unit-000001\.arrow: No space left on device"):
+            generate(options(source, tmp_path / "c"))
     cache = Cache.open(tmp_path / "c")
     assert {p for p, _ in keys(cache)} >= {"p0", "p1", "p2"}
     assert generate(options(source, tmp_path / "c")).made == 12 - len(cache)
@@ -152,7 +151,7 @@ def test_a_file_without_an_index_is_not_a_shard(engine, prompts, tmp_path) -> No
     (tmp_path / "c" / "shards" / "unit-000001.json").unlink()
     assert len(Cache.open(tmp_path / "c")) == 3
     (tmp_path / "c" / "shards" / "unit-000001.arrow").write_bytes(b"orphan")
-    others = tmp_path / "c" / "shards" / "unit-000009.arrow.part"
+    others = tmp_path / "c" / "shards" / ".unit-000009.arrow.logitcache-part"
     others.write_bytes(b"")
     assert generate(options(source, tmp_path / "c", worker=Worker(0, 2))).made < 3
     assert others.exists(), "it is of worker 1 of 2"
@@ -375,7 +374,7 @@ def test_true_and_one_are_two_settings(engine, prompts, tmp_path) -> None:
 
 
 def test_traces_of_an_earlier_call_without_verdicts_are_counted(engine, prompts, tmp_path) -> None:
-    source = prompts(3)
+    source = prompts(3, answer="42")
     generate(options(source, tmp_path / "c"))
     summary = generate(options(source, tmp_path / "c", verifier="exact"))
     text = describe_summary(summary, tmp_path)

@@ -63,7 +63,7 @@ def test_rows_of_the_prompt_and_text_without_an_end(texts, tmp_path) -> None:
 
 def test_a_row_without_a_completion_is_named(tmp_path) -> None:
     (tmp_path / "t.jsonl").write_text('{"prompt": "question"}')
-    with pytest.raises(PromptsError, match=r"t\.jsonl.*`completion` is a NoneType, expected text"):
+    with pytest.raises(PromptsError, match=r"t\.jsonl.*no `completion`, and no assistant turn"):
         score(options(tmp_path / "t.jsonl", tmp_path / "c"))
     assert not (tmp_path / "c" / "shards").exists()
 

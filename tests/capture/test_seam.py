@@ -6,6 +6,7 @@ import pytest
 
 from logitcache.capture import score as module
 from logitcache.capture.score import ScoreOptions, score
+from logitcache.capture.summary import Summary
 from logitcache.errors import IdentityError, InputError
 from logitcache.inference import model
 from logitcache.prompts import Prompt
@@ -96,7 +97,7 @@ def test_the_templates_end_is_pinned_and_cut_from_the_text(monkeypatch) -> None:
     facts = byte_level(eos="</s>")
     monkeypatch.setattr(model, "engine_version", lambda: "fake 1")
     made = {}
-    monkeypatch.setattr(module, "fill", lambda task, identity: made.update(task=task, identity=identity))
+    monkeypatch.setattr(module, "fill", lambda task, identity: made.update(task=task, identity=identity) or Summary())
     monkeypatch.setattr(model, "inspect_model", lambda spec: facts)
     score(ScoreOptions(traces="t.jsonl", out="o", teacher="t", top_k=4))  # type: ignore[arg-type]
     ids = {facts.tokenizer.convert_tokens_to_ids(t) for t in ("</s>", "<|im_end|>")}

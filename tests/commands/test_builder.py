@@ -228,7 +228,7 @@ def test_what_a_config_file_says_is_what_python_gets(tmp_path, capsys, text: str
 
 
 def test_a_config_file_that_is_not_there_is_named(tmp_path) -> None:
-    with pytest.raises(InputError, match=r"none\.yaml: No such file or directory; give --config a YAML file"):
+    with pytest.raises(InputError, match=r"none\.yaml: No such file or directory; give a YAML file"):
         Ran(Options)("s", "--config", str(tmp_path / "none.yaml"))
 
 

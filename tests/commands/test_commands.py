@@ -14,15 +14,17 @@ from tests import fake_engine
 # Arguments that each command accepts before it looks at any file.
 ARGUMENTS = [
     "generate p.jsonl --teacher t --out c --sampling top_p=0.9 --reasoning-markers <a>,</a> --worker 1/2",
+    "generate p.jsonl --teacher t --out c --column prompt=1 --column answer=true",
     "plan p.jsonl --teacher t --engine-arg max_model_len=99",
-    "score t.jsonl --teacher t --out c --no-eos",
+    "score t.jsonl --teacher t --out c --eos none",
     "score --from-cache c --crop right:0.5 --teacher t --out o",
     "train a b --student s --out r --lr 1e-5 --set weight_decay=1e-4 --section-weight answer=2",
     "train --mix a=0.7 --mix b=0.3 --student s --out r",
     "eval c --student s --all",
-    "eval --student s --prompts p --out o --budgets 0,50%",
+    "eval --student s --prompts p --out o --budgets 0,50% --column prompt=q",
     "compare a b",
     "experiment lsp --cache c --student s --out o --points 0.5,1 --epochs 2",
+    "experiment lsp --cache c --student s --out o --prompts p --column prompt=q",
     "info c --json",
     "verify c",
     "slice c --out o --where tokens<=9 --sections answer",
@@ -87,9 +89,9 @@ def test_the_shell_completes_commands_and_options(words: str, wanted: str) -> No
 
 def test_results_show_flags_and_python_shows_fields(capsys) -> None:
     text = "9 tokens, the teacher takes 1 to 7; `engine_args` max_model_len=10 takes it"
-    show(text)
+    show(str, text)
     use_flags({"engine_args": "--engine-arg"})
-    show(text)
+    show(str, text)
     use_flags({})
     fields, flags = capsys.readouterr().out.splitlines()
     assert fields == text

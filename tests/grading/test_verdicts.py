@@ -3,9 +3,7 @@
 import random
 import sys
 import threading
-import warnings
 from importlib import util
-from pathlib import Path
 
 import pytest
 
@@ -20,7 +18,7 @@ MEGABYTE = 10**6
 
 @pytest.fixture(autouse=True)
 def counts_anew():
-    verdicts.unscored.clear()
+    verdicts.no_verdict.clear()
 
 
 def test_an_unknown_kind_is_answered_with_the_nearest():
@@ -47,7 +45,7 @@ def test_a_grader_is_one_entry_of_the_table(monkeypatch):
     assert verdict("length", "abc", "4", {"unit": "letters"}) is False
     with pytest.warns(UserWarning, match="no verdict of length: no unit"):
         assert verdict("length", "abc", "3", {}) is None
-    assert verdicts.unscored == {"length": 1}
+    assert verdicts.no_verdict == {"not scored": 1}
 
 
 @pytest.mark.parametrize(("kind", "package"), [("math", "math-verify"), ("gym", "reasoning-gym")])
@@ -142,13 +140,13 @@ MATH = [
 @pytest.mark.parametrize(("text", "gold", "right"), MATH)
 def test_math_compares_by_value(text, gold, right):
     assert verdict("math", text, gold, {}) is right
-    assert not verdicts.unscored
+    assert not verdicts.no_verdict
 
 
 def test_no_gold_answer_is_no_verdict():
     for gold in (None, "", " "):
         assert [verdict(kind, "42", gold, {}) for kind in ("exact", "math")] == [None, None]
-    assert not verdicts.unscored
+    assert verdicts.no_verdict == {"without a gold answer": 6}
 
 
 @pytest.mark.slow
@@ -164,7 +162,7 @@ def test_a_megabyte_is_graded_in_no_time(kind):
     verdict(kind, "1 + 1", "2", {})  # the scorer process starts
     for text in texts:
         assert verdict(kind, text, "42", {}) is False
-    assert not verdicts.unscored
+    assert not verdicts.no_verdict
 
 
 @pytest.mark.slow
@@ -236,7 +234,7 @@ def test_a_scorer_that_raises_gives_no_verdict_counts_and_warns_once():
     with pytest.warns(UserWarning, match=r"no verdict of gym: ValueError: invalid literal"):
         assert verdict("gym", "<answer>five</answer>", prompt.answer, prompt.metadata) is None
     assert verdict("gym", "<answer>six</answer>", prompt.answer, prompt.metadata) is None  # a warning would be an error
-    assert verdicts.unscored == {"gym": 2}
+    assert verdicts.no_verdict == {"not scored": 2}
 
 
 @pytest.mark.parametrize(
@@ -248,48 +246,11 @@ def test_a_scorer_that_raises_gives_no_verdict_counts_and_warns_once():
 )
 def test_a_scorer_without_end_is_ended_and_the_next_answer_is_graded(monkeypatch, text):
     monkeypatch.setattr(sandbox, "_SECONDS", 0.5)
-    grader = Sandbox(formula.SANDBOX.scorer)
+    grader = Sandbox(formula.SANDBOX.scorer, formula.SANDBOX.reused)
     monkeypatch.setattr(formula, "SANDBOX", grader)
     with pytest.warns(UserWarning, match=r"no verdict of math: no result within 0\.5 s"):
         assert verdict("math", text, "5", {}) is None
     assert verdict("math", r"\boxed{1 + 4}", "5", {}) is True
-
-
-@pytest.mark.slow
-def test_a_scorer_process_that_was_killed_is_replaced(monkeypatch):
-    grader = Sandbox(formula.SANDBOX.scorer)
-    monkeypatch.setattr(formula, "SANDBOX", grader)
-    assert verdict("math", "1 + 4", "5", {}) is True
-    assert grader._process is not None
-    grader._process.kill()
-    grader._process.wait()
-    assert verdict("math", "1 + 4", "5", {}) is True
-
-
-@pytest.mark.slow
-def test_a_forked_process_starts_its_own_scorer_process():
-    assert verdict("math", "1 + 4", "5", {}) is True
-    before, formula.SANDBOX._owner = formula.SANDBOX._process, 0  # as a fork finds it
-    assert verdict("math", "1 + 4", "5", {}) is True
-    assert formula.SANDBOX._process is not before
-
-
-@pytest.mark.slow
-def test_an_answer_that_is_a_program_does_nothing(tmp_path: Path):
-    prompt = next(iter(prompts.load("gym:n_queens?size=1&seed=1")))
-    target = tmp_path / "touched"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for program in (
-            f"open({str(target)!r}, 'w')",
-            f"__import__('os').mkdir({str(target)!r})",
-            f"__import__('os').system('touch {target}')",
-            f"__import__('subprocess').run(['touch', {str(target)!r}])",
-            f"__import__('pathlib').Path({str(target)!r}).touch()",
-            f"__import__('os').open({str(target)!r}, 64)",
-        ):
-            assert verdict("gym", f"<answer>{program}</answer>", prompt.answer, prompt.metadata) is False
-    assert not target.exists()
 
 
 def test_importing_verdicts_imports_no_scorer():

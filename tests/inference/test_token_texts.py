@@ -9,8 +9,8 @@ from tests.small_tokenizers import PythonBytes, byte_level, facts_of, llama_2
 
 TEXTS = [
     "√1764 = 42",
-    "∀n∈\u2115: 42² = 1764, 数学 🙂",
-    "\u211d",
+    "∀n∈ℕ: 42² = 1764, 数学 🙂",  # noqa: RUF001
+    "ℝ",  # noqa: RUF001
     "👩‍👩‍👧‍👦 e\u0301 \u200f‮",
     "a real \ufffd replacement character \ufffd\ufffd",
     "spaces  before , punctuation . do n't go\n\n\t end ",

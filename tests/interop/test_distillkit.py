@@ -1,6 +1,7 @@
 """Golden captures were written by DistillKit's own compressor, Parquet writer and packing (a61c2e7) from rows of
 ``tiny.bigram()``: texts of 14, 9, 6 and 11 tokens, ids of 7 bits (d = 65)."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -281,3 +282,46 @@ def test_half_precision_tails_stay_within_their_doubt() -> None:
     assert (np.abs(np.exp(rows.log_tail) - truth_R) <= 2 * doubt_R + 1e-6).all()
     mass_R = np.exp(rows.logprobs.astype(np.float64)).reshape(400, 16).sum(axis=1)
     assert np.abs(mass_R + np.exp(rows.log_tail) - 1).max() < 1e-6
+
+
+def test_the_user_s_own_files_may_be_links_and_a_fifo_is_refused(tmp_path, tokenizer) -> None:
+    real = write_capture(tmp_path / "real", texts(2))
+    (tmp_path / "linked").mkdir()
+    for name in ("data_0.parquet", "compression_config.yaml"):
+        (tmp_path / "linked" / name).symlink_to(real / name)
+    (tmp_path / "linked" / "folder.parquet").mkdir()
+    assert import_distillkit(tmp_path / "linked", tmp_path / "out", tokenizer=tokenizer).texts == 2
+    os.mkfifo(tmp_path / "linked" / "data_1.parquet")
+    with pytest.raises(InputError, match=r"data_1\.parquet: not a file"):
+        import_distillkit(tmp_path / "linked", tmp_path / "two", tokenizer=tokenizer)
+    os.mkfifo(tmp_path / "settings.yaml")
+    with pytest.raises(InputError, match=r"settings\.yaml: not a file"):
+        import_distillkit(real, tmp_path / "two", tokenizer=tokenizer, settings=tmp_path / "settings.yaml")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a: &a [*a]\nk: 3",
+        "k: .inf\nd: 65\nexact_k: 12\nexact_dtype: float32\nresidual_bins: []",
+        "k: -1\nd: 65\nexact_k: 12\nexact_dtype: float32\nresidual_bins: []",
+        "k: 12\nd: 1180591620717411303424\nexact_k: 12\nexact_dtype: float32\nresidual_bins: []",
+        "k: 12\nd: 65\nexact_k: 13\nexact_dtype: float32\nresidual_bins: []",
+        "k: 12\nd: 65\nexact_k: 12\nexact_dtype: float32\nresidual_bins: bins",
+        "k: 12\nd: 65\nexact_k: 12\nexact_dtype: [float32]\nresidual_bins: []",
+        "k: 12\nd: 65\nexact_k: 12\nexact_dtype: float32\nresidual_bins: [3]",
+        "k: 12\nd: 65\nexact_k: 12\nresidual_bins: []\nmade: 2024-01-01",
+        "k: 12\nd: 65\nexact_k: 12\nresidual_bins: []\nmade: .nan",
+        "k: 12\n? [a]\n: 3",
+        "k: " + "[" * 3000,
+        "!!python/object/apply:os.system [x]",
+        "- k",
+    ],
+)
+def test_settings_that_no_capture_has_are_one_line(tmp_path, tokenizer, text) -> None:
+    source = write_capture(tmp_path / "capture", texts(2))
+    (source / "compression_config.yaml").write_text(text)
+    with pytest.raises(InputError) as found:
+        import_distillkit(source, tmp_path / "out", tokenizer=tokenizer)
+    assert "\n" not in str(found.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["capture"]

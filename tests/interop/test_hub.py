@@ -4,6 +4,7 @@ import base64
 import functools
 import hashlib
 import json
+import os
 import re
 import shutil
 import threading
@@ -179,7 +180,13 @@ def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
 
 @pytest.mark.slow
 def test_only_the_cache_itself_is_pushed(hub, cache) -> None:
-    for name in (".lock", "logs/engine.log", "set-aside/unit-000009.arrow", "shards/unit-000007.arrow.part"):
+    for name in (
+        ".lock",
+        "logs/engine.log",
+        "set-aside/unit-000009.arrow",
+        "shards/.unit-000007.arrow.logitcache-part",
+        "shards/unit-000007.arrow.part",
+    ):
         (cache.path / name).parent.mkdir(exist_ok=True)
         (cache.path / name).write_bytes(b"x")
     (cache.path / "shards" / "unit-000008.arrow").write_bytes(b"a crash left this without an index")
@@ -244,7 +251,7 @@ def test_a_shard_that_was_damaged_on_the_hub_is_not_pulled(hub, cache, tmp_path)
     tree["shards/unit-000001.arrow"] = tree["shards/unit-000001.arrow"][:-1] + b"x"
     with pytest.raises(ShardCorruptError, match="me/traces: unit-000001: .* checksum"):
         pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out.part"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == [".out.logitcache-part", "cache"]
 
 
 @pytest.mark.slow
@@ -344,7 +351,7 @@ def test_a_pull_that_broke_off_goes_on_and_keeps_nothing_old(hub, cache, tmp_pat
     with pytest.raises(LogitcacheError, match="me/traces: the hub cannot be reached .*the line is cut"):
         pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
     assert not (tmp_path / "out").exists()
-    (tmp_path / "out.part" / "shards" / "unit-000099.json").write_text("of an older state")
+    (tmp_path / ".out.logitcache-part" / "content" / "shards" / "unit-000099.json").write_text("of an older state")
     monkeypatch.setattr(HfApi, "snapshot_download", download)
     hub.read.clear()
     pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
@@ -403,3 +410,84 @@ def test_the_card_opens_the_shards_and_says_what_they_are(cache) -> None:
         "temperature 1.0",
     ):
         assert said in text
+
+
+@pytest.mark.parametrize(
+    "evil",
+    [
+        'a"\nlicense: mit\nx: "',
+        "---\n# heading",
+        "a: &a [*a]",
+        "`` ` | <img src=x onerror=alert(1)> | [x](javascript:alert(1)) ![x](http://evil/x.png)",
+        "\x1b[2J\u202e\u200b\x7f\x85",
+        "<!-- --> ```sh\nrm -rf ~\n```",
+    ],
+)
+def test_a_card_shows_a_stranger_s_words_and_obeys_none(tmp_path, evil) -> None:
+    parser = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
+
+    def shape(text: str) -> list[str]:
+        tokens = [*parser.parse(text), *(child for t in parser.parse(text) for child in t.children or ())]
+        return [t.type for t in tokens if t.type not in ("text", "text_special")]
+
+    fields = {"teacher_revision": evil, "engine": evil, "sampling": {evil: evil}, "derived": [evil], "dtype": evil}
+    texts = [
+        card(tiny.write_cache(tmp_path / name, **dict.fromkeys(["teacher"], word), **more))
+        for name, word, more in (
+            ("evil", evil, fields),
+            ("good", "good", {n: {"a": "b"} if n == "sampling" else ["c"] if n == "derived" else "d" for n in fields}),
+        )
+    ]
+    heads, bodies = zip(*(text.removeprefix("---\n").split("\n---\n", 1) for text in texts), strict=True)
+    found, good = map(yaml.safe_load, heads)
+    assert found | {"pretty_name": ""} == good | {"pretty_name": ""}
+    assert shape(bodies[0]) == shape(bodies[1])
+    assert all(line.isprintable() for line in texts[0].split("\n"))
+
+
+@pytest.mark.parametrize("name", ["README.md", "manifest.json", "shards/unit-000001.arrow", "shards/unit-000001.json"])
+def test_a_link_in_a_cache_is_not_pushed(hub, cache, tmp_path, name) -> None:
+    (tmp_path / "key").write_text("a secret key")
+    path = cache.path / name
+    if path.exists():
+        path.rename(tmp_path / "key")
+    path.symlink_to(tmp_path / "key")
+    with pytest.raises((LogitcacheError, OSError), match=re.escape(path.name.partition(".")[0])):
+        push(cache.path, "me/traces", token=TOKEN)
+    assert hub.sent == []
+
+
+def test_a_card_that_is_a_fifo_is_refused(hub, cache) -> None:
+    os.mkfifo(cache.path / "README.md")
+    with pytest.raises(InputError, match=r"README\.md: is not a regular file; put the card itself there"):
+        push(cache.path, "me/traces", token=TOKEN)
+    assert hub.sent == []
+
+
+def test_a_pull_spares_what_is_the_user_s(hub, cache, tmp_path) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    (tmp_path / "out.part" / "shards").mkdir(parents=True)
+    (tmp_path / "out.part" / "shards" / "unit-000099.json").write_text("mine")
+    (tmp_path / "out.part" / "manifest.json").write_text("mine")
+    (tmp_path / ".out.lock").write_text("mine")
+    before = contents(tmp_path)
+    pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    assert {name: data for name, data in contents(tmp_path).items() if not name.startswith("out/")} == before
+    (tmp_path / ".two.logitcache-part").mkdir()
+    (tmp_path / ".two.logitcache-part" / "manifest.json").write_text("mine")
+    with pytest.raises(WriteError, match=r"\.two\.logitcache-part.*move it away"):
+        pull("me/traces", tmp_path / "two", token=TOKEN, workers=1)
+    assert (tmp_path / ".two.logitcache-part" / "manifest.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "name", ["shards/unit-1/../../../evil.json", "shards/unit-x\x1b[2J.arrow", "shards\\unit-.json"]
+)
+def test_a_file_name_that_no_push_gives_is_not_downloaded(hub, cache, tmp_path, name) -> None:
+    push(cache.path, "me/traces", token=TOKEN)
+    hub.repos["me/traces"]["main"][-1][name] = b"evil"
+    hub.read.clear()
+    with pytest.raises(ShardCorruptError, match="me/traces: .* is not a file of a cache"):
+        pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
+    assert hub.read == []
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]

@@ -1,5 +1,6 @@
 """The definition of every divergence against autograd, finite differences, dense formulas and its limits."""
 
+import dataclasses
 import itertools
 import math
 
@@ -8,7 +9,7 @@ import torch
 
 from logitcache.kernels.divergences import DIVERGENCES, TAILS
 from logitcache.kernels.objective import Objective
-from logitcache.kernels.reference import softmax_, sparse_divergence, sparse_divergence_
+from logitcache.kernels.reference import softmax_, sparse_divergence, sparse_divergence_, weighted
 from logitcache.kernels.targets import SparseTargets
 
 # pyright: reportArgumentType=false
@@ -298,7 +299,79 @@ def test_float32_is_no_further_from_float64_than_autograd_is(divergence, vocab):
 
 def test_softmax_in_place_turns_a_row_of_nothing_into_zeros():
     z_NV = torch.tensor([[0.0, 1.0], [-math.inf, -math.inf]])
-    lse_N = softmax_(z_NV)
+    top_N, log_sum_N = softmax_(z_NV)
     torch.testing.assert_close(z_NV[0].sum(), torch.tensor(1.0))
     assert z_NV[1].tolist() == [0.0, 0.0]
-    assert lse_N[1] == -math.inf
+    assert (top_N.tolist(), log_sum_N[1]) == ([1.0, -math.inf], -math.inf)
+
+
+def by_hand(logits_NV, targets, weights_N, ce_weights_N, **choices) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weighted loss of each row and the gradient, from `sparse_divergence_`."""
+    found_NV = logits_NV.clone()
+    values = sparse_divergence_(found_NV, targets, Objective.of(**choices), weights_N, ce_weights_N)
+    return weighted(values.divergence_N, weights_N) + weighted(values.ce_N, ce_weights_N), found_NV
+
+
+def by_autograd(logits_NV, targets, weights_N, ce_weights_N, **choices) -> tuple[torch.Tensor, torch.Tensor]:
+    leaf_NV = logits_NV.clone().requires_grad_()
+    loss_N = sparse_divergence(leaf_NV, targets, weights_N=weights_N, ce_weights_N=ce_weights_N, **choices)
+    return loss_N.detach(), torch.autograd.grad(loss_N.sum(), leaf_NV)[0]
+
+
+@pytest.mark.parametrize("computed", [by_autograd, by_hand])
+@pytest.mark.parametrize(("divergence", "tail"), MODES)
+def test_a_shift_of_the_logits_changes_nothing(divergence, tail, computed):
+    logp_NV, logits_NV = rows(6, 57)
+    targets = teacher(logp_NV, [5, 0, 57, 1, 8, 56])
+    logits_NV = (logits_NV * 64).round() / 64  # shifted float32 logits are exact
+    for dtype, t, shift in [
+        (torch.float64, None, 1e4),
+        (torch.float64, None, -1e4),
+        (torch.float32, None, 8192.0),
+        (torch.float32, None, -8192.0),
+        (torch.float64, 0.01, -150.0),
+        (torch.float64, 0.01, 1e4),
+    ]:
+        choices = options(divergence, tail)
+        if t is not None and tail == "support":
+            choices["temperature"] = t
+        rows_NV, weights = logits_NV.to(dtype), torch.ones(2, 6, dtype=dtype)
+        want = computed(rows_NV, targets, *weights, **choices)
+        found = computed(rows_NV + shift, targets, *weights, **choices)
+        torch.testing.assert_close(found, want, rtol=1e-9 if dtype == torch.float64 else 1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("computed", [by_autograd, by_hand])
+@pytest.mark.parametrize(("divergence", "tail"), MODES)
+def test_masked_and_label_less_rows_are_those_of_logits_too_low_to_matter(divergence, tail, computed):
+    """-inf is the limit of a logit that falls; float64 at -700 below the rest is that limit to rounding."""
+    logp_NV, logits_NV = rows(8, 57)
+    targets = teacher(logp_NV, [5, 0, 57, 1, 8, 56, 3, 3])
+    label_N = targets.labels.clone()
+    label_N[[0, 1, 6]] = -100
+    targets = dataclasses.replace(targets, labels=label_N)
+    ids_NK, _, valid_NK = targets.padded()
+    logits_NV[:, 0] = -math.inf  # the id of a slot without an entry
+    logits_NV[:, 40:] = -math.inf
+    labelled_N = label_N >= 0
+    logits_NV[labelled_N, label_N[labelled_N]] = 0.5  # the cross-entropy of a masked label is inf, and no mistake
+    if DIVERGENCES[divergence].infinite_at_zero:  # so is the divergence of a masked id that the teacher kept
+        support_NV = torch.zeros(8, 57, dtype=torch.bool)
+        support_NV[valid_NK.nonzero()[:, 0], ids_NK[valid_NK]] = True
+        logits_NV = torch.where(support_NV & (logits_NV == -math.inf), 0.25, logits_NV)
+    elif tail == "support":  # without any of the teacher's ids there is nothing to renormalise over
+        logits_NV[valid_NK.any(dim=1), ids_NK[valid_NK.any(dim=1), 0]] = 0.25
+    weights = torch.rand(2, 8, dtype=torch.float64)
+    found = computed(logits_NV, targets, *weights, **options(divergence, tail))
+    low = computed(logits_NV.clamp(min=-700.0), targets, *weights, **options(divergence, tail))
+    torch.testing.assert_close(found, low, rtol=1e-9, atol=1e-9)
+    assert (found[1][logits_NV == -math.inf] == 0.0).all()
+
+
+@pytest.mark.parametrize("computed", [by_autograd, by_hand])
+def test_a_weight_of_0_makes_0_of_an_infinite_loss(computed):
+    logp_NV, logits_NV = rows(1, 9)
+    targets = teacher(logp_NV, [4])
+    logits_NV[0, targets.ids[0]] = logits_NV[0, targets.labels[0]] = -math.inf
+    loss_N, grad_NV = computed(logits_NV, targets, torch.zeros(1), torch.zeros(1))
+    assert (loss_N.item(), grad_NV.abs().max()) == (0.0, 0.0)

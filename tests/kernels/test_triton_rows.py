@@ -63,10 +63,10 @@ def teacher(vocab: int, k: int, seed: int = 0) -> SparseTargets:
     )
 
 
-def compare(divergence, tail, vocab, k, dtype=torch.float32, padding=True, mask=None, **extra):
+def compare(divergence, tail, vocab, k, dtype=torch.float32, padding=True, mask=None, kept=True, **extra):
     """Error against float64 <= plain torch's error + 1e-5 (one rounding of `dtype`), support and tail apart.
 
-    From `mask` on, ids outside the supports have a logit of -inf.
+    From `mask` on, ids outside the supports (and, if not `kept`, all but the first of each) have a logit of -inf.
     """
     from logitcache.kernels.triton_rows import sparse_divergence_
 
@@ -76,7 +76,9 @@ def compare(divergence, tail, vocab, k, dtype=torch.float32, padding=True, mask=
     if mask is not None:
         ids_NK, _, valid_NK = exact.padded()
         kept_NV = torch.arange(vocab).expand(5, vocab) < mask
-        kept_NV = kept_NV.scatter(1, ids_NK, kept_NV.gather(1, ids_NK) | valid_NK)
+        if not kept:
+            valid_NK = valid_NK & (valid_NK.cumsum(dim=1) == 1)
+        kept_NV.scatter_reduce_(1, ids_NK, valid_NK, "amax")
         kept_NV[range(5), exact.labels.clamp(min=0)] = True
         logits_NV = logits_NV.masked_fill(~kept_NV, -torch.inf)
     weights_N, ce_weights_N = torch.rand(2, 5, generator=generator)
@@ -191,6 +193,40 @@ class TestInterpretedOrOnAGpu:
         assert list(rows._fastest.values()) == [rows.TILES[2]]
         torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
         assert torch.equal(found[1], found[2])
+
+    @pytest.mark.parametrize(("divergence", "tail"), MODES)
+    def test_the_grid_of_shifted_logits(self, divergence, tail):
+        """Multiples of 1/64 are exact in float32 at any shift up to 1e4, so nothing may change but the rounding of exp."""
+        from logitcache.kernels.triton_rows import sparse_divergence_
+
+        targets = teacher(1003, 8).map(lambda t: t.float() if t.is_floating_point() else t).to(DEVICE)
+        logits_NV = (128 * torch.randn(5, 1003, generator=torch.Generator().manual_seed(3))).round().to(DEVICE) / 64
+        found, shifts = [], (0.0, 9984.0, -9984.0)
+        for shift in shifts:
+            grad_NV, ones_N = logits_NV + shift, torch.ones(5, device=DEVICE)
+            values = sparse_divergence_(grad_NV, targets, Objective.of(**options(divergence, tail)), ones_N, ones_N)
+            found.append((grad_NV, *values))
+        for shifted in found[1:]:
+            torch.testing.assert_close(shifted, found[0], rtol=1e-6, atol=1e-6)
+
+    @pytest.mark.parametrize("t", [0.1, 0.01])
+    def test_the_grid_of_a_low_temperature_far_from_0(self, t):
+        from logitcache.kernels.triton_rows import sparse_divergence_
+
+        targets = teacher(33, 8).map(lambda t: t.float() if t.is_floating_point() else t)
+        logits_NV = torch.arange(165.0).view(5, 33) % 7 / 64 - 192.0
+        want_N = sparse_divergence(logits_NV.double() + 192.0, targets, tail="support", temperature=t)
+        values = sparse_divergence_(
+            logits_NV.to(DEVICE), targets.to(DEVICE), Objective.of(tail="support", temperature=t)
+        )
+        torch.testing.assert_close(values.divergence_N.cpu().double(), want_N, rtol=1e-4, atol=1e-6)
+
+    @pytest.mark.parametrize(("divergence", "tail"), MODES)
+    def test_the_grid_of_masked_ids_that_the_teacher_kept(self, divergence, tail):
+        if DIVERGENCES[divergence].infinite_at_zero:
+            pytest.skip("the divergence is infinite there")
+        compare(divergence, tail, 1003, 8, mask=500, kept=False)
+        compare(divergence, tail, 33, 16, mask=17, kept=False)
 
     def test_the_grid_leaves_masked_logits_alone(self):
         from logitcache.kernels.triton_rows import sparse_divergence_

@@ -39,7 +39,7 @@ def test_inputs_are_never_touched(tmp_path, path) -> None:
             with pytest.raises(InputError, match="give a directory outside it"):
                 run(inside)
         with (
-            exclusive(tmp_path / ".new.lock", "new"),
+            exclusive(tmp_path / ".new.logitcache-lock", "new"),
             pytest.raises(CacheBusyError, match="is being written by another process"),
         ):
             run(tmp_path / "new")
@@ -114,7 +114,7 @@ from logitcache.transform.split import split
 def held(*args, publish_index=shard.publish_index):
     publish_index(*args)
     Path(f"pid-{{os.getpid()}}").touch()
-    while "HOLD" in os.environ and len(list(Path("out.part/shards").glob("*.json"))) >= 2:
+    while "HOLD" in os.environ and len(list(Path(".out.logitcache-part/content/shards").glob("*.json"))) >= 2:
         time.sleep(0.1)
 
 shard.publish_index = held
@@ -148,16 +148,16 @@ def test_a_kill_leaves_no_cache_and_the_next_run_makes_it(tmp_path, verb) -> Non
     command = [sys.executable, "run.py"]
     process = subprocess.Popen(command, cwd=tmp_path, env=environment | {"HOLD": "1"})
     deadline = time.monotonic() + 60
-    while len(list(tmp_path.glob("out.part/shards/*.json"))) < 2 and time.monotonic() < deadline:
+    while len(list(tmp_path.glob(".out.logitcache-part/content/shards/*.json"))) < 2 and time.monotonic() < deadline:
         assert process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert 2 <= len(list(tmp_path.glob("out.part/shards/*.json"))) < 6
+    assert 2 <= len(list(tmp_path.glob(".out.logitcache-part/content/shards/*.json"))) < 6
     assert not (tmp_path / "out").exists()
     while any(running(int(p.name[4:])) for p in tmp_path.glob("pid-*")):  # its processes end with it
         assert time.monotonic() < deadline
         time.sleep(0.01)
     subprocess.run(command, cwd=tmp_path, env=environment, check=True)
     assert verify(tmp_path / "out", workers=1) == []
-    assert not [*tmp_path.glob("*.part"), *tmp_path.glob(".*.lock")]
+    assert not [*tmp_path.glob("*.logitcache-*"), *tmp_path.glob(".*.logitcache-*")]

@@ -200,3 +200,63 @@ def test_comparing_needs_no_torch(make):
     code = "import sys; from pathlib import Path; from logitcache.student.evaluation.compare import compare\n"
     code += "compare([Path(sys.argv[1])]); assert not {'torch', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code, make("run")], check=True, cwd=Path(__file__).parents[3])
+
+
+FORGERIES = {
+    "number as text": {"steps": "8"},
+    "seconds as text": {"seconds": "x\x1b[2J"},
+    "tokens as a list": {"tokens_fed": [1]},
+    "cost as text": {"cost": "dear"},
+    "cost of text": {"cost": {"flops": "many", "peak_memory": None, "seconds": {}}},
+    "parts as text": {"cost": {"flops": 1, "peak_memory": 1, "seconds": "long"}},
+    "a measure as text": {"eval_after": {"kl": "low", "top1": 0.5}},
+    "no measure": {"eval_after": {"top1": 0.5}},
+    "sections as numbers": {"eval_after": {"kl": 0.5, "top1": 0.5, "sections": {"answer": 3}}},
+    "history as text": {"history": "long"},
+    "steps as text": {"history": [{"step": "x", "loss": 1.0}, {"step": 2, "loss": 1.0}]},
+    "losses as text": {"history": [{"step": 1, "loss": "low"}]},
+}
+
+
+@pytest.mark.parametrize("forged", FORGERIES.values(), ids=FORGERIES)
+def test_a_record_that_no_run_has_is_one_line(run, make, forged):
+    path = make("evil")
+    record = path / "run.json"
+    record.write_text(json.dumps(json.loads(record.read_text()) | forged))
+    code, out, err = run("compare", make("good"), path)
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+    assert "evil" in err
+
+
+def test_a_record_nested_without_end_is_one_line(run, make):
+    path = make("evil")
+    (path / "run.json").write_text('{"status": "finished", "x": ' + "[" * 100_000)
+    code, out, err = run("compare", path)
+    assert (code, out, len(err.splitlines())) == (2, "", 1), err
+
+
+def test_settings_of_a_stranger_s_run_cannot_steer_the_terminal(run, make):
+    evil = "\x1b[2J\nOK\u202e"
+    code, out, _ = run("compare", make("a"), make("b", **{evil: evil}))
+    assert code == 0
+    assert r"\x1b[2J\nOK\u202e" in out
+    assert all(line.isprintable() for line in out.splitlines())
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("matplotlib"), reason="needs matplotlib")
+def test_a_picture_that_we_did_not_draw_is_not_replaced(make, tmp_path):
+    from logitcache.runtime.pictures import is_ours
+
+    for name in ("$a$b", "_c", "d\x1b"):
+        make(name)
+    runs = [tmp_path / name for name in ("$a$b", "_c", "d\x1b")]
+    for _ in range(2):
+        compare(runs, out=tmp_path / "plots")
+    assert is_ours(tmp_path / "plots" / "curves.png")
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for content in (b"mine", b"\x89PNG\r\n\x1a\n mine", b""):
+        (mine / "curves.png").write_bytes(content)
+        with pytest.raises(StudentError, match=r"curves\.png was not drawn by logitcache; move it away"):
+            compare(runs, out=mine)
+        assert (mine / "curves.png").read_bytes() == content

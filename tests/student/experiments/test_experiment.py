@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from logitcache.accuracy.answer_file import Answer, AnswerFile
-from logitcache.accuracy.budgets import ANSWERS, RESULTS, prompts_digest
+from logitcache.accuracy.budgets import ANSWERS, RESULTS, SETTINGS, prompts_digest
 from logitcache.cache.reader import Cache
 from logitcache.capture.score import Crop, _cropped
 from logitcache.cli import app
@@ -126,6 +126,7 @@ class Spy:
         part |= {"unscored": 0, "no_room": 0}
         shares = {b: (0.5, 8.0) if b == "none" else (0.25, 4.0) for b in budgets}
         found = {b: part | {"accuracy": a, "reasoning_tokens": n} for b, (a, n) in shares.items()}
+        publish_json(out / SETTINGS, {})
         publish_json(out / RESULTS, {"budgets": found, "prompts_digest": prompts_digest(load(prompts))})
         return 0, ""
 
@@ -196,7 +197,7 @@ def test_what_is_done_is_not_done_again_and_more_may_be_asked(options, spy, home
         assert (row["accuracy 50% [redundant]"], row["accuracy 50% [incremental]"]) == ("0.5", "0.0")
         assert (row["reasoning tokens none"], row["reasoning tokens 50% [incremental]"]) == ("8.0", "4.0")
     text = (asked.out / "report.md").read_text()
-    assert "Prompts of group redundant:" in text
+    assert "Prompts of group `redundant`:" in text
     assert (asked.out / "budgets.png").exists()
     assert (asked.out / "length.png").exists()
     with pytest.raises(IdentityError, match="max_steps = 1, this one has 2"):
@@ -392,7 +393,7 @@ def test_a_directory_of_other_things_is_left_alone(options, spy):
     (asked.out / "letter.txt").touch()
     with pytest.raises(NotACacheError, match="holds files that are not an experiment"):
         run(asked, spy, silent)
-    (asked.out / "letter.txt").rename(asked.out / "experiment.json.part")  # what a kill leaves
+    (asked.out / "letter.txt").rename(asked.out / ".experiment.json.logitcache-part")  # what a kill leaves
     assert run(asked, spy, silent).signal is None
 
 
@@ -596,6 +597,52 @@ def test_tables_have_means_and_spread_and_shares_of_the_reference(tmp_path):
     assert spread([-1e-9], "z.4f") == "0.0000"
     rows[-1]["accuracy none"] = 0.0
     assert all("accuracy none" not in each for each in relative(rows[1:], "lsp:1")), "of nothing, nothing is a share"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "evil", ["$\\frac{", "_$a$", "a|b <img src=x>", "\x1b[2J\n# heading\u202e", "[x](javascript:y)"]
+)
+def test_what_others_wrote_is_text_in_a_report_and_in_its_plots(tmp_path, evil):
+    parser = pytest.importorskip("markdown_it").MarkdownIt("gfm-like", {"linkify": False})
+    rows = rows_by_hand()
+    shapes = []
+    for word in (evil, "good"):
+        setup = report.Setup(
+            teacher=word, student=word, traces=9, prompt_rows=True, shared={"set": word}, seeds=3, held_out=0.05, where=word,
+            evaluated_where=word, verifier=word, budgets=["none", "50%"], machines=[word], versions=[word],
+            stopped="SIGTERM", failed=[word],
+        )  # fmt: skip
+        made = [
+            each
+            | {f"accuracy {b} [{group}]": 0.5 for b in ("none", "50%") for group in (word, "g")}
+            | {"accuracy 50%": 0.5, "reasoning tokens none": 9.0, f"reasoning tokens none [{word}]": 9.0}
+            for each in rows
+        ]
+        for each in made:
+            each["variant"] = f"{each['variant']}".replace("lsp:1", word)
+        out = tmp_path / f"{len(shapes)}"
+        report.write(out, EXPERIMENTS["lsp"], [Variant(word, word, kept=1.0)], made, setup)
+        text = (out / "report.md").read_text()
+        assert all(line.isprintable() for line in text.split("\n"))
+        assert (out / "budgets.png").exists()
+        tokens = parser.parse(text)
+        tokens += [child for token in tokens for child in token.children or ()]
+        shapes.append([token.type for token in tokens if token.type not in ("text", "text_special")])
+    assert shapes[0] == shapes[1]
+
+
+@pytest.mark.slow
+def test_a_plot_that_is_not_ours_is_left(tmp_path):
+    (tmp_path / "length.png").write_bytes(b"mine")
+    (tmp_path / "budgets.png").write_bytes((b"\x89PNG" + b"x" * 30) + b"tEXtSoftware\0logitcache")
+    setup = report.Setup(
+        teacher="t", student="s", traces=9, prompt_rows=True, shared={}, seeds=2, held_out=0.05, where=None,
+        evaluated_where=None, verifier="exact", budgets=["none"], machines=[], versions=[],
+    )  # fmt: skip
+    report.write(tmp_path, EXPERIMENTS["lsp"], [Variant("lsp:1", "all", kept=1.0)], rows_by_hand(), setup)
+    assert (tmp_path / "length.png").read_bytes() == b"mine"
+    assert not (tmp_path / "budgets.png").exists()
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from logitcache.student.training.checkpoints import latest_checkpoint, remove_incomplete
+from logitcache.student.training.checkpoints import WORK, checkpoints
 from logitcache.student.training.run import train
 from logitcache.student.training.trainer import DistillTrainer
 from tests import tiny
@@ -25,7 +25,7 @@ def test_a_run_stopped_by_a_signal_goes_on_to_the_same_weights(options, monkeypa
     stopped = train(cut)
     assert (stopped.status, stopped.signal, stopped.steps) == ("stopped", "SIGTERM", step)
     monkeypatch.undo()
-    assert latest_checkpoint(cut.out) == str(cut.out / f"checkpoint-{step}")
+    assert checkpoints(cut.out)[0].name == f"checkpoint-{step}"
     resumed = train(cut)
     assert resumed.status == "finished"
     assert same(weights(whole.out), weights(cut.out))
@@ -61,8 +61,8 @@ def test_a_run_goes_from_one_rank_to_two_and_back_to_the_same_weights(options):
 def test_a_kill_in_the_middle_of_a_checkpoint_leaves_the_one_before(options, file):
     opts = options("killed", set=SHORT)
     launch(opts, kill=[6, file])
-    assert (opts.out / "checkpoint-6").exists()
-    assert latest_checkpoint(opts.out) == str(opts.out / "checkpoint-4")
+    assert (opts.out / WORK / "checkpoint-6").exists()
+    assert checkpoints(opts.out)[0].name == "checkpoint-4"
     resumed = train(opts)
     expected = train(options("whole", set=SHORT))
     assert same(weights(opts.out), weights(options("whole").out))
@@ -80,16 +80,3 @@ def test_a_run_killed_after_its_last_checkpoint_takes_no_step_more(options):
     assert (resumed.status, resumed.steps) == ("finished", 6)
     assert resumed.spent.counts.input_tokens == expected.spent.counts.input_tokens
     assert same(weights(opts.out), finished)
-
-
-def test_a_checkpoint_cut_short_is_passed_over(tmp_path):
-    for step in (2, 4, 10):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-        (tmp_path / f"checkpoint-{step}" / "model.safetensors").touch()
-    assert latest_checkpoint(tmp_path) is None
-    (tmp_path / "checkpoint-2" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-4" / "trainer_state.json").write_text("{}")
-    (tmp_path / "checkpoint-10" / "trainer_state.json").write_text('{"epo')
-    assert latest_checkpoint(tmp_path) == str(tmp_path / "checkpoint-4")
-    remove_incomplete(tmp_path, latest_checkpoint(tmp_path))
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint-2", "checkpoint-4"]

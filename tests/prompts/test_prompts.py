@@ -47,7 +47,7 @@ def test_dates_and_decimals_become_text_and_nulls_of_messages_disappear(tmp_path
 
 def test_repeated_content_without_ids_is_read_once_and_counted(tmp_path) -> None:
     loaded = load(jsonl(tmp_path / "p.jsonl", {"prompt": "a"}, {"prompt": "a"}, {"prompt": "b"}))
-    assert (len(loaded), loaded.repeated) == (2, 1)
+    assert (len(loaded), loaded.counts.repeated) == (2, 1)
 
 
 def test_the_limit_stops_before_what_it_leaves_out(tmp_path) -> None:
@@ -61,8 +61,8 @@ def test_the_limit_stops_before_what_it_leaves_out(tmp_path) -> None:
         ([{"prompt": "a"}, "[1]"], r"p\.jsonl:2: a list, expected an object"),
         ([{"text": "a"}], r"p\.jsonl:1: neither `prompt` nor `messages`"),
         ([{"prompt": "a", "messages": []}], r"p\.jsonl:1: both"),
-        ([{"prompt": 3}], r"p\.jsonl:1: `prompt` is a int, expected text"),
-        ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: `messages` must be"),
+        ([{"prompt": 3}], r"p\.jsonl:1: `prompt` is a number, expected text"),
+        ([{"messages": [{"role": "user"}]}], r"p\.jsonl:1: `messages` turn 1: no `content`"),
         ([{"prompt": ""}], r"p\.jsonl:1: the prompt is empty"),
         (['{"prompt": "half a \\ud83d"}'], r"p\.jsonl:1: not valid Unicode"),
         (['{"prompt": "a", "id": "\\ud83d"}'], r"p\.jsonl:1: not valid Unicode"),
@@ -95,7 +95,7 @@ def test_gym_prompts_without_a_seed_are_those_of_seed_0() -> None:
 
 
 def test_a_file_of_another_kind_is_named(tmp_path) -> None:
-    with pytest.raises(PromptsError, match="no such file"):
+    with pytest.raises(PromptsError, match="a folder without files of prompts"):
         load(str(tmp_path))
     (tmp_path / "p.csv").write_text("prompt\nhi")
     with pytest.raises(
@@ -128,13 +128,35 @@ def test_a_source_is_one_entry_of_the_table(tmp_path, monkeypatch) -> None:
         load(str(tmp_path / "p.text"))
 
 
-@pytest.mark.parametrize("answers", [["204"], ["1/2", "0.5"], ['["a"]'], ["[1, 2]"], ["[]"], ["[", "]"]])
-def test_alternatives_are_those_that_were_joined(answers) -> None:
-    assert prompts.alternatives(prompts.joined_answers(answers)) == answers
-
-
 def test_a_digest_covers_all_that_the_template_sees() -> None:
     plain = prompts.Prompt("1", [{"role": "user", "content": "hi"}])
     tools = prompts.Prompt("1", plain.content, tools=[{"type": "function"}])
     terse = prompts.Prompt("1", plain.content, template_args={"enable_thinking": False})
     assert len({p.digest() for p in (plain, tools, terse)}) == 3
+
+
+def test_files_of_a_folder_or_a_pattern_are_read_by_name(tmp_path, monkeypatch) -> None:
+    (tmp_path / "d" / "sub").mkdir(parents=True)
+    for name in ("b", "a", "sub/c"):
+        jsonl(tmp_path / "d" / f"{name}.jsonl", {"prompt": name})
+    for name in ("README.md", "LICENSE", ".hidden"):
+        (tmp_path / "d" / name).write_text("x")
+    monkeypatch.chdir(tmp_path)
+    assert [p.content for p in load("d")] == ["a", "b", "sub/c"]
+    assert [p.content for p in load("d/*.jsonl")] == ["a", "b"]
+    assert [p.content for p in load("d/**/[bc].jsonl")] == ["b", "sub/c"]
+    assert {p.id for p in load("d/*.jsonl")} < {p.id for p in load("d")}
+    jsonl(tmp_path / "d" / "z.jsonl", {"promt": "x"})
+    with pytest.raises(PromptsError, match=r"^d/z\.jsonl:1: neither"):
+        load("d")
+    (tmp_path / "d" / "notes.txt").write_text("x")
+    with pytest.raises(
+        PromptsError, match=r"d/notes\.txt: unknown file type.*or give a pattern, such as 'd/\*\.jsonl'"
+    ):
+        load("d")
+    with pytest.raises(PromptsError, match="no such file"):
+        load("d/*.x")
+
+
+def test_a_file_whose_name_looks_like_a_pattern_is_read(tmp_path) -> None:
+    assert len(load(jsonl(tmp_path / "p[1].jsonl", {"prompt": "a"}))) == 1
