@@ -89,7 +89,7 @@ def _fidelity(facts: ModelFacts, context: list[int], ids: list[int], text: str) 
 def turn_end(facts: ModelFacts, template_args: dict[str, Any]) -> list[int]:
     """The tokens that the chat template puts behind an assistant's turn, up to the one that ends it; the tokenizer's end of
     sequence where there is no template, or it puts none. Empty for a tokenizer without one."""
-    eos = facts.tokenizer.eos_token_id
+    eos: Any = facts.tokenizer.eos_token_id
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
     for following in ([], [{"role": "user", "content": "Hi"}]):
         try:
