@@ -40,9 +40,9 @@ def conversation(
         raise ModelError(
             f"prompt {prompt.id!r} has `messages`, but {facts.name} has no chat template; give `prompt` text instead"
         )
-    tokenizer: Any = facts.tokenizer
     try:
         refuse_reserved("template_args", prompt.template_args, RESERVED_TEMPLATE_ARGS)
+        tokenizer: Any = facts.tokenizer
         text: str = tokenizer.apply_chat_template(
             _with_parsed_arguments(messages),
             tools=prompt.tools or None,
@@ -89,8 +89,7 @@ def _fidelity(facts: ModelFacts, context: list[int], ids: list[int], text: str) 
 def turn_end(facts: ModelFacts, template_args: dict[str, Any]) -> list[int]:
     """The tokens that the chat template puts behind an assistant's turn, up to the one that ends it; the tokenizer's end of
     sequence where there is no template, or it puts none. Empty for a tokenizer without one."""
-    tokenizer: Any = facts.tokenizer
-    eos: int | None = tokenizer.eos_token_id
+    eos: Any = facts.tokenizer.eos_token_id
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": _PROBE}]
     for following in ([], [{"role": "user", "content": "Hi"}]):
         try:
