@@ -7,10 +7,12 @@ import signal
 import subprocess
 import sys
 from functools import cache
+from typing import Any
 
 from logitcache.errors import first_line
 
 MEMORY = 4 << 30  # bytes of address space
+_PDEATHSIG = 1  # of prctl: the signal that a parent's end sends
 
 # What Python needs to compute and to use open descriptors. Nothing here takes a path or names another process.
 _ALLOWED = (
@@ -23,24 +25,40 @@ _ALLOWED = (
 
 # The parts of sympy that import further modules when they first need them.
 SYMPY = ("core", "functions", "integrals", "sets", "concrete", "assumptions", "combinatorics", "series", "solvers",
-         "simplify", "polys", "matrices", "calculus", "logic", "ntheory")  # fmt: skip
+         "simplify", "polys", "matrices", "calculus", "logic", "ntheory", "physics.units")  # fmt: skip
 
 
-def confine(seconds: int) -> None:
-    """Confines this process and all its threads, and ends it after ``seconds``, idle or not.
+@cache
+def rules() -> Any:
+    """What `confine` loads: a filter of system calls.
 
-    Raises: OSError, ImportError or RuntimeError where the system cannot do that.
+    Raises: ImportError or RuntimeError where the system has no libseccomp.
     """
     import errno
-    import resource
 
     import pyseccomp
 
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGALRM})
-    signal.alarm(seconds)
+    found = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
+    found.set_attr(pyseccomp.Attr.CTL_TSYNC, True)
+    for name in _ALLOWED:
+        if pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) >= 0:  # not every architecture has "time"
+            found.add_rule(pyseccomp.ALLOW, name)
+    return found
+
+
+def confine(parent: int) -> None:
+    """Confines this process and all its threads; it ends when its parent, of this process id, ends.
+
+    Raises: OSError, ImportError or RuntimeError where the system cannot do that.
+    """
+    import ctypes
+    import os
+    import resource
+
+    wanted = rules()
+    if ctypes.CDLL(None).prctl(_PDEATHSIG, signal.SIGKILL) or os.getppid() != parent:
+        raise OSError("the parent has ended")
     limits = {
-        resource.RLIMIT_CPU: seconds,
         resource.RLIMIT_AS: MEMORY,
         resource.RLIMIT_FSIZE: 0,
         resource.RLIMIT_CORE: 0,
@@ -48,12 +66,7 @@ def confine(seconds: int) -> None:
     }
     for limit, value in limits.items():
         resource.setrlimit(limit, (value, value))
-    rules = pyseccomp.SyscallFilter(pyseccomp.ERRNO(errno.EPERM))
-    rules.set_attr(pyseccomp.Attr.CTL_TSYNC, True)
-    for name in _ALLOWED:
-        if pyseccomp.resolve_syscall(pyseccomp.system_arch(), name) >= 0:  # not every architecture has "time"
-            rules.add_rule(pyseccomp.ALLOW, name)
-    rules.load()
+    wanted.load()
 
 
 def import_all(package: str, *parts: str) -> None:
@@ -90,7 +103,7 @@ def try_out() -> None:
     import os
 
     try:
-        confine(10)
+        confine(os.getppid())
         os.open("/", os.O_RDONLY)
         print("the system reports success and does not confine", flush=True)
     except PermissionError:

@@ -12,7 +12,7 @@ from logitcache.grading.sandbox import UNREAD, Sandbox, Unscored
 
 _TAIL = 2_000  # characters searched where nothing marks a final answer
 
-SANDBOX = Sandbox(f"{__name__}:make_scorer", reused=True)  # it reads formulas with a parser of its own, no code
+SANDBOX = Sandbox(f"{__name__}:make_scorer")
 
 
 def grade(answer_text: str, gold: str | None, metadata: dict[str, Any]) -> bool | None:
@@ -39,7 +39,7 @@ def make_scorer() -> Callable[..., bool]:
 
     logging.disable(logging.CRITICAL)
     import_all("sympy", *SYMPY)
-    parse(r"\boxed{x^2}"), parse("2 + 3")  # antlr4 loads some of its modules when it parses
+
     # Their timeouts are ours here, and they work in main threads alone. No fallback: texts were compared before.
     options = {"fallback_mode": "no_fallback", "parsing_timeout": None, "raise_on_error": True}
 
@@ -58,7 +58,14 @@ def make_scorer() -> Callable[..., bool]:
             said += found
         return any(verify(wanted, one, timeout_seconds=None, raise_on_error=True) for one in said)
 
+    for said, wanted in _WARM_UP:
+        score(said, f"It is ${said}$ dollars", wanted)
     return score
+
+
+# A confined process imports nothing: these comparisons load what others need.
+_WARM_UP = [("(x+1)^2", "x^2+2x+1"), ("[1,2)", "(1,2]"), ("\\frac{x}{2", "3"), ("x<3", "(-\\infty,3)"), ("50\\%", "\\sqrt{8}"),
+            ("\\int_0^1 x dx", "1"), ("\\sum_{n=1}^3 n", "7"), ("\\begin{pmatrix}1&2\\end{pmatrix}", "(1,2)")]  # fmt: skip
 
 
 _PROSE = re.compile(r"(?<![\\\w])(?!sqrt|sin|cos|tan|log|exp)[^\W\d_]{3,}|\$|\\[(\[]")

@@ -56,8 +56,11 @@ class Scorer:
         import_all("sympy", *SYMPY)
         self._task = cache(lambda name: reasoning_gym.create_dataset(name, seed=0, size=1))
 
-    def prepare(self, texts: list[str], gold: str | None, entry: dict[str, Any]) -> None:
+    def prepare(self, texts: list[str], gold: str | None, entry: dict[str, Any]) -> bool:
+        """Loads the task; returns whether it was not loaded yet."""
+        loaded = self._task.cache_info().misses
         self._task(entry["source_dataset"])
+        return self._task.cache_info().misses > loaded
 
     def __call__(self, texts: list[str], gold: str | None, entry: dict[str, Any]) -> bool:
         task = self._task(entry["source_dataset"])

@@ -6,7 +6,6 @@ import secrets
 import signal
 import subprocess
 import threading
-import time
 from contextlib import suppress
 from typing import Any
 
@@ -15,7 +14,6 @@ from logitcache.grading.confinement import environment, python
 _SECONDS = 3.0  # for one verdict
 _PREPARE_SECONDS = 30.0  # for what a scorer prepares
 _START_SECONDS = 120.0  # for the imports of a scorer
-_LIFE = 600  # seconds that one process is used for; it ends itself a minute later, even if we are gone
 _REPLY = 4_000  # bytes
 
 
@@ -40,14 +38,12 @@ class Sandbox:
 
     Args:
         scorer: "module:function"; the function returns the scorer, which is called with each question and returns whether
-            the answer is right. If it has a method ``prepare``, that is called first with the same question, and is not
-            confined: it must evaluate nothing of it.
-        reused: score all questions in one process. Otherwise each has a new one, so that a question whose evaluation runs
-            code of its own cannot change the verdicts of others.
+            the answer is right. If it has a method ``prepare``, that is called first with the same question and returns
+            whether it loaded anything; it is not confined, and must evaluate nothing of the question.
     """
 
-    def __init__(self, scorer: str, reused: bool = False) -> None:
-        self.scorer, self.reused = scorer, reused
+    def __init__(self, scorer: str) -> None:
+        self.scorer = scorer
         self._turn = threading.Lock()
         self._process: _Process | None = None
 
@@ -60,7 +56,7 @@ class Sandbox:
             # None until it replies: after an interrupt no process with an unread reply may be asked again.
             process, self._process = self._process, None
             if process is None or not process.usable:
-                process = _Process(self.scorer, self.reused)
+                process = _Process(self.scorer)
             right, unscored = process.ask(question)
             self._process = process
         if unscored:
@@ -71,11 +67,11 @@ class Sandbox:
 class _Process:
     """A process that `worker.serve` runs in."""
 
-    def __init__(self, scorer: str, reused: bool) -> None:
+    def __init__(self, scorer: str) -> None:
         import atexit
 
         self._popen = subprocess.Popen(
-            python(f"from logitcache.grading.worker import serve; serve({scorer!r}, {_SECONDS}, {reused})"),
+            python(f"from logitcache.grading.worker import serve; serve({scorer!r}, {_SECONDS})"),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -84,17 +80,14 @@ class _Process:
             start_new_session=True,  # a Ctrl-C goes to the command: answers under way are still scored
         )
         atexit.register(self.end)
-        self._reused, self._owner, self._born = reused, os.getpid(), time.monotonic()
+        self._owner = os.getpid()
         if refused := self._exchange(b"", _START_SECONDS):
             raise Unscored(f"the scorer does not start: {refused}")
 
     @property
     def usable(self) -> bool:
-        """Whether it is alive, not too old, and of this process: a fork must not read its parent's verdicts."""
-        ours = self._owner == os.getpid()
-        if ours and time.monotonic() - self._born > _LIFE:
-            self.end()
-        return ours and self._popen.poll() is None
+        """Whether it is alive and of this process: a fork must not read its parent's verdicts."""
+        return self._owner == os.getpid() and self._popen.poll() is None
 
     def ask(self, question: dict[str, Any]) -> tuple[bool, Unscored | None]:
         """The verdict, or why there is none.
@@ -102,10 +95,8 @@ class _Process:
         Raises: Unscored if the process had to be ended.
         """
         ticket = secrets.token_hex(16)
-        # Where each question has its own process, `serve` ends that one after _SECONDS.
-        seconds = _SECONDS if self._reused else _PREPARE_SECONDS + _SECONDS
-        reply = self._exchange(json.dumps([ticket, question]).encode() + b"\n", seconds)
-        match reply:
+        # `serve` keeps _SECONDS; this is for the case that it does not.
+        match self._exchange(json.dumps([ticket, question]).encode() + b"\n", _PREPARE_SECONDS + _SECONDS):
             case [str(given), bool(right), None] if given == ticket:
                 return right, None
             case [str(given), None, [str(reason), str(why)]] if given == ticket:

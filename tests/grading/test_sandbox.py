@@ -1,5 +1,6 @@
 """Attacks on the process that evaluates texts: each runs as a scorer's own code, in the real process."""
 
+import contextlib
 import json
 import os
 import signal
@@ -7,13 +8,14 @@ import socket
 import subprocess
 import time
 import warnings
+from pathlib import Path
 
 import pytest
 
 from logitcache import prompts
 from logitcache.errors import InputError
 from logitcache.grading import confinement, formula, sandbox
-from logitcache.grading.sandbox import FAILED, LATE, Sandbox, Unscored
+from logitcache.grading.sandbox import LATE, Sandbox, Unscored
 from logitcache.grading.verdicts import check, verdict
 
 ATTACKER = """
@@ -33,11 +35,11 @@ def attacker():
 """
 
 
-@pytest.fixture(params=[False, True], ids=["a process each", "one process"])
-def attacked(request, tmp_path, monkeypatch):
+@pytest.fixture
+def attacked(tmp_path, monkeypatch):
     (tmp_path / "attacker.py").write_text(ATTACKER)
     monkeypatch.syspath_prepend(tmp_path)
-    made = Sandbox("attacker:attacker", reused=request.param)
+    made = Sandbox("attacker:attacker")
     yield made
     if made._process:
         made._process.end()
@@ -90,7 +92,6 @@ HARM = {  # x86_64 numbers of system calls
 }
 
 
-@pytest.mark.parametrize("attacked", [False], indirect=True, ids=["a process each"])
 @pytest.mark.timeout(120)
 def test_no_attack_does_anything(attacked, tmp_path):
     secret, target = tmp_path / "secret", tmp_path / "target"
@@ -114,13 +115,6 @@ def test_no_attack_does_anything(attacked, tmp_path):
         server.accept()
     server.close()
     assert attacked.ask(code="right = True") is True
-
-
-def test_a_whole_process_of_questions_is_confined_too(attacked, tmp_path):
-    for code in (f"open('{tmp_path}/target', 'w')", f"open('{tmp_path}/attacker.py')", "socket.socket()", "os.fork()"):
-        with pytest.raises(Unscored, match="PermissionError"):
-            attacked.ask(code=code)
-    assert attacked.ask(code="right = 1 + 1 == 2") is True
 
 
 FORGERIES = {
@@ -149,26 +143,25 @@ while True:
 
 @pytest.mark.parametrize("forgery", FORGERIES)
 def test_a_forged_reply_is_no_verdict(attacked, monkeypatch, forgery):
-    monkeypatch.setattr(sandbox, "_SECONDS", 0.5)
-    try:
+    monkeypatch.setattr(sandbox, "_SECONDS", 2.0)
+    with contextlib.suppress(Unscored):
         assert attacked.ask(code=FORGERIES[forgery]) is False
-    except Unscored as e:
-        assert e.why in (FAILED, LATE)
     assert attacked.ask(code="right = False") is False
     assert attacked.ask(code="right = True") is True
 
 
-@pytest.mark.parametrize("attacked", [False], indirect=True, ids=["a process each"])
 def test_code_that_changes_the_scorer_changes_no_other_verdict(attacked):
     patch = """
 import gc
 for found in gc.get_objects():
     if isinstance(found, dict) and "_verdict" in found:
         found["_verdict"] = lambda *_: [True, None]
-json.dumps = lambda *_: '[true, null]'
+json.dumps = lambda asked: '["' + asked[0] + '", true, null]'
 right = False"""
-    attacked.ask(code=patch)
-    assert attacked.ask(code="right = False") is False
+    for _ in range(2):
+        with contextlib.suppress(Unscored):
+            attacked.ask(code=patch)
+        assert attacked.ask(code="right = False") is False
 
 
 LOOPS = {
@@ -192,7 +185,7 @@ while True:
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_scorer_that_does_not_end_is_ended(attacked, monkeypatch, loop):
-    monkeypatch.setattr(sandbox, "_SECONDS", 0.3)
+    monkeypatch.setattr(sandbox, "_SECONDS", 1.0)
     attacked.ask(code="")
     began = time.monotonic()
     with pytest.raises(Unscored) as unscored:
@@ -222,7 +215,6 @@ def test_nothing_of_the_working_directory_is_imported(tmp_path, monkeypatch):
     assert made.stdout == "1\n"
 
 
-@pytest.mark.parametrize("attacked", [False], indirect=True, ids=["a process each"])
 def test_an_answer_that_runs_ends_with_the_command(attacked, monkeypatch):
     monkeypatch.setattr(sandbox, "_SECONDS", 1.0)
     attacked.ask(code="")
@@ -232,7 +224,7 @@ def test_an_answer_that_runs_ends_with_the_command(attacked, monkeypatch):
     server.stdin.write(json.dumps(["t", {"code": "while True: pass"}]).encode() + b"\n")
     server.stdin.flush()
     children = f"/proc/{server.pid}/task/{server.pid}/children"
-    while not (child := open(children).read().split()):
+    while not (child := Path(children).read_text().split()):
         time.sleep(0.01)
     os.kill(server.pid, signal.SIGKILL)
     until = time.monotonic() + 20
@@ -284,13 +276,15 @@ def test_an_answer_that_is_a_program_does_nothing(tmp_path):
 
 @pytest.mark.slow
 def test_a_scorer_process_that_was_killed_or_is_of_a_parent_is_replaced(monkeypatch):
-    grader = Sandbox(formula.SANDBOX.scorer, formula.SANDBOX.reused)
+    grader = Sandbox(formula.SANDBOX.scorer)
     monkeypatch.setattr(formula, "SANDBOX", grader)
     assert verdict("math", "1 + 4", "5", {}) is True
-    assert (first := grader._process) is not None
+    first = grader._process
+    assert first is not None
     first.end()
     assert verdict("math", "1 + 4", "5", {}) is True
-    assert (second := grader._process) is not first
+    second = grader._process
+    assert second is not first
     assert second is not None
     second._owner = 0  # as a fork finds it
     assert verdict("math", "1 + 4", "5", {}) is True

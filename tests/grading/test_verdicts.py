@@ -246,7 +246,7 @@ def test_a_scorer_that_raises_gives_no_verdict_counts_and_warns_once():
 )
 def test_a_scorer_without_end_is_ended_and_the_next_answer_is_graded(monkeypatch, text):
     monkeypatch.setattr(sandbox, "_SECONDS", 0.5)
-    grader = Sandbox(formula.SANDBOX.scorer, formula.SANDBOX.reused)
+    grader = Sandbox(formula.SANDBOX.scorer)
     monkeypatch.setattr(formula, "SANDBOX", grader)
     with pytest.warns(UserWarning, match=r"no verdict of math: no result within 0\.5 s"):
         assert verdict("math", text, "5", {}) is None
