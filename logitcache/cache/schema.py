@@ -5,11 +5,14 @@ from typing import Any
 
 import pyarrow as pa
 
+from logitcache.cache.validate import is_free
 from logitcache.codec import decode
 from logitcache.codec.frequency_table import FrequencyTable
+from logitcache.errors import ShardCorruptError
 from logitcache.sections import Sections
 from logitcache.trace import Trace
 
+_METADATA_LEVELS = 64  # nested deeper, it could be read but not written again
 SECTION_FIELDS = ("prompt_end", "reasoning_start", "reasoning_end", "answer_start")
 
 SCHEMA = pa.schema(
@@ -30,6 +33,11 @@ SCHEMA = pa.schema(
         pa.field("metadata", pa.string()),  # JSON object
     ]
 )
+
+
+def accepts(schema: pa.Schema) -> bool:
+    """Whether a shard may have this schema; its metadata may be anything."""
+    return schema.equals(SCHEMA)
 
 
 def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
@@ -56,14 +64,13 @@ def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
 def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) -> Trace:
     """The trace in record ``row`` of a shard; decodes that record's rows with the shard's frequency table.
 
-    Raises: ShardCorruptError for a damaged block.
+    Raises: ShardCorruptError for a damaged block and for metadata that is not a JSON object.
     """
 
     def cell(name: str) -> Any:
         return batch.column(name)[row]
 
     token_ids = cell("token_ids").values.to_numpy()
-    metadata = cell("metadata").as_py()
     return Trace(
         trace_id=cell("trace_id").as_py(),
         prompt_id=cell("prompt_id").as_py(),
@@ -78,5 +85,19 @@ def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) ->
         finish_reason=cell("finish_reason").as_py(),
         answer=cell("answer").as_py(),
         correct=cell("correct").as_py(),
-        metadata=json.loads(metadata) if metadata else {},
+        metadata=metadata_of(cell("metadata").as_py()),
     )
+
+
+def metadata_of(text: str | None) -> dict[str, Any]:
+    """The metadata of a trace from its column.
+
+    Raises: ShardCorruptError if it is not a JSON object.
+    """
+    try:
+        metadata = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or not is_free(metadata, _METADATA_LEVELS):
+        raise ShardCorruptError("column metadata: not a JSON object")
+    return metadata

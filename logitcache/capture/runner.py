@@ -12,7 +12,8 @@ from typing import Any
 import logitcache
 from logitcache.cache import manifest, shard
 from logitcache.cache.reader import Cache
-from logitcache.cache.shard import EncodedTrace
+from logitcache.cache.repair import adopt, set_aside
+from logitcache.cache.shard import EncodedTrace, ShardIndex
 from logitcache.cache.workers import Worker
 from logitcache.capture.job import Request, Task, Tokens, rows_wanted
 from logitcache.capture.summary import Summary
@@ -33,14 +34,13 @@ def fill(task: Task, identity: Identity) -> Summary:
         after which the same call resumes.
     """
     out, worker = task.options.out, task.options.place
-    manifest.match(out, identity)
+    found = manifest.match(out, identity)
     if next(iter(task.requests(identity)), None) is None:
         raise InputError(f"{task.options.source}: holds nothing to ask the teacher")
     with worker.alone(out):
-        _sweep(out / shard.DIRECTORY, worker)
-        shards = Cache.open(out).shards if (out / manifest.FILE_NAME).exists() else []
-        present, skipped = {t for s in shards for t in s.trace_ids}, _skipped_before(out)
         summary, missing = Summary(), {}  # ids only, since a source may be larger than memory
+        shards = _existing(out, found, worker, summary) if found else []
+        present, skipped = {t for s in shards for t in s.trace_ids}, _skipped_before(out)
         for request in task.requests(identity):
             if not worker.owns(request.prompt_id):
                 summary.others += 1
@@ -60,13 +60,22 @@ def fill(task: Task, identity: Identity) -> Summary:
         return summary
 
 
-def _sweep(directory: Path, worker: Worker) -> None:
-    """Removes files without an index, which a kill left of this worker's shards. No other process can be writing them."""
-    for path in [*directory.glob("unit-*.arrow"), *directory.glob("unit-*.part")]:
-        number = path.name.removeprefix("unit-").partition(".")[0]
-        whole = path.suffix == ".arrow" and path.with_suffix(".json").exists()
-        if not whole and number.isdecimal() and int(number) % worker.count == worker.index:
+def _existing(out: Path, identity: Identity, worker: Worker, summary: Summary) -> list[ShardIndex]:
+    """The shards of the cache. Of this worker's shards that a kill left without an index, whole ones are completed, others
+    are set aside: their numbers are used again. No other process can be writing them."""
+
+    def mine(name: str) -> bool:
+        return int(name.removeprefix("unit-")) % worker.count == worker.index
+
+    directory, shards = out / shard.DIRECTORY, Cache.open(out).shards
+    for path in directory.glob("unit-*.part"):
+        if (number := path.name.removeprefix("unit-").partition(".")[0]).isdecimal() and mine(number):
             path.unlink(missing_ok=True)
+    adopted = adopt(out, identity, (t for s in shards for t in s.trace_ids), mine)
+    summary.completed = sum(index.trace_count for index in adopted)
+    for name in filter(mine, shard.unindexed(directory)):
+        summary.set_aside.append(str(set_aside(out, directory / f"{name}.arrow")))
+    return [*shards, *adopted]
 
 
 def _skipped_before(out: Path) -> dict[str, str]:

@@ -12,6 +12,9 @@ def describe_summary(summary: Summary, out: Path) -> str:
     lines = []
     if summary.repeated:
         lines.append(f"{summary.repeated} repeated prompts were read once")
+    if summary.completed:
+        lines.append(f"{summary.completed} traces were in shards without an index, which were completed")
+    lines += _listed("damaged shards without an index moved", summary.set_aside)
     lines += _listed("prompts skipped", [f"{prompt}: {why}" for prompt, why in summary.skipped.items()])
     lines += _listed("traces lost", list(summary.failed.values()))
     if summary.unjudged:

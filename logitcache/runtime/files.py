@@ -4,6 +4,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
 import stat
@@ -15,6 +16,7 @@ from logitcache.errors import NotACacheError, ShardCorruptError, WriteError
 from logitcache.runtime.locks import exclusive
 
 LOCK, LOGS = ".lock", "logs"  # in every directory that a command writes
+MAX_JSON = 16 << 20  # bytes; parsed, hostile JSON takes up to 25 times as much memory
 
 
 def publish(path: Path, data: bytes | memoryview) -> None:
@@ -68,25 +70,62 @@ def sync_directory(path: Path) -> None:
 
 
 def publish_json(path: Path, fields: dict[str, Any]) -> None:
-    """Writes ``fields`` atomically as JSON, one per line; the last field, ``check``, is the SHA-256 of the bytes before it."""
-    publish(path, _render(fields))
+    """Writes ``fields`` atomically as JSON, one per line; the last field, ``check``, is the SHA-256 of the bytes before it.
+
+    Raises: WriteError, also for more bytes than ``read_json`` takes.
+    """
+    data = _render(fields)
+    if len(data) > MAX_JSON:
+        raise WriteError(f"{path}: {len(data):,} bytes, at most {MAX_JSON:,}; make smaller units with `unit_size`")
+    publish(path, data)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """Reads what ``publish_json`` wrote.
 
-    Raises: ShardCorruptError if it does not match its checksum.
+    Raises: ShardCorruptError if it does not match its checksum or is not plain JSON: a key twice, a number that is not
+        finite or does not fit in 64 bits, more than ``MAX_JSON`` bytes. OSError, as ``open_regular``.
     """
-    data = path.read_bytes()
+    with open_regular(path) as file:
+        data = file.read(MAX_JSON + 1)
+    if len(data) > MAX_JSON:
+        raise ShardCorruptError(f"{path}: more than {MAX_JSON:,} bytes")
     body = data[: data.rfind(b' "check"')]
-    if data == body + _check(body):
-        fields = json.loads(data)
-        del fields["check"]
-        return fields
-    raise ShardCorruptError(
-        f"{path}: does not match its checksum; restore it from a copy, "
-        "or move its shard aside with `logitcache verify --repair`"
-    )
+    if data != body + _check(body):
+        raise ShardCorruptError(
+            f"{path}: does not match its checksum; restore it from a copy, or run `logitcache verify --repair`"
+        )
+    try:
+        fields = json.loads(
+            data.decode(),
+            object_pairs_hook=_distinct,
+            parse_int=_integer,
+            parse_float=_finite,
+            parse_constant=_finite,
+        )
+    except (ValueError, RecursionError) as e:
+        raise ShardCorruptError(f"{path}: is not plain JSON ({e})") from None
+    del fields["check"]
+    return fields
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return fields
+
+
+def _integer(text: str) -> int:
+    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
+        raise ValueError("a number does not fit in 64 bits")
+    return int(text)
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError("a number is not finite")
+    return value
 
 
 def _render(fields: dict[str, Any]) -> bytes:
