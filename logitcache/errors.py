@@ -10,7 +10,8 @@ LogitcacheError                 base class; the command line prints the message 
 │   ├── FormatVersionError      written by a newer logitcache
 │   ├── IdentityError           the cache was made with another teacher or other settings
 │   ├── CacheBusyError          another process is writing to it
-│   └── ShardCorruptError       the bytes on disk do not match their checksum
+│   ├── ShardCorruptError       a file of a cache is damaged, or contradicts itself or another
+│   └── UnreadableError         a file of a cache could not be read: permission, I/O error, shortage, a link
 ├── EngineError                 the inference engine failed: exit code 1, run again to resume
 ├── WriteError                  a file could not be written: exit code 1, run again to resume
 └── TrainingError               training stopped: exit code 1
@@ -70,6 +71,10 @@ class CacheBusyError(CacheError):
 
 
 class ShardCorruptError(CacheError):
+    pass
+
+
+class UnreadableError(CacheError):
     pass
 
 

@@ -106,7 +106,7 @@ def trace(
         row_start=row_start,
         rows=rows,
         token_logprob=logp_RV[np.arange(len(rows)), tokens[row_start:]].astype(np.float32),
-        token_rank=np.ones(len(rows), np.int32),
+        token_rank=1 + (logp_RV > logp_RV[np.arange(len(rows)), tokens[row_start:], None]).sum(axis=1, dtype=np.int32),
         text=" ".join(f"w{t}" for t in tokens),
         finish_reason="stop",
     )

@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 from pyarrow.compute import call_function
 
-from logitcache.errors import InputError
+from logitcache.cache.schema import metadata_of
+from logitcache.errors import InputError, ShardCorruptError
 from logitcache.sections import SPANS
 
 # N traces of a shard.
@@ -224,7 +225,13 @@ def _column(name: str, batch: pa.RecordBatch) -> Any:
 
 
 def _metadata(batch: pa.RecordBatch) -> list[dict[str, Any]]:
-    return [json.loads(text) if text else {} for text in batch.column("metadata").to_pylist()]
+    found = []
+    for trace_id, text in zip(batch.column("trace_id"), batch.column("metadata"), strict=True):
+        try:
+            found.append(metadata_of(text.as_py()))
+        except ShardCorruptError as e:
+            raise ShardCorruptError(f"trace {trace_id}: {e}") from e
+    return found
 
 
 def _dig(metadata: dict[str, Any], path: str, nothing: Any = None) -> Any:

@@ -1,17 +1,19 @@
 """The manifest of a cache: its identity, written once and compared with that of every later run."""
 
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
 import logitcache
-from logitcache.errors import FormatVersionError, IdentityError, NotACacheError
+from logitcache.cache.validate import MANIFEST, check, check_identity, reading
+from logitcache.errors import CacheError, FormatVersionError, IdentityError, NotACacheError
 from logitcache.identity import Identity, as_json, first_difference
 from logitcache.runtime.files import LOCK, is_leftover, is_occupied, publish_json, read_json
 from logitcache.runtime.locks import exclusive
 
 FORMAT_VERSION = 1
 FILE_NAME = "manifest.json"
+BACKUP = "manifest.backup.json"  # the same bytes, for a repair; caches of older versions have none
 
 
 # Field of an identity -> the options that set it, for messages.
@@ -31,22 +33,37 @@ _SETTINGS |= {
 def read(cache: Path) -> Identity:
     """Reads the identity of the cache in the directory ``cache``.
 
-    Raises: NotACacheError, FormatVersionError, ShardCorruptError.
+    Raises: NotACacheError, FormatVersionError, ShardCorruptError, UnreadableError.
     """
-    path = cache / FILE_NAME
-    if not path.is_file():
-        what = "no such directory" if not cache.exists() else f"no {FILE_NAME} in it"
-        raise NotACacheError(f"{cache} is not a cache: {what}; create one with `logitcache generate ... --out {cache}`")
-    found = read_json(path)
-    if found.get("format") != FORMAT_VERSION:
+    try:
+        return read_file(cache / FILE_NAME)
+    except FileNotFoundError:
+        what = f"no {FILE_NAME} in it" if cache.exists() else "no such directory"
+        way_out = f"create one with `logitcache generate ... --out {cache}`"
+        if (cache / BACKUP).exists():
+            way_out = f"`logitcache verify --repair {cache}` restores it from {BACKUP}"
+        raise NotACacheError(f"{cache} is not a cache: {what}; {way_out}") from None
+    except NotADirectoryError:
+        raise NotACacheError(f"{cache} is not a cache: it is a file") from None
+
+
+def read_file(path: Path) -> Identity:
+    """Reads the identity from a manifest or from its second copy.
+
+    Raises: FileNotFoundError, FormatVersionError, ShardCorruptError, UnreadableError.
+    """
+    with reading(path):
+        found = read_json(path)
+    if type(version := found.get("format")) is not int or version > FORMAT_VERSION:
         raise FormatVersionError(
-            f"{path}: format version {found.get('format')}, this logitcache {logitcache.__version__} reads "
+            f"{path}: format version {version}, this logitcache {logitcache.__version__} reads "
             f"{FORMAT_VERSION}; upgrade with `pip install -U logitcache`"
         )
-    if unknown := set(found["identity"]) - {f.name for f in fields(Identity)}:
-        raise FormatVersionError(
-            f"{path}: written by a newer logitcache (fields {', '.join(sorted(unknown))}); upgrade"
-        )
+    try:
+        check(found, MANIFEST, "the manifest")
+        check_identity(found["identity"])
+    except CacheError as e:
+        raise type(e)(f"{path}: {e}") from None
     return Identity(**found["identity"])
 
 
@@ -79,10 +96,11 @@ def create_or_match(cache: Path, identity: Identity) -> Identity:
 
 
 def write(cache: Path, identity: Identity) -> None:
-    """Writes the manifest of a new cache."""
+    """Writes the manifest of a new cache, and its second copy."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {"format": FORMAT_VERSION, "created": created, "logitcache": logitcache.__version__}
-    publish_json(cache / FILE_NAME, facts | {"identity": asdict(identity)})
+    for name in (FILE_NAME, BACKUP):
+        publish_json(cache / name, facts | {"identity": asdict(identity)})
 
 
 def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:

@@ -14,6 +14,7 @@ from logitcache.cache import manifest, schema, shard
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.options import CachePath
 from logitcache.cache.shard import Shard, ShardIndex
+from logitcache.errors import ShardCorruptError
 from logitcache.identity import Identity
 from logitcache.sections import Sections
 from logitcache.trace import Trace
@@ -24,24 +25,27 @@ _MAPPED = 256  # shards mapped at once
 class Cache:
     """Traces in shard order, read-only; can be pickled into worker processes.
 
-    A shard's checksum is verified when this process first reads it: damage raises ShardCorruptError.
+    A shard's checksum and structure are verified when this process first reads it, a trace when it first decodes it: both
+    raise ShardCorruptError for what ``verify`` would report.
     """
 
     def __init__(self, path: Path, identity: Identity, shards: list[ShardIndex]) -> None:
         self.path, self.identity, self.shards = path, identity, shards
         self._starts = np.cumsum([0, *(s.trace_count for s in shards)])
         self._mapped: OrderedDict[int, Shard] = OrderedDict()
-        self._checked: set[int] = set()
+        self._valid: dict[int, bytearray] = {}  # of shards that were checked: `Shard.valid`
 
     @classmethod
     def open(cls, path: str | Path) -> "Cache":
         """Opens the cache in the directory ``path``; reads only its manifest and indexes.
 
-        Raises: NotACacheError, FormatVersionError, ShardCorruptError.
+        Raises: NotACacheError, FormatVersionError, ShardCorruptError, UnreadableError.
         """
         path = Path(path)
         identity = manifest.read(path)
-        return cls(path, identity, [shard.read_index(p) for p in sorted((path / shard.DIRECTORY).glob("unit-*.json"))])
+        shards = [shard.read_index(p) for p in sorted((path / shard.DIRECTORY).glob("unit-*.json"))]
+        _refuse_repeats(path, shards)
+        return cls(path, identity, shards)
 
     def __len__(self) -> int:
         """Number of traces."""
@@ -66,9 +70,7 @@ class Cache:
     def tokens(self, i: int) -> tuple[np.ndarray, Sections]:
         """Token ids, int32 [L], and sections of trace ``i``, without decoding its rows."""
         number, row = self._place(i)
-        batch = self.shard(number).batch
-        token_ids = batch.column("token_ids")[row].values.to_numpy()
-        return token_ids, Sections(**batch.column("sections")[row].as_py(), length=len(token_ids))
+        return self.shard(number).tokens(row)
 
     def __iter__(self) -> Iterator[Trace]:
         return (self[i] for i in range(len(self)))
@@ -105,8 +107,8 @@ class Cache:
         """
         if number not in self._mapped:
             directory, index = self.path / shard.DIRECTORY, self.shards[number]
-            self._mapped[number] = shard.read(directory, index, checked=number in self._checked)
-            self._checked.add(number)
+            self._mapped[number] = shard.read(directory, index, self.identity, self._valid.get(number))
+            self._valid[number] = self._mapped[number].valid
             if len(self._mapped) > _MAPPED:
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(number)
@@ -114,11 +116,25 @@ class Cache:
 
     def __getstate__(self) -> dict[str, Any]:
         # Mappings cannot be pickled; they are made again when needed.
-        return self.__dict__ | {"_mapped": OrderedDict(), "_checked": set()}
+        return self.__dict__ | {"_mapped": OrderedDict(), "_valid": {}}
 
     def info(self) -> CacheInfo:
         """Identity, counts and sizes, from the indexes alone."""
         return CacheInfo.of(self.path, self.identity, self.shards)
+
+
+def _refuse_repeats(path: Path, shards: list[ShardIndex]) -> None:
+    """Raises: ShardCorruptError for a trace in two shards."""
+    if len({t for s in shards for t in s.trace_ids}) == sum(s.trace_count for s in shards):
+        return
+    owners: dict[str, str] = {}
+    for index in shards:
+        for trace_id in index.trace_ids:
+            if (owner := owners.setdefault(trace_id, index.name)) != index.name:
+                raise ShardCorruptError(
+                    f"{path}: trace {trace_id} is in {owner} and in {index.name}; `logitcache verify --repair {path}` "
+                    "sets the second aside"
+                )
 
 
 def info(cache: CachePath) -> CacheInfo:

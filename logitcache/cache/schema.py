@@ -7,11 +7,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from logitcache.cache.validate import is_free
 from logitcache.codec import decode
 from logitcache.codec.frequency_table import FrequencyTable
+from logitcache.errors import ShardCorruptError
 from logitcache.sections import Sections
 from logitcache.trace import Trace
 
+_METADATA_LEVELS = 64  # nested deeper, it could be read but not written again
 SECTION_FIELDS = ("prompt_end", "reasoning_start", "reasoning_end", "answer_start")
 
 SCHEMA = pa.schema(
@@ -46,6 +49,11 @@ def schema_of(names: Collection[str]) -> pa.Schema:
     return pa.schema([*SCHEMA, *(field for field in OPTIONAL if field.name in names)])
 
 
+def accepts(schema: pa.Schema) -> bool:
+    """Whether a shard may have this schema; its metadata may be anything."""
+    return schema.equals(schema_of(schema.names))
+
+
 def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
     """Converts a trace to a record of a shard; ``block``: its encoded rows."""
     bounds = trace.sections.bounds()
@@ -75,7 +83,7 @@ def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
 def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) -> Trace:
     """The trace in record ``row`` of a shard; decodes that record's rows with the shard's frequency table.
 
-    Raises: ShardCorruptError for a damaged block.
+    Raises: ShardCorruptError for a damaged block and for metadata that is not a JSON object.
     """
 
     def cell(name: str) -> Any:
@@ -88,7 +96,6 @@ def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) ->
     if "answer_offset" in batch.schema.names:
         optional["answer_offset"] = cell("answer_offset").as_py()
     token_ids = cell("token_ids").values.to_numpy()
-    metadata = cell("metadata").as_py()
     return Trace(
         trace_id=cell("trace_id").as_py(),
         prompt_id=cell("prompt_id").as_py(),
@@ -103,6 +110,20 @@ def from_batch(batch: pa.RecordBatch, row: int, table: FrequencyTable | None) ->
         finish_reason=cell("finish_reason").as_py(),
         answer=cell("answer").as_py(),
         correct=cell("correct").as_py(),
-        metadata=json.loads(metadata) if metadata else {},
+        metadata=metadata_of(cell("metadata").as_py()),
         **optional,
     )
+
+
+def metadata_of(text: str | None) -> dict[str, Any]:
+    """The metadata of a trace from its column.
+
+    Raises: ShardCorruptError if it is not a JSON object.
+    """
+    try:
+        metadata = json.loads(text) if text else {}
+    except (ValueError, RecursionError):
+        metadata = None
+    if not isinstance(metadata, dict) or not is_free(metadata, _METADATA_LEVELS):
+        raise ShardCorruptError("column metadata: not a JSON object")
+    return metadata

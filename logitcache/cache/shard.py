@@ -3,7 +3,8 @@
 import base64
 import hashlib
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -12,17 +13,26 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache import codec
+from logitcache.cache import arrow_file, checks
 from logitcache.cache.manifest import FORMAT_VERSION
-from logitcache.cache.schema import SCHEMA, SECTION_FIELDS, from_batch, schema_of, to_record
+from logitcache.cache.schema import SECTION_FIELDS, from_batch, metadata_of, schema_of, to_record
+from logitcache.cache.validate import UNIT, check_index, reading
 from logitcache.codec.frequency_table import FrequencyTable, build_table
-from logitcache.errors import FormatVersionError, LogitcacheError, ShardCorruptError
+from logitcache.errors import (
+    CacheError,
+    FormatVersionError,
+    LogitcacheError,
+    ShardCorruptError,
+    UnreadableError,
+    first_line,
+)
 from logitcache.identity import Identity
-from logitcache.runtime.files import publish, publish_json, read_json
-from logitcache.sections import SPANS
+from logitcache.runtime.files import open_regular, publish, publish_json, read_json
+from logitcache.sections import SPANS, Sections
 from logitcache.trace import Trace
 
 DIRECTORY = "shards"
-TABLE_KEY = b"logitcache.table"  # in the Arrow schema's metadata
+TABLE_KEY, SHA256_KEY = b"logitcache.table", b"logitcache.sha256"  # in the Arrow schema's metadata
 _TABLE_ROWS = 4096  # shards of fewer rows have no table: it takes up to 36 KB and saves about 16 bytes per row
 
 
@@ -58,10 +68,7 @@ class ShardIndex:
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "ShardIndex":
-        """Raises: ValueError for other fields than those of an index."""
         names = {_ON_DISK.get(f.name, f.name): f.name for f in fields(cls)}
-        if found.keys() != names.keys():
-            raise ValueError(f"fields {sorted(found)} are not those of a shard index")
         return cls(**{names[name]: value for name, value in found.items()})
 
 
@@ -83,8 +90,12 @@ class EncodedTrace:
     @classmethod
     def counted(cls, record: dict[str, Any], trace: Trace) -> "EncodedTrace":
         """A trace whose record exists already."""
-        tail_mass = float(np.exp(trace.log_tail.astype(np.float64)).sum())
-        return cls(record, len(trace.rows), len(trace.ids), tail_mass)
+        return cls(record, len(trace.rows), len(trace.ids), tail_mass(trace))
+
+
+def tail_mass(trace: Trace) -> float:
+    """Probability mass outside the kept ids, summed over rows."""
+    return float(np.exp(trace.log_tail.astype(np.float64)).sum())
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,18 +104,67 @@ class Shard:
 
     path: Path
     batch: pa.RecordBatch
+    message: memoryview  # the bytes of the batch in the file
     table: FrequencyTable | None
+    identity: Identity
+    valid: bytearray  # of each record: 1 if this process has checked it
 
     def trace(self, row: int) -> Trace:
-        """Decodes the trace in record ``row``.
+        """Decodes the trace in record ``row``; checks it the first time.
 
-        Raises: ShardCorruptError or FormatVersionError, naming the shard and the trace.
+        Raises: ShardCorruptError, FormatVersionError or UnreadableError, naming the shard and the trace.
         """
+        with self._naming(row):
+            if self.valid[row]:
+                return from_batch(self.batch, row, self.table)
+            trace = self.decoded(row)
+            checks.raise_first(checks.trace_faults(trace, self.identity))
+        self.valid[row] = 1
+        return trace
+
+    def check(self, index: ShardIndex) -> None:
+        """Checks all traces, and the sums in the index that the plain columns do not give.
+
+        Raises: as ``trace``.
+        """
+        tails = sum(tail_mass(self.trace(row)) for row in range(self.batch.num_rows))
+        if (fault := next(checks.tail_mass_faults(index.tail_mass, tails, index.row_count), None)) is not None:
+            raise ShardCorruptError(f"{self.path}: {fault}")
+
+    def decoded(self, row: int) -> Trace:
+        """The trace in record ``row``, of which only the header of the block is checked.
+
+        Raises: whatever the content of a forged record may cause.
+        """
+        block, rows = self.batch.column("topk")[row], self.batch.column("token_logprob")[row]
+        checks.raise_first(checks.block_faults(memoryview(block.as_buffer()), len(rows), self.identity))
+        return from_batch(self.batch, row, self.table)
+
+    def tokens(self, row: int) -> tuple[np.ndarray, Sections]:
+        """Token ids, int32 [L], and sections of the trace in record ``row``.
+
+        Raises: as ``trace``.
+        """
+        with self._naming(row):
+            token_ids = self.batch.column("token_ids")[row].values.to_numpy()
+            checks.raise_first(checks.token_faults(token_ids, self.identity))
+            return token_ids, Sections(**self.batch.column("sections")[row].as_py(), length=len(token_ids))
+
+    def metadata(self, row: int) -> dict[str, Any]:
+        """Raises: as ``trace``."""
+        with self._naming(row):
+            return metadata_of(self.batch.column("metadata")[row].as_py())
+
+    @contextmanager
+    def _naming(self, row: int) -> Iterator[None]:
+        """Whatever a trace causes is the fault of that trace, and names it."""
         try:
-            return from_batch(self.batch, row, self.table)
-        except (LogitcacheError, ValueError) as e:
+            yield
+        except Exception as e:
             kind = FormatVersionError if isinstance(e, FormatVersionError) else ShardCorruptError
-            raise kind(f"{self.path}: trace {self.batch.column('trace_id')[row]}: {e}") from e
+            kind = UnreadableError if isinstance(e, MemoryError) else kind
+            what = str(e) if isinstance(e, LogitcacheError | ValueError) else first_line(e)
+            raise kind(f"{self.path}: trace {self.batch.column('trace_id')[row]}: {what}") from e
 
 
 def write(
@@ -115,20 +175,25 @@ def write(
     Raises: WriteError; the shard is then ignored, since it has no index.
     """
     table = _share_table(traces, identity)
-    # Base64: strict readers of Arrow expect metadata to be text.
     records = [t.record for t in traces]
-    schema = schema_of({name for record in records for name in record}).with_metadata(
-        {TABLE_KEY: base64.b64encode(table.to_bytes())} if table else None
-    )
-    arrow = pa.Table.from_pylist(records, schema=schema).combine_chunks()
-    buffer = io.BytesIO()
-    with pa.ipc.new_file(buffer, schema) as writer:
-        writer.write_table(arrow)
-    data = buffer.getbuffer()
+    arrow = pa.Table.from_pylist(records, schema=schema_of({name for record in records for name in record}))
+    batch = arrow.combine_chunks().to_batches()[0]
+    # Base64: strict readers of Arrow expect metadata to be text.
+    data = to_bytes(batch, {TABLE_KEY: base64.b64encode(table.to_bytes())} if table else {})
     index = index_of(number, data, traces, provenance)
     publish(directory / f"{index.name}.arrow", data)
     publish_index(directory, index)
     return index
+
+
+def to_bytes(batch: pa.RecordBatch, metadata: dict[bytes, bytes]) -> memoryview:
+    """The Arrow file of a batch. Its metadata gets the checksum of the batch, so that the file proves itself."""
+    checksum = hashlib.sha256(batch.serialize()).hexdigest().encode()
+    schema = batch.schema.with_metadata(metadata | {SHA256_KEY: checksum})
+    buffer = io.BytesIO()
+    with pa.ipc.new_file(buffer, schema) as writer:
+        writer.write_batch(batch.replace_schema_metadata(schema.metadata))
+    return buffer.getbuffer()
 
 
 def index_of(
@@ -190,46 +255,113 @@ def _section_tokens(records: list[dict[str, Any]]) -> dict[str, int]:
 def read_index(path: Path) -> ShardIndex:
     """Reads the index of a shard.
 
-    Raises: ShardCorruptError, FormatVersionError.
+    Raises: ShardCorruptError, FormatVersionError, UnreadableError.
     """
-    entries = read_json(path)
-    if entries.pop("format", None) != FORMAT_VERSION:
+    with reading(path):
+        found = read_json(path)
+    if type(version := found.get("format")) is not int or version > FORMAT_VERSION:
         raise FormatVersionError(f"{path}: written by a newer logitcache; upgrade with `pip install -U logitcache`")
     try:
-        return ShardIndex.from_json(entries)
-    except ValueError as e:
-        raise ShardCorruptError(f"{path}: {e}") from None
+        check_index(found)
+        if found["name"] != path.stem:
+            raise ShardCorruptError(f"it is the index of {found['name']}")
+    except CacheError as e:
+        raise type(e)(f"{path}: {e}") from None
+    del found["format"]
+    return ShardIndex.from_json(found)
 
 
-def read(directory: Path, index: ShardIndex, checked: bool = False) -> Shard:
-    """Maps a shard into memory and verifies its checksum.
+def read(
+    directory: Path, index: ShardIndex, identity: Identity, valid: bytearray | None = None, *, indexed: bool = True
+) -> Shard:
+    """Maps a shard into memory, and checks it completely except for its traces, which are checked when they are read.
 
     Args:
-        checked: this process has verified it before.
-    Raises: ShardCorruptError naming the shard and the way out.
+        indexed: whether to compare the index with the shard.
+        valid: None: this process reads the shard for the first time. Otherwise the ``Shard.valid`` of an earlier time.
+    Raises: ShardCorruptError naming the shard and the way out, UnreadableError, FormatVersionError.
     """
     path = directory / f"{index.name}.arrow"
     way_out = (
         f"`logitcache verify --repair {directory.parent}` sets it aside; then generate its traces again, or copy them"
     )
+    data = _map(path, way_out)
     try:
-        with pa.memory_map(str(path)) as source:  # the buffer stays valid after the file is closed
-            data = source.read_buffer()
+        if data.size != index.bytes:
+            raise ShardCorruptError(f"{data.size:,} bytes, its index says {index.bytes:,}")
+        if valid is None and hashlib.sha256(data).hexdigest() != index.sha256:
+            raise ShardCorruptError("its bytes do not match the checksum in its index")
+        opened = _open(path, data, identity, valid)
+        if valid is None and indexed:
+            checks.raise_first(checks.index_faults(index, opened.batch))
+    except ShardCorruptError as e:
+        raise ShardCorruptError(f"{path}: {e}; {way_out}") from e
+    return opened
+
+
+def read_alone(directory: Path, name: str, identity: Identity, provenance: dict[str, Any]) -> tuple[ShardIndex, bool]:
+    """Makes the index of a shard whose own is missing or damaged, after checking all traces.
+
+    Returns: the index, and whether the traces match the checksum in the shard; False if it has none.
+    Raises: as ``read``.
+    """
+    path = directory / f"{name}.arrow"
+    data = _map(path, "")
+    try:
+        opened = _open(path, data, identity, None)
+        checks.raise_first(checksum_faults(opened))
+        batch = opened.batch
+        index = ShardIndex(
+            name=name,
+            trace_count=batch.num_rows,
+            bytes=data.size,
+            sha256=hashlib.sha256(data).hexdigest(),
+            trace_ids=batch.column("trace_id").to_pylist(),
+            prompt_ids=batch.column("prompt_id").to_pylist(),
+            **checks.column_facts(batch),
+            tail_mass=sum(tail_mass(opened.trace(row)) for row in range(batch.num_rows)),
+            provenance=provenance,
+        )
+        check_index({"format": FORMAT_VERSION} | index.to_json())
+    except ShardCorruptError as e:
+        raise ShardCorruptError(f"{path}: {e}") from e
+    return index, SHA256_KEY in (batch.schema.metadata or {})
+
+
+def checksum_faults(opened: Shard) -> Iterator[str]:
+    """A checksum of the traces in the shard itself that they do not match. Shards of older versions have none."""
+    own = (opened.batch.schema.metadata or {}).get(SHA256_KEY)
+    if own is not None and own != hashlib.sha256(opened.message).hexdigest().encode():
+        yield "its traces do not match the checksum in its schema"
+
+
+def unindexed(directory: Path) -> list[str]:
+    """Names of shards without an index, which a kill between the two files leaves. Readers ignore them."""
+    names = sorted(path.stem for path in directory.glob("unit-*.arrow") if UNIT.holds(path.stem))
+    return [name for name in names if not (directory / f"{name}.json").exists()]
+
+
+def _map(path: Path, way_out: str) -> pa.Buffer:
+    """The bytes of a regular file, mapped into memory."""
+    try:
+        with reading(path), open_regular(path) as file, pa.memory_map(f"/dev/fd/{file.fileno()}") as source:
+            return source.read_buffer()  # stays valid after the file is closed
     except FileNotFoundError:
         raise ShardCorruptError(f"{path} is missing, but its index exists; {way_out}") from None
-    if data.size != index.bytes:
-        raise ShardCorruptError(f"{path}: {data.size:,} bytes, its index says {index.bytes:,}; {way_out}")
-    if not checked and hashlib.sha256(data).hexdigest() != index.sha256:
-        raise ShardCorruptError(f"{path}: its bytes do not match the checksum in its index; {way_out}")
-    reader = pa.ipc.open_file(pa.BufferReader(data))
-    if reader.schema != schema_of(reader.schema.names) or reader.num_record_batches != 1:
-        raise ShardCorruptError(
-            f"{path}: {reader.num_record_batches} batches of columns {reader.schema.names}, expected one batch of "
-            f"{SCHEMA.names}; {way_out}"
-        )
+
+
+def _open(path: Path, data: pa.Buffer, identity: Identity, valid: bytearray | None) -> Shard:
+    """Raises: ShardCorruptError, without the path."""
     try:
-        text = (reader.schema.metadata or {}).get(TABLE_KEY)
+        batch, message = arrow_file.read(data, validated=valid is not None)
+        text = (batch.schema.metadata or {}).get(TABLE_KEY)
         table = FrequencyTable.from_bytes(base64.b64decode(text, validate=True)) if text else None
+    except MemoryError as e:
+        raise UnreadableError(f"{path}: could not be read (not enough memory); free some and run again") from e
     except ValueError as e:
-        raise ShardCorruptError(f"{path}: its frequency table is not base64 ({e}); {way_out}") from e
-    return Shard(path, reader.get_batch(0), table)
+        raise ShardCorruptError(f"its frequency table is not base64 ({e})") from e
+    if table is not None and len(table.class_V) != identity.vocab_size:
+        raise ShardCorruptError(
+            f"its frequency table has {len(table.class_V)} ids, the vocabulary {identity.vocab_size}"
+        )
+    return Shard(path, batch, message, table, identity, bytearray(batch.num_rows) if valid is None else valid)

@@ -1,27 +1,18 @@
-"""Verifies a cache on disk: checksums, columns, counts, ids and probabilities."""
+"""Verifies a cache on disk: checksums, structure, and that index, columns and rows agree (FORMAT.md)."""
 
 import os
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
-from itertools import chain, count
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-
-from logitcache.cache import manifest, shard
+from logitcache.cache import checks, manifest, processes, shard
 from logitcache.cache.options import CachePath, Processes
-from logitcache.cache.workers import Worker
-from logitcache.errors import LogitcacheError
+from logitcache.cache.shard import Shard
+from logitcache.errors import CacheError, FormatVersionError, LogitcacheError, UnreadableError, first_line
 from logitcache.identity import Identity
 from logitcache.runtime.options import Option
-from logitcache.trace import Trace
-
-SET_ASIDE = "set-aside"
-_MASS_SLACK = 1e-4  # of a row's kept mass and tail together
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +22,7 @@ class Problem:
     shard: str
     trace_id: str | None
     what: str
+    damaged: bool = True  # proven; False for what could not be read, and for what a newer version wrote
 
     def __str__(self) -> str:
         return ": ".join(filter(None, (self.shard, self.trace_id and f"trace {self.trace_id}", self.what)))
@@ -38,141 +30,134 @@ class Problem:
 
 @dataclass(frozen=True, slots=True)
 class VerifyReport:
-    """What verifying a cache found, and which files a repair moved."""
+    """What verifying a cache found, and what a repair did."""
 
     cache: Path
     problems: list[Problem]
-    moved: list[Path]
+    moved: list[Path] = field(default_factory=list)  # damaged files, where they are now
+    restored: list[Path] = field(
+        default_factory=list
+    )  # a manifest from its second copy, indexes made from their shards
+    unindexed: list[str] = field(default_factory=list)  # shards without an index; readers ignore them
 
     def to_json(self) -> dict[str, Any]:
         """What ``logitcache verify --json`` prints."""
-        return {"problems": [asdict(p) for p in self.problems], "moved": [str(path) for path in self.moved]}
+        return {
+            "problems": [asdict(p) for p in self.problems],
+            "moved": [str(path) for path in self.moved],
+            "restored": [str(path) for path in self.restored],
+            "unindexed": self.unindexed,
+        }
 
 
 def verify_cache(
     cache: CachePath,
     *,
-    repair: Annotated[bool, Option("Move damaged shards aside, so that their traces can be generated again.")] = False,
+    repair: Annotated[
+        bool,
+        Option("Restore what a second copy proves, and move other damaged shards aside, to be generated again."),
+    ] = False,
     workers: Processes = None,
 ) -> VerifyReport:
-    """Verifies a cache, and moves damaged shards to CACHE/set-aside if asked to.
+    """Verifies a cache, and repairs it if asked to.
 
-    Raises: as ``verify`` and ``set_aside_damage``.
+    Raises: as ``verify`` and ``repair.repair``.
     """
     cache = Path(cache)  # callers may pass text
     if repair:
-        return set_aside_damage(cache, workers)
-    return VerifyReport(cache, verify(cache, workers), [])
+        from logitcache.cache.repair import repair as repair_cache  # which imports this module
+
+        return repair_cache(cache, workers)
+    return VerifyReport(cache, verify(cache, workers), unindexed=shard.unindexed(cache / shard.DIRECTORY))
 
 
 def verify(cache: Path, workers: int | None = None) -> list[Problem]:
     """Reads all of a cache and checks every shard and every trace.
 
-    Checks checksums, columns, counts, spans, ids below the vocabulary size, rows that sum to 1 with their tail, and trace
-    ids that occur once. Reads shards in parallel.
+    Checks all that FORMAT.md promises: checksums, columns, each index against its shard, spans, ids below the vocabulary
+    size, rows that sum to 1 with their tail, the sampled token's log-probability and rank against its row, metadata, and
+    trace ids that occur once. Reads shards in parallel. A process that dies is a problem of the shard that it read.
 
     Args:
-        workers: processes; None: one per core.
-    Raises: NotACacheError, FormatVersionError, and ShardCorruptError for a damaged manifest.
+        workers: processes; None: one per core. 1 reads in this process.
+    Raises: NotACacheError, FormatVersionError, UnreadableError, and ShardCorruptError for a damaged manifest.
     """
-    identity = manifest.read(cache)
+    return examine(cache, manifest.read(cache), workers).problems
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """What is wrong with a cache, and the shard of each trace."""
+
+    problems: list[Problem]
+    owners: dict[str, str]  # trace id -> shard; of a repeated trace the first that has no problem
+    repeats: set[str]  # shards with traces that another shard has
+
+
+def examine(cache: Path, identity: Identity, workers: int | None) -> Findings:
+    """Verifies all of a cache except its manifest."""
     indexes = sorted((cache / shard.DIRECTORY).glob("unit-*.json"))
-    check = partial(_verify_shard, identity=identity)
+    verify_shard = partial(_verify_shard, identity=identity)
     workers = min(workers or os.cpu_count() or 1, len(indexes) or 1)
-    if workers == 1:
-        results = list(map(check, indexes))
-    else:
-        with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-            results = list(pool.map(check, indexes))
-    problems = list(chain.from_iterable(found for found, _ in results))
-    owners: dict[str, str] = {}  # trace id -> the first shard that holds it
-    for path, (_, trace_ids) in zip(indexes, results, strict=True):
-        for t in trace_ids:
-            if t in owners:
-                problems.append(Problem(path.stem, t, f"is already in {owners[t]}"))
-            owners.setdefault(t, path.stem)
-    return problems
+    results = (
+        list(map(verify_shard, indexes)) if workers == 1 else processes.each(verify_shard, indexes, workers, _died)
+    )
+    problems = [*_backup_problems(cache, identity), *(problem for found, _ in results for problem in found)]
+    owners: dict[str, str] = {}
+    repeats: set[str] = set()
+    for path, (_, trace_ids) in sorted(zip(indexes, results, strict=True), key=lambda each: bool(each[1][0])):
+        for trace_id in trace_ids:
+            if (owner := owners.setdefault(trace_id, path.stem)) != path.stem:
+                problems.append(Problem(path.stem, trace_id, f"is already in {owner}"))
+                repeats.add(path.stem)
+    return Findings(problems, owners, repeats)
 
 
-def set_aside_damage(cache: Path, workers: int | None = None) -> VerifyReport:
-    """Verifies a cache and moves shards with problems to CACHE/set-aside, so that their traces can be generated again.
-
-    Raises: CacheBusyError while another process writes to the cache; as ``verify``.
-    """
-    with Worker().alone(cache):
-        problems, moved = verify(cache, workers), []
-        for name in sorted({problem.shard for problem in problems}):
-            # The index first: a shard without an index is ignored, even if this is interrupted.
-            for suffix in (".json", ".arrow"):
-                path = cache / shard.DIRECTORY / f"{name}{suffix}"
-                if path.exists():
-                    moved.append(path.rename(_free(cache / SET_ASIDE / path.name)))
-    return VerifyReport(cache, problems, moved)
-
-
-def _free(path: Path) -> Path:
-    """``path``, or the first ``NAME.N`` that is free."""
-    path.parent.mkdir(exist_ok=True)
-    names = (path.with_name(f"{path.stem}.{i}{path.suffix}") for i in count(2))
-    return path if not path.exists() else next(name for name in names if not name.exists())
+def _backup_problems(cache: Path, identity: Identity) -> list[Problem]:
+    """The second copy of the manifest MAY be missing: older versions wrote none."""
+    try:
+        found = manifest.read_file(cache / manifest.BACKUP)
+    except FileNotFoundError:
+        return []
+    except CacheError as e:
+        return [_problem(manifest.BACKUP, None, e)]
+    return [] if found == identity else [Problem(manifest.BACKUP, None, f"differs from {manifest.FILE_NAME}")]
 
 
 def _verify_shard(path: Path, identity: Identity) -> tuple[list[Problem], list[str]]:
     """What is wrong with a shard, and the trace ids in it."""
     try:
         index = shard.read_index(path)
-        opened = shard.read(path.parent, index)
-    except LogitcacheError as e:
-        return [Problem(path.stem, None, str(e))], []
-    except Exception as e:  # Arrow's errors, for bytes that match their checksum but are not valid
-        return [Problem(path.stem, None, f"cannot be read: {e}")], []
-    columns = {name: opened.batch.column(name).to_pylist() for name in ("trace_id", "prompt_id")}
-    problems = [
-        Problem(index.name, None, f"its index lists other {name}s than the shard")
-        for name, listed in (("trace_id", index.trace_ids), ("prompt_id", index.prompt_ids))
-        if listed != columns[name]
-    ]
-    if len(index.token_lengths) != index.trace_count or index.trace_count != opened.batch.num_rows:
-        problems.append(
-            Problem(index.name, None, f"{opened.batch.num_rows} traces, the index says {index.trace_count}")
-        )
-        return problems, columns["trace_id"]
-    for row, trace_id in enumerate(columns["trace_id"]):
+        opened = shard.read(path.parent, index, identity, indexed=False)
+        trace_ids = opened.batch.column("trace_id").to_pylist()
+        faults = [*checks.index_faults(index, opened.batch), *shard.checksum_faults(opened)]
+    except Exception as e:
+        return [_problem(path.stem, None, e)], []
+    problems = [Problem(path.stem, None, fault) for fault in faults]
+    found, tails = _verify_traces(path.stem, opened, trace_ids)
+    if not found:
+        found = [Problem(path.stem, None, f) for f in checks.tail_mass_faults(index.tail_mass, tails, index.row_count)]
+    return problems + found, trace_ids
+
+
+def _verify_traces(name: str, opened: Shard, trace_ids: Sequence[str]) -> tuple[list[Problem], float]:
+    """What is wrong with the traces of a shard, and the mass of their tails."""
+    problems: list[Problem] = []
+    tails = 0.0
+    for row, trace_id in enumerate(trace_ids):
         try:
-            faults = list(_faults(opened.trace(row), index.token_lengths[row], identity))
-        except (LogitcacheError, ValueError) as e:
-            faults = [str(e.__cause__ or e)]  # the cause: Problem names shard and trace already
-        problems += [Problem(index.name, trace_id, what) for what in faults]
-    return problems, columns["trace_id"]
+            trace = opened.decoded(row)
+            problems += [Problem(name, trace_id, fault) for fault in checks.trace_faults(trace, opened.identity)]
+            tails += shard.tail_mass(trace)
+        except Exception as e:  # whatever it is, it is the trace's
+            problems.append(_problem(name, trace_id, e))
+    return problems, tails
 
 
-def _faults(trace: Trace, length: int, identity: Identity) -> Iterator[str]:
-    """What is wrong with a trace."""
-    rows, tokens = trace.rows, trace.token_ids
-    if len(tokens) != length:
-        yield f"column token_ids: {len(tokens)} tokens, the index says {length}"
-    end = trace.row_start + len(rows)
-    if end > len(tokens) or (end < len(tokens) and not identity.derived):  # a slice may have cut the last rows
-        yield f"column topk: {len(rows)} rows from token {trace.row_start} on do not end at token {len(tokens)}"
-    for name in ("token_logprob", "token_rank"):
-        if len(getattr(trace, name)) != len(rows):
-            yield f"column {name}: {len(getattr(trace, name))} values for {len(rows)} rows"
-    for name, ids in (("token_ids", tokens), ("topk", rows.ids)):
-        if len(ids) and not 0 <= ids.min() <= ids.max() < identity.vocab_size:
-            yield f"column {name}: ids from {ids.min()} to {ids.max()}, the vocabulary size is {identity.vocab_size}"
-    if len(rows):
-        if rows.counts.max() > (kept := identity.top_k + len(identity.pin_tokens)):
-            yield f"column topk: a row of {rows.counts.max()} ids, the cache stores at most {kept}"
-        for pin in identity.pin_tokens:
-            if (held := np.count_nonzero(rows.ids == pin)) != len(rows):
-                yield f"column topk: pinned id {pin} is in {held} of {len(rows)} rows, expected all"
-        key_N = (np.repeat(np.arange(len(rows)), rows.counts) << 32) + rows.ids
-        K = rows.counts[0] if (rows.counts == rows.counts[0]).all() else len(key_N)
-        key_N = np.sort(key_N.reshape(-1, K)).ravel()  # rows of equal length are sorted separately: six times as fast
-        if len(repeats := np.flatnonzero(key_N[1:] == key_N[:-1])):
-            row, repeated = divmod(int(key_N[repeats[0]]), 1 << 32)
-            yield f"column topk: row {row} contains id {repeated} twice"
-        mass = np.add.reduceat(np.exp(rows.logprobs.astype(np.float64)), rows.offsets[:-1]) + np.exp(rows.log_tail)
-        worst = int(np.abs(mass - 1).argmax())
-        if not abs(mass[worst] - 1) <= _MASS_SLACK:
-            yield f"column topk: row {worst} and its tail sum to {mass[worst]:.6f}"
+def _problem(name: str, trace_id: str | None, error: Exception) -> Problem:
+    proven = not isinstance(error, FormatVersionError | UnreadableError | MemoryError | OSError)
+    return Problem(name, trace_id, str(error) if isinstance(error, LogitcacheError) else first_line(error), proven)
+
+
+def _died(path: Path, how: str) -> tuple[list[Problem], list[str]]:
+    return [Problem(path.stem, None, f"was not verified: the process that read it died ({how})", damaged=False)], []

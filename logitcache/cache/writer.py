@@ -13,7 +13,7 @@ from logitcache.cache import manifest, shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace, ShardIndex
 from logitcache.identity import Identity
-from logitcache.runtime.files import atomic_directory, publish
+from logitcache.runtime.files import atomic_directory, open_regular, publish
 from logitcache.trace import Trace
 
 
@@ -50,9 +50,10 @@ class CacheWriter:
         self.directory.mkdir(exist_ok=True)
         source, target = cache.path / shard.DIRECTORY / f"{index.name}.arrow", self.directory / f"{name}.arrow"
         try:
-            os.link(source.resolve(), target)  # resolved, since a hard link to a symbolic link may dangle
+            os.link(source, target, follow_symlinks=False)
         except OSError:  # another file system, or one without links
-            publish(target, source.read_bytes())
+            with open_regular(source) as file:
+                publish(target, file.read())
         shard.publish_index(self.directory, replace(index, name=name))
         self._count(index.trace_count)
 

@@ -14,7 +14,8 @@ import logitcache
 from logitcache.cache import manifest, shard
 from logitcache.cache.claim import claim
 from logitcache.cache.reader import Cache
-from logitcache.cache.shard import EncodedTrace
+from logitcache.cache.repair import adopt, set_aside
+from logitcache.cache.shard import EncodedTrace, ShardIndex
 from logitcache.cache.workers import Worker
 from logitcache.capture.job import Context, Request, Task, Tokens, rows_wanted
 from logitcache.capture.summary import Summary
@@ -40,10 +41,10 @@ def fill(task: Task, identity: Identity) -> Summary:
     manifest.match(out, identity)
     _refuse_unanswerable(task, identity)
     with worker.alone(out), claim(out, worker, identity):
-        _sweep(out / shard.DIRECTORY, worker)
-        shards = Cache.open(out).shards if (out / manifest.FILE_NAME).exists() else []
-        present, skipped = {t for s in shards for t in s.trace_ids}, _skipped_before(out)
         summary, missing = Summary(), {}  # ids only, since a source may be larger than memory
+        found = manifest.match(out, identity)
+        shards = _existing(out, found, worker, summary) if found else []
+        present, skipped = {t for s in shards for t in s.trace_ids}, _skipped_before(out)
         for request in task.requests(identity):
             if not worker.owns(request.prompt_id):
                 summary.others += 1
@@ -80,17 +81,21 @@ def _refuse_unanswerable(task: Task, identity: Identity) -> None:
     raise type(refused[0])(f"{every}{refused[0]}")
 
 
-def _sweep(directory: Path, worker: Worker) -> None:
-    """Removes files without an index, which a kill left of this worker's shards. No other process can be writing them."""
+def _existing(out: Path, identity: Identity, worker: Worker, summary: Summary) -> list[ShardIndex]:
+    """The shards of the cache. Of this worker's shards that a kill left without an index, whole ones are completed, others
+    are set aside: their numbers are used again. No other process can be writing them."""
 
     def mine(name: str) -> bool:
         number = name.removeprefix("unit-").partition(".")[0]
         return number.isdecimal() and int(number) % worker.count == worker.index
 
+    directory, shards = out / shard.DIRECTORY, Cache.open(out).shards
     remove_parts(directory, mine)
-    for path in directory.glob("unit-*.arrow"):
-        if mine(path.name) and not path.with_suffix(".json").exists():
-            path.unlink(missing_ok=True)
+    adopted = adopt(out, identity, (t for s in shards for t in s.trace_ids), mine)
+    summary.completed = sum(index.trace_count for index in adopted)
+    for name in filter(mine, shard.unindexed(directory)):
+        summary.set_aside.append(str(set_aside(out, directory / f"{name}.arrow")))
+    return [*shards, *adopted]
 
 
 def _skipped_before(out: Path) -> dict[str, str]:

@@ -51,6 +51,10 @@ class Summary:
     sections: SectionCounts = field(default_factory=SectionCounts)
     unjudged: int = 0  # existing traces without the verdicts that this call gives
     no_verdict: dict[str, int] = field(default_factory=dict)  # traces that could not be graded, by reason
+    completed: int = 0  # present traces of shards that had no index: a kill or a full disk left them
+    set_aside: list[str] = field(
+        default_factory=list
+    )  # shards without an index that were not whole, where they are now
     skipped: dict[str, str] = field(default_factory=dict)  # prompt id -> why the teacher cannot take it
     skipped_traces: list[str] = field(default_factory=list)  # their trace ids; later calls skip them too
     failed: dict[str, str] = field(default_factory=dict)  # trace id -> why its completion cannot be stored

@@ -241,7 +241,16 @@ def _ranks(id_N: np.ndarray, table: FrequencyTable) -> np.ndarray:
 
 
 def _ids(delta_N: np.ndarray, offsets: np.ndarray, K: int, table: FrequencyTable | None) -> np.ndarray:
-    """Ids of each row in ascending order of rank, int32 [N]."""
+    """Ids of each row in ascending order of rank, int32 [N].
+
+    Raises: ShardCorruptError for an id that repeats in its row, or that is outside the table or above 2^31 - 1.
+    """
+    if np.count_nonzero(delta_N) < len(delta_N):
+        repeated_N = delta_N == 0
+        repeated_N[offsets[:-1]] = False  # a row may begin with id 0
+        if repeated_N.any():
+            row = int(np.searchsorted(offsets, repeated_N.argmax(), "right")) - 1
+            raise ShardCorruptError(f"row {row} of a top-k block contains an id twice")
     most = (K or len(delta_N)) << 8 * delta_N.itemsize
     dtype = np.int32 if most < 2**31 else np.int64  # takes twice as long
     if K:

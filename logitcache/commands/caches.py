@@ -30,10 +30,11 @@ def info(info: CacheInfo, json: Json = False) -> None:
 
 @command(verify_cache)
 def verify(report: VerifyReport, json: Json = False) -> int:
-    """Read all of CACHE and report every problem: checksums, columns, spans, ids, probabilities.
+    """Read all of CACHE and report every problem: checksums, columns, spans, ids, probabilities, counts in indexes.
 
-    The exit code is 2 if there are problems. With --repair damaged shards are moved to CACHE/set-aside, and `generate` makes
-    their traces again.
+    The exit code is 2 if there are problems. With --repair a damaged manifest is restored from its second copy and a damaged
+    index from its shard. Other damaged shards are moved to CACHE/set-aside, and `generate` makes their traces again. What
+    could not be read, and what a newer version wrote, stays where it is.
     """
     if json:
         show_json(report.to_json())

@@ -35,7 +35,12 @@ def describe_info(info: CacheInfo) -> str:
 
 
 def describe_verify(report: VerifyReport) -> str:
-    lines = [*map(str, report.problems), *(f"moved {path}" for path in report.moved)]
+    lines = [
+        *map(str, report.problems),
+        *(f"moved {path}" for path in report.moved),
+        *(f"restored {path}" for path in report.restored),
+        *(f"{name}: has no index, so readers ignore it" for name in report.unindexed),
+    ]
     count = len(report.problems)
     found = f"{count:,} problem{'s' * (count > 1)}" if count else "OK: all checksums and traces are valid"
     return "\n".join([*lines, f"{report.cache}: {found}"])

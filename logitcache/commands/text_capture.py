@@ -13,6 +13,9 @@ from logitcache.runtime.units import BYTES, COUNTS, HOURS, Units, in_bytes, in_u
 def describe_summary(summary: Summary, out: Path) -> str:
     """The closing lines of `generate` and `score`."""
     lines = describe_source(summary.source)
+    if summary.completed:
+        lines.append(f"{summary.completed} traces were in shards without an index, which were completed")
+    lines += _listed("damaged shards without an index moved", summary.set_aside)
     lines += _listed("prompts skipped", [f"{prompt}: {why}" for prompt, why in summary.skipped.items()])
     lines += _listed("traces lost", list(summary.failed.values()))
     lines += [f"{count} {remark}" for remark, count in summary.remarks.items()]

@@ -9,7 +9,7 @@ from logitcache.cache.writer import new_cache
 from logitcache.errors import InputError
 from logitcache.runtime.options import Option
 from logitcache.transform.compatibility import common
-from logitcache.transform.rewrite import Piece, processes, write
+from logitcache.transform.rewrite import Piece, check_unused, processes, write
 from logitcache.transform.source import CacheSize, open_source
 
 
@@ -44,8 +44,8 @@ def merge(
 ) -> MergeReport:
     """Writes all traces of ``caches`` as the cache ``out``; a trace in several caches is stored once, as in the first.
 
-    Shards keep their bytes and their provenance; those with traces of an earlier cache are rewritten. Of a shard that is
-    copied only the checksum is verified: ``verify`` checks its traces.
+    Shards keep their bytes and their provenance; those with traces of an earlier cache are rewritten. All that ``verify``
+    would report is refused.
 
     Args:
         allow: fields of the identity, such as engine or engine_args.max_model_len; the first cache's value is kept.
@@ -69,13 +69,14 @@ def merge(
                     rows.append(row)
             repeated += index.trace_count - len(rows)
             if rows:
-                pieces.append(Piece(cache.path, index, rows))
+                pieces.append(Piece(cache.path, cache.identity, index, rows))
     if not pieces:
         raise InputError(f"{', '.join(map(str, caches))}: none of them has traces")
     with (
         new_cache(out, identity, ", ".join(map(str, caches))) as writer,
         processes(workers, [p.index for p in pieces]) as each,
     ):
+        check_unused(opened, pieces, each)
         made = write(writer, pieces, each, join=False)
     copied = sum(p.whole for p in pieces)
     before = {cache.path: CacheSize.of(cache.shards) for cache in opened}

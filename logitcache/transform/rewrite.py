@@ -1,6 +1,5 @@
 """Writes selected traces of some shards as shards of another cache, in parallel; cuts their rows if asked to."""
 
-import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -58,6 +57,7 @@ class Piece:
     """Selected traces of a shard."""
 
     cache: Path
+    identity: Identity
     index: ShardIndex
     rows: list[int]
     correct: list[bool | None] | None = None  # new verdicts, one per trace of the shard
@@ -67,7 +67,7 @@ class Piece:
         return len(self.rows) == self.index.trace_count and self.correct is None
 
     def open(self) -> Shard:
-        return shard.read(self.cache / shard.DIRECTORY, self.index)
+        return shard.read(self.cache / shard.DIRECTORY, self.index, self.identity)
 
     def batch(self, opened: Shard) -> pa.RecordBatch:
         """All columns of the shard, with the new verdicts."""
@@ -134,7 +134,27 @@ def write(
 
 
 def _check(piece: Piece) -> None:
-    """Verifies the checksum of a shard."""
+    """Verifies a shard as ``verify`` does."""
+    piece.open().check(piece.index)
+
+
+def check_unused(caches: Sequence[Cache], pieces: Sequence[Piece], each: Each) -> None:
+    """Verifies shards none of whose traces was selected: their indexes said so.
+
+    Raises: ShardCorruptError naming the shard.
+    """
+    used = {(piece.cache, piece.index.name) for piece in pieces}
+    rest = [
+        Piece(cache.path, cache.identity, index, [])
+        for cache in caches
+        for index in cache.shards
+        if (cache.path, index.name) not in used
+    ]
+    for _ in each(_open, rest):
+        pass
+
+
+def _open(piece: Piece) -> None:
     piece.open()
 
 
@@ -177,10 +197,7 @@ def _copy(piece: Piece, number: int, directory: Path) -> ShardIndex:
     batch = piece.batch(opened).take(pa.array(piece.rows, pa.int64()))
     records = batch.drop_columns(["token_logprob", "token_rank", "text", "metadata"]).to_pylist()
     encoded = [EncodedTrace.counted(*pair) for pair in zip(records, piece.traces(opened), strict=True)]
-    buffer = io.BytesIO()
-    with pa.ipc.new_file(buffer, opened.batch.schema) as file:
-        file.write_batch(batch)
-    data = buffer.getbuffer()
+    data = shard.to_bytes(batch, opened.batch.schema.metadata or {})
     made = shard.index_of(number, data, encoded, piece.index.provenance)
     publish(directory / f"{made.name}.arrow", data)
     shard.publish_index(directory, made)

@@ -4,7 +4,6 @@ Shards that stay as they are keep their bytes. What is cut is decoded and encode
 codec's rounding. Trace ids stay the same.
 """
 
-import json
 import shlex
 from dataclasses import dataclass, replace
 from functools import partial
@@ -22,9 +21,9 @@ from logitcache.grading import verdicts
 from logitcache.grading.verdicts import Verifier
 from logitcache.identity import Identity
 from logitcache.runtime.options import Option
-from logitcache.sections import SECTIONS, Sections, answer_text
+from logitcache.sections import SECTIONS, answer_text
 from logitcache.transform.compatibility import ends_of, narrowed
-from logitcache.transform.rewrite import Cut, Each, Piece, processes, write
+from logitcache.transform.rewrite import Cut, Each, Piece, check_unused, processes, write
 from logitcache.transform.source import CacheSize, open_source, pieces_of, prompt_position
 
 
@@ -130,7 +129,7 @@ def slice_cache(
 
 def _choose(cache: Cache, chosen: Filter | None, limit: int | None, verifier: str | None, each: Each) -> list[Piece]:
     """The traces of a slice, graded again if there is a verifier."""
-    whole = [Piece(cache.path, index, list(range(index.trace_count))) for index in cache.shards]
+    whole = [Piece(cache.path, cache.identity, index, list(range(index.trace_count))) for index in cache.shards]
     graded: list[Any] = [None] * len(whole)
     if verifier:
         graded = list(each(partial(_grade, verifier=verifier, identity=cache.identity), whole))
@@ -148,22 +147,22 @@ def _choose(cache: Cache, chosen: Filter | None, limit: int | None, verifier: st
         taken = set(sorted(left, key=lambda p: (prompt_position(p, b"limit"), p))[:limit])
         for index, mask in zip(cache.shards, masks, strict=True):
             mask &= np.array([p in taken for p in index.prompt_ids], bool)
-    return pieces_of(cache, masks, graded)
+    pieces = pieces_of(cache, masks, graded)
+    check_unused([cache], pieces, each)
+    return pieces
 
 
 def _grade(piece: Piece, verifier: str, identity: Identity) -> list[bool | None]:
     """A verdict on each trace of a shard."""
-    batch = piece.open().batch
-    columns = ("text", "sections", "answer", "metadata", "answer_offset")
-    rows = batch.select([name for name in columns if name in batch.schema.names]).to_pylist()
+    opened = piece.open()
+    names = [name for name in ("text", "answer", "answer_offset") if name in opened.batch.schema.names]
+    columns = opened.batch.select(names).to_pylist()
     return [
         verdicts.verdict(
             verifier,
-            answer_text(
-                row["text"], Sections(**row["sections"], length=length), identity.markers, row.get("answer_offset")
-            ),
-            row["answer"],
-            json.loads(row["metadata"] or "{}"),
+            answer_text(found["text"], opened.tokens(row)[1], identity.markers, found.get("answer_offset")),
+            found["answer"],
+            opened.metadata(row),
         )
-        for row, length in zip(rows, piece.index.token_lengths, strict=True)
+        for row, found in enumerate(columns)
     ]

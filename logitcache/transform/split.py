@@ -11,7 +11,7 @@ from logitcache.cache.options import CachePath, Processes
 from logitcache.cache.writer import new_cache
 from logitcache.errors import InputError
 from logitcache.runtime.options import Option
-from logitcache.transform.rewrite import processes, write
+from logitcache.transform.rewrite import check_unused, processes, write
 from logitcache.transform.source import CacheSize, open_source, pieces_of, prompt_position
 
 
@@ -37,8 +37,8 @@ def split(
 ) -> SplitReport:
     """Writes each part of ``cache`` as a cache of its own; all traces of a prompt are in one part.
 
-    A prompt's id and the shares alone decide its part: another cache of the same prompts is split the same way. Of a
-    shard that is copied only the checksum is verified: ``verify`` checks its traces.
+    A prompt's id and the shares alone decide its part: another cache of the same prompts is split the same way. All that
+    ``verify`` would report is refused.
 
     Each part is written atomically, when all are complete, the last one first. After a kill at that moment some of the
     last parts may exist. They are complete; remove them or give new names before the next run.
@@ -80,7 +80,11 @@ def split(
             writers.append(stack.enter_context(made))
         each = stack.enter_context(processes(workers, opened.shards))
         sizes = {}
-        for i, writer in enumerate(writers):
-            masks = [np.array([found[p] == i for p in index.prompt_ids], bool) for index in opened.shards]
-            sizes[outs[i]] = CacheSize.of(write(writer, pieces_of(opened, masks), each))
+        parts = [
+            pieces_of(opened, [np.array([found[p] == i for p in index.prompt_ids], bool) for index in opened.shards])
+            for i in range(len(outs))
+        ]
+        check_unused([opened], [piece for pieces in parts for piece in pieces], each)
+        for out, writer, pieces in zip(outs, writers, parts, strict=True):
+            sizes[out] = CacheSize.of(write(writer, pieces, each))
     return SplitReport(CacheSize.of(opened.shards), sizes, prompts)

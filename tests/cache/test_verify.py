@@ -2,14 +2,17 @@ import hashlib
 import io
 import random
 import re
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 
 from logitcache.cache import shard
 from logitcache.cache.reader import Cache
-from logitcache.cache.verify import set_aside_damage, verify
+from logitcache.cache.repair import repair
+from logitcache.cache.verify import verify
 from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.codec import encode
 from logitcache.errors import CacheError, NotACacheError
@@ -47,8 +50,10 @@ def rewrite(path: Path, number: int, change) -> None:
 
 
 def moved_ids(trace) -> bytes:
-    rows = trace.rows
-    return encode(SparseRows(rows.offsets, rows.ids + 40, rows.logprobs, rows.log_tail))
+    rows, pins = trace.rows, np.flatnonzero(np.bincount(trace.rows.ids) == len(trace.rows)).tolist()[-3:]
+    return encode(
+        SparseRows(rows.offsets, rows.ids + 40, rows.logprobs, rows.log_tail), pinned=[pin + 40 for pin in pins]
+    )
 
 
 def test_a_valid_cache_has_no_problems(path) -> None:
@@ -67,7 +72,8 @@ def test_processes_find_what_one_process_finds(path) -> None:
         (lambda _: {"row_start": 0}, "column topk: .* rows from token 0 on do not end at token"),
         (lambda _: {"token_rank": [1]}, "column token_rank: 1 values for"),
         (lambda _: {"topk": b"LK"}, "."),
-        (lambda t: {"topk": encode(t.rows[:2])}, "column topk: 2 rows"),
+        (lambda t: {"topk": encode(t.rows[:2])}, "column topk: 2 rows, column token_logprob has"),
+        (lambda t: {"topk": encode(t.rows)}, "column topk: 0 pinned ids, the cache pins 3"),
         (
             lambda _: {"sections": {"prompt_end": 3, "reasoning_start": 1, "reasoning_end": 4, "answer_start": 5}},
             "are not in ascending order",
@@ -87,11 +93,10 @@ def test_what_is_wrong_in_itself_is_named_by_shard_trace_and_column(path, change
 
 
 def test_a_repeated_trace_is_named(path) -> None:
-    for suffix in (".arrow", ".json"):
-        source = path / "shards" / f"unit-000000{suffix}"
-        (path / "shards" / f"unit-000007{suffix}").write_bytes(source.read_bytes())
+    (path / "shards" / "unit-000007.arrow").write_bytes((path / "shards" / "unit-000000.arrow").read_bytes())
+    shard.publish_index(path / "shards", replace(Cache.open(path).shards[0], name="unit-000007"))
     problems = verify(path, workers=1)
-    assert {p.what for p in problems} >= {"is already in unit-000000"}
+    assert {p.what for p in problems} == {"is already in unit-000000"}
     assert {p.shard for p in problems} == {"unit-000007"}, "the first of the two is kept"
 
 
@@ -106,11 +111,13 @@ def test_a_repaired_cache_is_filled_up_by_generate(path, options) -> None:
     (path / "shards" / "unit-000002.json").write_text("{}")
     problems = verify(path, workers=1)
     assert {p.shard for p in problems} == {"unit-000001", "unit-000002"}
-    report = set_aside_damage(path, 1)
+    assert all(p.damaged for p in problems)
+    report = repair(path, 1)
     assert report.problems == problems
-    assert {p.name for p in report.moved} == {f"unit-00000{i}.{s}" for i in (1, 2) for s in ("arrow", "json")}
+    assert {p.name for p in report.moved} == {"unit-000001.arrow", "unit-000001.json", "unit-000002.json"}
+    assert report.restored == [path / "shards" / "unit-000002.json"], "its shard is whole"
     assert all(p.parent == path / "set-aside" for p in report.moved)
-    assert generate(options).made == 6
+    assert generate(options).made == 3
     assert sorted(Cache.open(path).trace_ids) == whole
     assert verify(path, workers=1) == []
 

@@ -595,8 +595,8 @@ def trace_of(rows, i):
         sections=Sections(1, 1, 1, 1, R + 1),
         row_start=1,
         rows=rows,
-        token_logprob=np.zeros(R, np.float32),
-        token_rank=np.ones(R, np.int32),
+        token_logprob=np.full(R, np.nan, np.float32),  # unknown
+        token_rank=np.zeros(R, np.int32),
         text="",
         finish_reason="stop",
     )

@@ -60,16 +60,26 @@ def test_the_json_of_info_has_the_names_it_always_had() -> None:
 
 
 def test_verify_lists_problems_and_moved_files() -> None:
-    assert describe_verify(VerifyReport(Path("c"), [], [])) == "c: OK: all checksums and traces are valid"
-    report = VerifyReport(Path("c"), [Problem("unit-000001", "ab", "wrong")], [Path("c/set-aside/unit-000001.json")])
+    assert describe_verify(VerifyReport(Path("c"), [])) == "c: OK: all checksums and traces are valid"
+    report = VerifyReport(
+        Path("c"),
+        [Problem("unit-000001", "ab", "wrong")],
+        [Path("c/set-aside/unit-000001.json")],
+        [Path("c/manifest.json")],
+        ["unit-000002"],
+    )
     assert describe_verify(report).splitlines() == [
         "unit-000001: trace ab: wrong",
         "moved c/set-aside/unit-000001.json",
+        "restored c/manifest.json",
+        "unit-000002: has no index, so readers ignore it",
         "c: 1 problem",
     ]
     assert report.to_json() == {
-        "problems": [{"shard": "unit-000001", "trace_id": "ab", "what": "wrong"}],
+        "problems": [{"shard": "unit-000001", "trace_id": "ab", "what": "wrong", "damaged": True}],
         "moved": ["c/set-aside/unit-000001.json"],
+        "restored": ["c/manifest.json"],
+        "unindexed": ["unit-000002"],
     }
 
 

@@ -39,7 +39,7 @@ def write(path: Path, made: list[Trace], identity: Identity, *, per_shard: int =
 def captured(path: Path, dense: list[np.ndarray], identity: Identity) -> Cache:
     made = []
     for i, dense_RV in enumerate(dense):
-        trace = tiny.trace(i, [3] * (len(dense_RV) + 1), tiny.bigram()[[3] * len(dense_RV)])
+        trace = tiny.trace(i, [3] * (len(dense_RV) + 1), dense_RV)
         made.append(replace(trace, rows=capture(dense_RV, identity)))
     return write(path, made, identity)
 

@@ -75,18 +75,20 @@ def test_a_block_that_cannot_be_decoded_is_named_by_shard_and_trace(tmp_path, pa
 
 @pytest.mark.parametrize("top_p", [None, 0.9])
 def test_a_row_that_holds_an_id_twice_is_found_and_refused_by_shard_and_trace(tmp_path, top_p) -> None:
-    """Such a block decodes, but no encoder of ours makes one."""
+    """No encoder of ours makes such a block."""
     made = [replace(t, rows=trim(t.rows, top_p=top_p, min_k=2)) for t in tiny.traces(2, 2)]
     encoded = [shard.EncodedTrace.of(t, tiny.identity()) for t in made]
     header, columns = unseal(encoded[1].record["topk"])
     delta_N, second = columns.id_N.copy(), made[1].row_offsets[3] + 1
-    repeated, delta_N[second] = int(delta_N[second - 1]), 0
+    delta_N[second] = 0
     encoded[1].record["topk"] = seal(header, columns._replace(id_N=delta_N), 1)
     manifest.create_or_match(tmp_path / "c", tiny.identity())
     shard.write(tmp_path / "c" / shard.DIRECTORY, 0, encoded, tiny.identity(), {})
     (problem,) = verify(tmp_path / "c", workers=1)
-    assert str(problem) == f"unit-000000: trace {1:032x}: column topk: row 3 contains id {repeated} twice"
-    with pytest.raises(ShardCorruptError, match=rf"unit-000000\.arrow: trace {1:032x}: a row contains an id twice"):
+    assert str(problem) == f"unit-000000: trace {1:032x}: row 3 of a top-k block contains an id twice"
+    with pytest.raises(
+        ShardCorruptError, match=rf"unit-000000\.arrow: trace {1:032x}: row 3 of a top-k block contains an id twice"
+    ):
         slice_cache(tmp_path / "c", tmp_path / "out", sections=("prompt", "reasoning"))
     assert [p.name for p in tmp_path.iterdir()] == ["c"]
 
