@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from logitcache.cache import shard
+from logitcache.cache import schema, shard
 from logitcache.cache.reader import Cache
 from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.errors import CacheError, FormatVersionError, ShardCorruptError
@@ -152,4 +152,4 @@ def test_a_shard_opens_in_plain_arrow(path) -> None:
     with pa.memory_map(str(path / "shards" / "unit-000000.arrow")) as source:
         table = pa.ipc.open_file(source).read_all()
     assert table.column("prompt_id").to_pylist() == Cache.open(path).prompt_ids[:3]
-    assert table.schema.names == shard.SCHEMA.names
+    assert table.schema.names == schema.SCHEMA.names

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from logitcache.cache import shard
+from logitcache.cache import schema, shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.repair import repair
 from logitcache.cache.verify import verify
@@ -41,8 +41,8 @@ def rewrite(path: Path, number: int, change) -> None:
     records, index = cache.shard(number).batch.to_pylist(), cache.shards[number]
     records[0] |= change(cache.shard(number).trace(0))
     buffer = io.BytesIO()
-    with pa.ipc.new_file(buffer, shard.SCHEMA) as writer:
-        writer.write_table(pa.Table.from_pylist(records, schema=shard.SCHEMA))
+    with pa.ipc.new_file(buffer, schema.SCHEMA) as writer:
+        writer.write_table(pa.Table.from_pylist(records, schema=schema.SCHEMA))
     data = buffer.getvalue()
     publish(path / "shards" / f"{index.name}.arrow", data)
     fields = index.to_json() | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
