@@ -110,9 +110,12 @@ def tokenizer_hash(tokenizer: Any) -> str:
 
     Tokenizers with the same hash give ids the same meaning, and very probably split text in the same way.
     """
-    vocabulary = sorted(tokenizer.get_vocab().items())
-    probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
-    canonical = json.dumps([vocabulary, probe], ensure_ascii=False, separators=(",", ":"))
+    return vocabulary_hash(tokenizer.get_vocab(), tokenizer(PROBE, add_special_tokens=False)["input_ids"])
+
+
+def vocabulary_hash(vocabulary: dict[str, int], probe: list[int]) -> str:
+    """`tokenizer_hash` of a tokenizer with this vocabulary, which makes these ids of PROBE."""
+    canonical = json.dumps([sorted(vocabulary.items()), probe], ensure_ascii=False, separators=(",", ":"))
     return hashlib.blake2b(canonical.encode(), digest_size=16).hexdigest()
 
 

@@ -71,7 +71,9 @@ def evaluate_run(options: EvaluationOptions) -> StudentEvaluation:
     indices, held_out = _choose(options, cache, run)
     state = PartialState(cpu=not torch.accelerator.is_available())
     with quiet():
-        student = load_student(weights, cache.identity)[0]
+        student = load_student(
+            weights, cache.identity, traces=[(cache, indices)], teacher_tokenizer=options.teacher_tokenizer
+        )[0]
     student.to(state.device)  # pyright: ignore[reportArgumentType]
     head = find_head(student)
     data = TraceDataset(cache, indices, view, head.module.weight.shape[0])

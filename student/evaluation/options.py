@@ -41,6 +41,14 @@ class EvaluationOptions:
         tuple[str, ...], Option("Sections to evaluate: any of prompt,reasoning,answer.", group=_GROUP)
     ] = tuple(SECTIONS)
     tokens_per_batch: Annotated[int, Option("Tokens per forward pass.", group=_GROUP)] = 4096
+    teacher_tokenizer: Annotated[
+        str | None,
+        Option(
+            "Folder or hub id of the teacher's tokenizer, to compare ids with a student that has another.",
+            group=_GROUP,
+            default="looked for on this machine",
+        ),
+    ] = None
     dtype: Annotated[str | None, Option("bf16 or fp32.", group=_GROUP, default="bf16 on CUDA")] = None
 
     def __post_init__(self) -> None:

@@ -11,13 +11,20 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from logitcache.errors import StudentError, first_line
-from logitcache.identity import Identity, tokenizer_hash
+from logitcache.identity import Identity
 from logitcache.student.model.head import find_head
 from logitcache.student.model.lora import adapter_base, import_peft
+from logitcache.student.model.vocabulary import Traces, check_vocabulary
 
 
 def load_student(
-    model: str | Path, identity: Identity, dtype: torch.dtype = torch.float32, attention: str | None = None
+    model: str | Path,
+    identity: Identity,
+    dtype: torch.dtype = torch.float32,
+    attention: str | None = None,
+    *,
+    traces: Traces = (),
+    teacher_tokenizer: str | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Loads a student and its tokenizer, and checks that it fits the cache.
 
@@ -25,7 +32,9 @@ def load_student(
 
     Args:
         identity: of the cache. attention: transformers' attn_implementation; None: the model's default.
-    Raises: StudentError for a model that is missing, incomplete or not causal, or has another tokenizer or too few rows.
+        traces, teacher_tokenizer: for a student with another tokenizer, as `vocabulary.check_vocabulary` takes them.
+    Raises: StudentError for a model that is missing, incomplete or not causal, or to which the ids that the traces hold
+        are other tokens.
     """
     base = adapter_base(model)
     student = _load(base or model, dtype, attention)
@@ -38,7 +47,7 @@ def load_student(
             student = import_peft(model).PeftModel.from_pretrained(student, model).merge_and_unload().requires_grad_()
         except (ValueError, RuntimeError, OSError, SafetensorError) as e:
             raise StudentError(f"{model} has an adapter that does not fit {base}: {first_line(e)}") from e
-    check_vocabulary(student, tokenizer, identity)
+    check_vocabulary(student, tokenizer, identity, traces, teacher_tokenizer)
     find_head(student)
     return student, tokenizer
 
@@ -60,27 +69,6 @@ def _load(model: str | Path, dtype: torch.dtype, attention: str | None) -> PreTr
             "random; give `student` a complete causal model"
         )
     return student
-
-
-def check_vocabulary(student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, identity: Identity) -> None:
-    """Raises: StudentError for a student with another tokenizer than the cache, or without rows for its ids."""
-    name = student.config.name_or_path or type(student).__name__
-    found = tokenizer_hash(tokenizer)
-    if found != identity.tokenizer_hash:
-        raise StudentError(
-            f"{name} has tokenizer {found}, the cache of {identity.teacher} was made with {identity.tokenizer_hash}: "
-            "their token ids differ; use a student and a teacher of one family"
-        )
-    needed = max(tokenizer.get_vocab().values()) + 1  # ids above it, of a padded teacher, join the tail
-    rows = {"embedding": student.get_input_embeddings(), "head": student.get_output_embeddings()}
-    for part, module in rows.items():
-        if module is None:
-            raise StudentError(f"{name} has no {part}: give `student` a causal language model")
-        if (have := module.weight.shape[0]) < needed:
-            raise StudentError(
-                f"{name}: its {part} has {have} rows, the cache's ids go up to {needed - 1}; enlarge it with "
-                f"model.resize_token_embeddings({needed}) and save it, or use another student"
-            )
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ class TrainOptions:
             "Caches to learn from. A trace that is in several of them counts once.", metavar="CACHE", positional=True
         ),
     ] = field(default_factory=list)
-    student: Annotated[str, Option("Model folder or hub id. It must have the teacher's tokenizer.")]
+    student: Annotated[str, Option("Model folder or hub id. The ids that traces hold must be the same tokens to it.")]
     out: Annotated[Path, Option("Directory of the run: a new one, or one to resume.")]
     mix: Annotated[
         dict[str, float],
@@ -121,6 +121,14 @@ class TrainOptions:
         bool, Option("Save memory: compute each layer's activations again in the backward.", "Speed and memory")
     ] = False
     compile: Annotated[bool, Option("Use torch.compile on the student, except its head.", "Speed and memory")] = False
+    teacher_tokenizer: Annotated[
+        str | None,
+        Option(
+            "Folder or hub id of the teacher's tokenizer, to compare ids with a student that has another.",
+            "More",
+            default="looked for on this machine",
+        ),
+    ] = None
     report_to: Annotated[
         tuple[str, ...],
         Option(

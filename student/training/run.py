@@ -2,6 +2,7 @@
 
 import contextlib
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,13 @@ from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
 from logitcache.errors import StudentError, TrainingError, WriteError, first_line
-from logitcache.identity import Identity
 from logitcache.runtime.console import Stop
 from logitcache.runtime.files import LOCK
 from logitcache.runtime.locks import exclusive
 from logitcache.student.data.views import View
 from logitcache.student.model.load import load_student, quiet
 from logitcache.student.model.lora import adapter_base, add_lora
+from logitcache.student.model.vocabulary import Traces
 from logitcache.student.training.callbacks import ShowProgress
 from logitcache.student.training.config import DistillConfig, configure
 from logitcache.student.training.distributed import fail_together
@@ -48,7 +49,8 @@ def _train(options: TrainOptions) -> RunRecord:
     if (before := claim(options.out, wanted)) and before.status == "finished":
         return replace(before, again=True)
     chosen = choose_traces(options, caches)
-    student, tokenizer = _load(options, config, next(iter(caches.values())).identity)
+    traces = [(cache, chosen[path].all) for path, cache in caches.items()]
+    student, tokenizer = _load(options, config, traces)
     data, held_data = datasets(options, config, caches, chosen, view)
 
     main = config.process_index == 0
@@ -93,10 +95,17 @@ def _trainer(student: Any, config: DistillConfig, data: Any, **options: Any) -> 
         raise StudentError(f"training arguments: {first_line(e)}") from e
 
 
-def _load(options: TrainOptions, config: DistillConfig, identity: Identity) -> tuple[Any, PreTrainedTokenizerBase]:
+def _load(options: TrainOptions, config: DistillConfig, traces: Traces) -> tuple[Any, PreTrainedTokenizerBase]:
     """The student to train. With `lora_rank` only an adapter is trained, and the rest need not be float32."""
+    load = partial(
+        load_student,
+        identity=traces[0][0].identity,
+        attention=options.attention,
+        traces=traces,
+        teacher_tokenizer=options.teacher_tokenizer,
+    )
     if options.lora_rank is None:
-        return load_student(options.student, identity, attention=options.attention)
+        return load(options.student)
     if adapter_base(options.student):
         raise StudentError(
             f"{options.student} is a LoRA adapter already, and a second one would be saved without it; give `student` its "
@@ -105,7 +114,7 @@ def _load(options: TrainOptions, config: DistillConfig, identity: Identity) -> t
     transformers.set_seed(config.seed)  # of the adapter's random initial weights
     student = Path(options.student).resolve() if Path(options.student).exists() else options.student
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model, tokenizer = load_student(student, identity, dtype, options.attention)
+    model, tokenizer = load(student, dtype=dtype)
     return add_lora(model, options.lora_rank, options.lora_alpha), tokenizer
 
 

@@ -27,6 +27,10 @@ class Split:
     training: np.ndarray  # int64
     held_out: np.ndarray  # int64
 
+    @property
+    def all(self) -> np.ndarray:
+        return np.concatenate([self.training, self.held_out])
+
 
 def open_caches(options: TrainOptions, view: View) -> dict[Path, Cache]:
     """Raises: StudentError for an invalid share, a cache given twice, one without what the view needs; CacheError."""
