@@ -170,12 +170,12 @@ def _known_vocabularies(tokenizer: PreTrainedTokenizerBase, identity: Identity) 
 def _without_added_tokens(tokenizer: Any, wanted: str) -> dict[str, int] | None:
     """The student's vocabulary without the last of its added tokens, if that has the hash; None if none has."""
     vocabulary, added = tokenizer.get_vocab(), set(tokenizer.added_tokens_decoder)
-    probe = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
+    probe: list[int] | None = tokenizer(PROBE, add_special_tokens=False)["input_ids"]
     for least in sorted(vocabulary.values(), reverse=True)[:_ADDED]:
         if least not in added:
             return None
         rest = {token: id_ for token, id_ in vocabulary.items() if id_ < least}
-        if max(probe, default=0) >= least:
+        if max(probe or [0]) >= least:
             probe = _probe_without(tokenizer, least)
         if probe is not None and vocabulary_hash(rest, probe) == wanted:
             return rest
