@@ -31,6 +31,8 @@ def gold_answer(gold: str) -> str:
 def same_answer(text: str, gold: str) -> bool:
     """Whether two answers are the same text or the same number."""
     given, wanted = plain_text(text), plain_text(gold)
+    if re.fullmatch(r"[a-j]", wanted) and (choice := _CHOICE.match(given)):
+        given = choice.group(1)
     number = number_value(given)
     return given != "" and (given == wanted or (number is not None and number == number_value(wanted)))
 
@@ -41,7 +43,8 @@ _REPLACED = [(re.compile(pattern), by) for pattern, by in (
     (r"([⁰¹²³⁴-⁹⁻]+)", r"^\1"),  # NFKC would make x2 of x² ...
     (r"(?<=\d)(?=[¼-¾⅐-⅞])", " "),  # ... and 11/2 of 1½
     (r"\\(?:text|textbf|textit|mathrm|mathbf)\s*\{([^{}]*)\}", r"\1"),
-    (r"\\[dt]?frac\s*\{([^{}]*)\}\s*\{([^{}]*)\}", r"\1/\2"),
+    (r"(?<=\d)\s*(?=\\[dt]?frac)", " "),  # 11/2 is not 1\frac{1}{2} ...
+    (r"(?<![A-Za-z)}\]])\\[dt]?frac\s*\{\s*(-?(?:[\d.]+|[a-z]))\s*\}\s*\{\s*([\d.]+|[a-z])\s*\}(?!\s*[\w({\\^])", r"\1/\2"),
     (r"\{,\}|\\[,!;:> ]|\\left\b|\\right\b", lambda m: "," if m.group() == "{,}" else ""),
     (r"\\([%$#&_])", r"\1"),
 )]  # fmt: skip
@@ -70,18 +73,42 @@ def plain_text(text: str) -> str:
     return text.casefold()
 
 
+_CHOICE = re.compile(r"(?:(?:option|choice)\s+)?[(*]{0,3}([a-j])(?:[).:*]|\Z)")  # (B) 42
+_BASED = re.compile(r"([+-]?)(?:\((?=\w+\)))?(\d[0-9a-z]*)\)?(?:_\{?(\d{1,2})\}?| ?\(?(?:in )?base[ -](\d{1,2})\)?)")
+_PREFIXED = re.compile(r"[+-]?0(?:x[0-9a-f]+|b[01]+|o[0-7]+)")
+_MIXED = re.compile(r"([+-]?)(\d+) (\d+)/(\d+)")
 _NUMBER = re.compile(r"[+-]?(?:\d+|\d{1,3}(?:,\d{3})+)?(?:(?<=\d)\.|\.\d+)?(?:e[+-]?\d{1,3}|/\d+)?")
 
 
 def number_value(text: str) -> Fraction | None:
-    """The value of a plain number or fraction such as 1,000.50, -3/4 or 2e-3."""
-    if len(text) > 400 or not _NUMBER.fullmatch(text):
+    """The value of a plain number or fraction such as 1,000.50, -3/4, 1 1/2, 2e-3, 0x1f or 101_2."""
+    if len(text) > 400:
         return None
     try:
+        if based_value(text) is not None:
+            return based_value(text)
+        if mixed := _MIXED.fullmatch(text):
+            sign, whole, top, bottom = mixed.groups()
+            return Fraction(f"{sign}1") * (int(whole) + Fraction(int(top), int(bottom)))
+        if not _NUMBER.fullmatch(text):
+            return None
         top, _, bottom = text.replace(",", "").partition("/")
         return Fraction(top) / Fraction(bottom or 1)
     except (ValueError, ZeroDivisionError):
         return None
+
+
+def based_value(text: str) -> Fraction | None:
+    """The value of a plain numeral with a base, such as 101_2 or 0x1f; None for anything else."""
+    try:
+        if _PREFIXED.fullmatch(text):
+            return Fraction(int(text, 0))
+        if match := _BASED.fullmatch(text):
+            sign, digits, *bases = match.groups()
+            return Fraction(int(sign + digits, int(bases[0] or bases[1])))
+    except ValueError:  # a digit that the base does not have
+        pass
+    return None
 
 
 def is_words(gold: str) -> bool:

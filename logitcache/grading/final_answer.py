@@ -9,8 +9,10 @@ def final_answer(text: str) -> str:
 
     1. what the last closed ``\boxed{...}`` holds;
     2. what the last closed ``<answer>...</answer>`` holds;
-    3. the rest of the line, or where that is empty the next line, after the last "answer is", "answer:" or "####";
-    4. the last line that is not empty.
+    3. what follows the last "answer is", "answer:", "correct option is", "####" or heading "Answer": a fenced block or
+       display math that stands there, else the rest of the line, or where that is empty the next line;
+    4. a fenced block or display math at the end of the text;
+    5. the last line that is not empty.
     """
     return find_final(text)[0]
 
@@ -19,7 +21,7 @@ def find_final(text: str) -> tuple[str, bool]:
     """The final answer, and whether it was marked."""
     for answer in marked_answers(text):
         return answer, True
-    return (text.strip().splitlines() or [""])[-1].strip(), False
+    return _last_block(text) or (text.strip().splitlines() or [""])[-1].strip(), False
 
 
 def marked_answers(text: str) -> list[str]:
@@ -51,12 +53,39 @@ def _last_closed(text: str, tokens: str, is_ours: Callable[[str], bool]) -> str:
     return found
 
 
-_ANNOUNCES = re.compile(r"(?:\banswer[*_]{0,3}\s{0,3}(?:is\b|[:=])[*_]{0,3}:?[*_]{0,3}|####)", re.IGNORECASE)
+_ANNOUNCES = re.compile(
+    r"(?:\b(?:answer|(?:correct|right|best|final) (?:option|choice|result|value))"
+    r"[*_]{0,3}\s{0,3}(?:is\b|[:=])[*_]{0,3}:?[*_]{0,3}"
+    r"|^[ ]{0,3}#{1,6}[ ]{0,3}(?:the )?(?:final |correct )?answer[ ]{0,3}$|####)",
+    re.IGNORECASE | re.MULTILINE,
+)
+_FENCE, _DISPLAYS = re.compile(r"```[^\n`]*\n"), (("$$", "$$"), ("\\[", "\\]"))
 
 
 def _announced(text: str) -> str:
-    return next((line.strip() for line in after_announcement(text).splitlines() if line.strip()), "")
+    rest = after_announcement(text)
+    if found := _first_block(rest.removeprefix("as follows").lstrip(":* \n\t")):
+        return found
+    return next((line.strip() for line in rest.splitlines() if line.strip()), "")
 
 
 def after_announcement(text: str) -> str:
     return text[max((m.end() for m in _ANNOUNCES.finditer(text)), default=len(text)) :].strip()
+
+
+def _first_block(text: str) -> str:
+    """What a fenced block or display math at the beginning of a text holds; "" if there is none."""
+    fence = _FENCE.match(text)
+    for opening, closing in [(fence.group(), "```")] if fence else _DISPLAYS:
+        if text.startswith(opening) and (end := text.find(closing, len(opening))) > 0:
+            return text[len(opening) : end].strip()
+    return ""
+
+
+def _last_block(text: str) -> str:
+    """What a fenced block or display math at the end of a text holds; "" if there is none."""
+    text = text.rstrip().removesuffix(".").rstrip()
+    for opening, closing in (("```", "```"), *_DISPLAYS):
+        if text.endswith(closing) and (start := text.rfind(opening, 0, -len(closing))) >= 0:
+            return _first_block(text[start:])
+    return ""

@@ -55,8 +55,10 @@ class Sandbox:
         with self._turn:
             # None until it replies: after an interrupt no process with an unread reply may be asked again.
             process, self._process = self._process, None
-            if process is None or not process.usable:
-                process = _Process(self.scorer)
+            if process and not process.usable:
+                process.close()
+                process = None
+            process = process or _Process(self.scorer)
             right, unscored = process.ask(question)
             self._process = process
         if unscored:
@@ -82,6 +84,7 @@ class _Process:
         atexit.register(self.end)
         self._owner = os.getpid()
         if refused := self._exchange(b"", _START_SECONDS):
+            self.close()
             raise Unscored(f"the scorer does not start: {refused}")
 
     @property
@@ -101,7 +104,7 @@ class _Process:
                 return right, None
             case [str(given), None, [str(reason), str(why)]] if given == ticket:
                 return False, Unscored(reason, why if why in (UNREAD, LATE) else FAILED)
-        self.end()
+        self.close()
         raise Unscored("the reply is not the scorer's")
 
     def _exchange(self, line: bytes, seconds: float) -> Any:
@@ -121,13 +124,23 @@ class _Process:
         finally:
             timer.cancel()
         if late.is_set():
+            self.close()
             raise Unscored(f"no result within {_SECONDS:g} s", LATE)
         if not reply:
-            raise Unscored(f"the scorer ended with code {self.end()}")
+            raise Unscored(f"the scorer ended with code {self.close()}")
         try:
             return json.loads(reply)
         except (ValueError, RecursionError):
             return ["not JSON"]
+
+    def close(self) -> int:
+        """Ends the process and closes its pipes; not from another thread."""
+        code = self.end()
+        for pipe in (self._popen.stdin, self._popen.stdout):
+            with suppress(OSError):  # of a question that was not sent
+                if pipe:
+                    pipe.close()
+        return code
 
     def end(self) -> int:
         """Kills the process and what it started; returns its exit code."""

@@ -304,7 +304,8 @@ def test_exact_rows_come_back_bit_for_bit(engine, prompts, tmp_path) -> None:
 def test_answers_are_graded_where_a_verifier_is_given(engine, tmp_path) -> None:
     rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"id": "no gold", "prompt": "question"}])))
-    generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", verifier="exact"))
+    summary = generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", verifier="exact"))
+    assert "no verdict: 1 without a gold answer" in describe_summary(summary, tmp_path / "c")
     verdicts = {t.prompt_id: t.correct for t in Cache.open(tmp_path / "c")}
     assert verdicts.pop("no gold") is None
     assert set(verdicts.values()) <= {True, False}
@@ -371,6 +372,13 @@ def test_true_and_one_are_two_settings(engine, prompts, tmp_path) -> None:
     run(True)
     with pytest.raises(IdentityError, match=r"sampling\.ignore_eos = True, this run has 1"):
         run(1)
+
+
+def test_a_verifier_without_any_gold_answer_is_refused_before_the_engine_starts(engine, tmp_path) -> None:
+    (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "question", "solution": "w1"}))
+    with pytest.raises(InputError, match=r"p\.jsonl has an `answer`.*solution; give `column` answer=solution"):
+        generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", verifier="exact"))
+    assert not (tmp_path / "c").exists()
 
 
 def test_traces_of_an_earlier_call_without_verdicts_are_counted(engine, prompts, tmp_path) -> None:

@@ -184,6 +184,20 @@ def test_each_row_is_the_engines_row_of_its_token(generated, tmp_path, captured,
         np.testing.assert_array_equal(trace.token_rank, given.token_rank[trace.row_start - 1 :])
 
 
+def test_a_verifier_without_any_gold_answer_is_refused(tmp_path) -> None:
+    (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "question 1", "completion": "w1", "solution": "w1"}))
+    with pytest.raises(InputError, match=r"t\.jsonl has an `answer`.*solution; give `column` answer=solution"):
+        score(
+            ScoreOptions(
+                teacher="fake", top_k=8, traces=str(tmp_path / "t.jsonl"), out=tmp_path / "c", verifier="exact"
+            )
+        )
+    generate(GenerateOptions(teacher="fake", prompts=str(tmp_path / "t.jsonl"), out=tmp_path / "g", top_k=8))
+    with pytest.raises(InputError, match=r"no prompt of .*g has an `answer`"):
+        score(options(tmp_path / "g", tmp_path / "c", verifier="exact"))
+    assert not (tmp_path / "c").exists()
+
+
 def test_an_answer_is_graded_and_sections_stay_those_of_the_source(tmp_path) -> None:
     rows = [{"id": f"p{i}", "prompt": f"question {i}", "answer": "w1"} for i in range(3)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -11,7 +11,7 @@ from logitcache import prompts
 from logitcache.errors import InputError
 from logitcache.grading import formula, sandbox, verdicts
 from logitcache.grading.sandbox import Sandbox, Unscored
-from logitcache.grading.verdicts import Grader, check, verdict
+from logitcache.grading.verdicts import Grader, check, check_answers, listed, verdict
 
 MEGABYTE = 10**6
 
@@ -55,6 +55,25 @@ def test_a_missing_package_is_named_with_the_way_out(monkeypatch, kind, package)
     with pytest.raises(InputError, match=rf"{package}; pip install 'logitcache\[{kind}\]'"):
         check(kind)
     check("exact")
+
+
+def test_a_grader_without_gold_answers_is_refused_and_names_the_likely_column():
+    rows = [(None, {"id": 1, "solution": "204", "level": 3}), (" ", {"solution": "3"})]
+    with pytest.raises(
+        InputError,
+        match=r"`verifier` math: no prompt of p has an `answer` .*columns: id, solution, level; give `column` answer=solution",
+    ):
+        check_answers("math", "p", rows)
+    with pytest.raises(InputError, match="columns: level; add a column `answer`, or leave out `verifier`"):
+        check_answers("exact", "p", [(None, {"level": 3})])
+    check_answers("exact", "p", [*rows, ("5", {})])
+    check_answers("gym", "p", rows)
+
+
+def test_answers_without_a_verdict_are_listed_by_reason():
+    assert listed({}) == ""
+    counts = {"timed out": 1, "without a gold answer": 1200}
+    assert listed(counts) == "no verdict: 1,200 without a gold answer, 1 timed out"
 
 
 EXACT = [
