@@ -171,7 +171,8 @@ def configure(options: TrainOptions) -> DistillConfig:
         for tracker in get_reporting_integration_callbacks(config.report_to):
             tracker()  # raises for a missing package, before anything is written
         nothing = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
-        assert not isinstance(config.lr_scheduler_kwargs, str)
+        if isinstance(config.lr_scheduler_kwargs, str):
+            raise ValueError(f"lr_scheduler_kwargs={config.lr_scheduler_kwargs}: give a JSON object")
         get_scheduler(
             config.lr_scheduler_type, nothing, 1, 2, config.lr_scheduler_kwargs
         )  # raises for missing arguments

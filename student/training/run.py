@@ -1,6 +1,7 @@
 """One training run, from its options to the finished directory."""
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,7 +12,7 @@ import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase, PrinterCallback
 
-from logitcache.errors import StudentError, TrainingError, WriteError, first_line
+from logitcache.errors import LogitcacheError, StudentError, TrainingError, WriteError, first_line
 from logitcache.runtime.console import Stop
 from logitcache.runtime.files import LOCK
 from logitcache.runtime.locks import exclusive
@@ -61,7 +62,8 @@ def _train(options: TrainOptions) -> RunRecord:
                 stack.enter_context(exclusive(options.out / LOCK, str(options.out)))
         if (before := claim(options.out, wanted)) and before.status == "finished":  # by another process, meanwhile
             return replace(before, again=True)
-        trainer = _trainer(student, config, data, eval_dataset=held_data, processing_class=tokenizer)
+        with _named_arguments(options.set):
+            trainer = _trainer(student, config, data, eval_dataset=held_data, processing_class=tokenizer)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(ShowProgress(trainer)) if main else None
         if (eval_before := before and before.eval_before) is None:
@@ -72,7 +74,8 @@ def _train(options: TrainOptions) -> RunRecord:
         stop.patient = True
         if main:
             write(options.out, run)
-        _fit(trainer)
+        with _named_arguments(options.set):
+            _fit(trainer)
         run = replace(run, spent=trainer.spent(), steps=trainer.state.global_step)
         if trainer.state.global_step < trainer.state.max_steps:
             return replace(run, status="stopped", signal=stop.signal)
@@ -93,6 +96,17 @@ def _trainer(student: Any, config: DistillConfig, data: Any, **options: Any) -> 
         return DistillTrainer(student, config, data, **options)
     except (ValueError, ImportError, RuntimeError) as e:
         raise StudentError(f"training arguments: {first_line(e)}") from e
+
+
+@contextlib.contextmanager
+def _named_arguments(given: dict[str, Any]) -> Iterator[None]:
+    """Training arguments that transformers and torch check only when they use them: an error there is a StudentError."""
+    try:
+        yield
+    except Exception as e:
+        if isinstance(e, LogitcacheError) or not given:
+            raise
+        raise StudentError(f"training fails with `set` {', '.join(given)}: {first_line(e)}") from e
 
 
 def _load(options: TrainOptions, config: DistillConfig, traces: Traces) -> tuple[Any, PreTrainedTokenizerBase]:

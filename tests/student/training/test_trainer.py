@@ -528,3 +528,18 @@ def test_a_log_goes_where_it_is_sent(options):
     opts = options(report_to=("tensorboard",), set={"max_steps": "2"})
     train(opts)
     assert len(list((opts.out / "tensorboard").glob("events.out.tfevents.*"))) > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"lr_scheduler_kwargs": "abc"}, "lr_scheduler_kwargs=abc: give a JSON object"),
+        ({"optim_args": "foo"}, "with `set` optim_args: ValueError: not enough values"),
+        ({"adam_beta1": "2"}, "with `set` adam_beta1: ValueError: Invalid beta"),
+        ({"dataloader_num_workers": "-1"}, "with `set` dataloader_num_workers: ValueError"),
+    ],
+)
+def test_a_training_argument_that_fails_only_when_used_is_one_line(options, given, message):
+    with pytest.raises(StudentError, match=message) as error:
+        train(options(max_steps=1, set=given))
+    assert "\n" not in str(error.value)
