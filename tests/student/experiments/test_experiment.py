@@ -440,8 +440,8 @@ def test_the_command_line_reads_back_every_training_option(monkeypatch):
     from logitcache.student.training import run as module
 
     settings = {
-        "view": "trsd:0.1-0.9", "sections": ("reasoning", "answer"), "where": "correct and tokens<=8", "top_k": 4, "teacher_tokenizer": "t",
-        "held_out": 0.1, "dtype": "fp32", "attention": "eager", "lora_rank": 2, "lora_alpha": 3.0,
+        "view": "trsd:0.1-0.9", "sections": ("reasoning", "answer"), "where": "correct and tokens<=8", "top_k": 4,
+        "held_out": 0.1, "teacher_tokenizer": "t", "dtype": "fp32", "attention": "eager", "lora_rank": 2, "lora_alpha": 3.0,
         "tokens_per_batch": 7, "epochs": 2.0, "max_steps": 5, "learning_rate": 1e-05, "seed": 3, "divergence": "jsd",
         "tail": "support", "beta": 0.25, "alpha": 0.5, "temperature": 2.0, "ce_weight": 0.5,
         "section_weights": {"answer": 2.0}, "gradient_checkpointing": True, "packing": False, "compile": True,
