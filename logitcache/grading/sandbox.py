@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 from logitcache.grading.confinement import environment, python
+from logitcache.runtime.text import visible
 
 _SECONDS = 3.0  # for one verdict
 _PREPARE_SECONDS = 30.0  # for what a scorer prepares
@@ -103,7 +104,7 @@ class _Process:
             case [str(given), bool(right), None] if given == ticket:
                 return right, None
             case [str(given), None, [str(reason), str(why)]] if given == ticket:
-                return False, Unscored(reason, why if why in (UNREAD, LATE) else FAILED)
+                return False, Unscored(visible(reason), why if why in (UNREAD, LATE) else FAILED)
         self.close()
         raise Unscored("the reply is not the scorer's")
 
@@ -146,8 +147,10 @@ class _Process:
         """Kills the process and what it started; returns its exit code."""
         import atexit
 
-        if self._owner == os.getpid() and self._popen.poll() is None:
+        atexit.unregister(self.end)
+        if self._owner != os.getpid():  # a fork ends nothing of its parent
+            return 0
+        if self._popen.poll() is None:
             with suppress(OSError):
                 os.killpg(self._popen.pid, signal.SIGKILL)
-        atexit.unregister(self.end)
         return self._popen.wait()
