@@ -97,7 +97,7 @@ def check_answers(name: str, source: str, prompts: Iterable[tuple[str | None, di
     there = list(columns)
     likely = [c for c in there if c.lower() in _LIKELY]
     found = f"; its other columns: {', '.join(there[:12])}" if there else ""
-    way = f"give `column` answer={likely[0]}" if likely else "add a column `answer`, or leave out `verifier`"
+    way = f"give `columns` answer={likely[0]}" if likely else "add a column `answer`, or leave out `verifier`"
     raise InputError(f"`verifier` {name}: no prompt of {source} has an `answer` to compare with{found}; {way}")
 
 

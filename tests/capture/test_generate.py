@@ -376,7 +376,7 @@ def test_true_and_one_are_two_settings(engine, prompts, tmp_path) -> None:
 
 def test_a_verifier_without_any_gold_answer_is_refused_before_the_engine_starts(engine, tmp_path) -> None:
     (tmp_path / "p.jsonl").write_text(json.dumps({"prompt": "question", "solution": "w1"}))
-    with pytest.raises(InputError, match=r"p\.jsonl has an `answer`.*solution; give `column` answer=solution"):
+    with pytest.raises(InputError, match=r"p\.jsonl has an `answer`.*solution; give `columns` answer=solution"):
         generate(options(str(tmp_path / "p.jsonl"), tmp_path / "c", verifier="exact"))
     assert not (tmp_path / "c").exists()
 

@@ -186,7 +186,7 @@ def test_each_row_is_the_engines_row_of_its_token(generated, tmp_path, captured,
 
 def test_a_verifier_without_any_gold_answer_is_refused(tmp_path) -> None:
     (tmp_path / "t.jsonl").write_text(json.dumps({"prompt": "question 1", "completion": "w1", "solution": "w1"}))
-    with pytest.raises(InputError, match=r"t\.jsonl has an `answer`.*solution; give `column` answer=solution"):
+    with pytest.raises(InputError, match=r"t\.jsonl has an `answer`.*solution; give `columns` answer=solution"):
         score(
             ScoreOptions(
                 teacher="fake", top_k=8, traces=str(tmp_path / "t.jsonl"), out=tmp_path / "c", verifier="exact"

@@ -61,7 +61,7 @@ def test_a_grader_without_gold_answers_is_refused_and_names_the_likely_column():
     rows = [(None, {"id": 1, "solution": "204", "level": 3}), (" ", {"solution": "3"})]
     with pytest.raises(
         InputError,
-        match=r"`verifier` math: no prompt of p has an `answer` .*columns: id, solution, level; give `column` answer=solution",
+        match=r"`verifier` math: no prompt of p has an `answer` .*columns: id, solution, level; give `columns` answer=solution",
     ):
         check_answers("math", "p", rows)
     with pytest.raises(InputError, match="columns: level; add a column `answer`, or leave out `verifier`"):
