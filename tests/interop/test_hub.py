@@ -174,6 +174,7 @@ def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
     report = pull("me/traces", tmp_path / "out", token=TOKEN, workers=1)
     assert report == PullReport(tmp_path / "out", hub.tree("me/traces", "main")[0], 24)
     assert contents(cache.path) == before  # the card was made for the repository alone
+    before.pop(manifest.BACKUP)  # the hub has versions instead of second copies
     assert contents(tmp_path / "out") == before | {"README.md": card(cache, "me/traces").encode()}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
 
