@@ -21,12 +21,14 @@ from logitcache.errors import (
     FormatVersionError,
     NotACacheError,
     ShardCorruptError,
+    UnreadableError,
     WriteError,
 )
 from logitcache.identity import Identity
 from logitcache.runtime.files import MAX_JSON, open_regular, publish, read_json
 
 SET_ASIDE = "set-aside"
+_NOT_DAMAGE = (UnreadableError, FormatVersionError)
 _CHECKSUM = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
 
 
@@ -52,7 +54,11 @@ def repair(cache: Path, workers: int | None = None) -> VerifyReport:
         owners = found.owners
         for name in sorted({p.shard for p in found.problems if p.damaged and p.shard != manifest.BACKUP}):
             others = {t for t, owner in owners.items() if owner != name}
-            index = None if name in found.repeats else _remade(directory, name, identity, others)
+            try:
+                index = None if name in found.repeats else _remade(directory, name, identity, others)
+            except _NOT_DAMAGE as e:  # a damaged index, and a shard of which nothing is proven
+                repairs.problems.append(Problem(name, None, str(e), damaged=False))
+                continue
             owners = {t: owner for t, owner in owners.items() if owner != name}
             # The index first: a shard without an index is ignored, even if this is interrupted.
             repairs.set_aside(directory / f"{name}.json")
@@ -62,8 +68,14 @@ def repair(cache: Path, workers: int | None = None) -> VerifyReport:
             shard.publish_index(directory, index)
             repairs.restored.append(directory / f"{name}.json")
             owners |= dict.fromkeys(index.trace_ids, name)
-        adopted = adopt(cache, identity, owners)
-        repairs.restored += [directory / f"{index.name}.json" for index in adopted]
+        for name in shard.unindexed(directory):
+            try:
+                adopted = adopt(cache, identity, owners, lambda each, name=name: each == name)
+            except _NOT_DAMAGE as e:
+                repairs.problems.append(Problem(name, None, str(e), damaged=False))
+                continue
+            repairs.restored += [directory / f"{index.name}.json" for index in adopted]
+            owners |= {t: index.name for index in adopted for t in index.trace_ids}
         unindexed = shard.unindexed(directory)
     return VerifyReport(cache, repairs.problems, repairs.moved, repairs.restored, unindexed)
 
@@ -77,6 +89,7 @@ def adopt(
         present: ids of traces that the cache has; a shard with one of them stays without an index.
         mine: which shards to take, by name.
     Returns: the new indexes.
+    Raises: UnreadableError, FormatVersionError.
     """
     directory, adopted, known = cache / shard.DIRECTORY, [], set(present)
     for name in filter(mine, shard.unindexed(directory)):
@@ -161,10 +174,10 @@ def _remade(directory: Path, name: str, identity: Identity, others: set[str]) ->
     A shard is whole if all its traces are valid, and if they match the checksum in the shard or, in a shard of older
     versions, the checksum that can still be read in its damaged index.
 
-    Raises: UnreadableError.
+    Raises: UnreadableError, FormatVersionError.
     """
     listed, provenance = _legible(directory / f"{name}.json")
-    with suppress(ShardCorruptError, FormatVersionError):
+    with suppress(ShardCorruptError):
         index, proven = shard.read_alone(directory, name, identity, provenance)
         if (proven or not listed or index.sha256 in listed) and others.isdisjoint(index.trace_ids):
             return index

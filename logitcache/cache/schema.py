@@ -10,7 +10,7 @@ import pyarrow as pa
 from logitcache.cache.validate import is_free
 from logitcache.codec import decode
 from logitcache.codec.frequency_table import FrequencyTable
-from logitcache.errors import ShardCorruptError
+from logitcache.errors import CacheError, ShardCorruptError
 from logitcache.sections import Sections
 from logitcache.trace import Trace
 
@@ -55,7 +55,12 @@ def accepts(schema: pa.Schema) -> bool:
 
 
 def to_record(trace: Trace, block: bytes) -> dict[str, Any]:
-    """Converts a trace to a record of a shard; ``block``: its encoded rows."""
+    """Converts a trace to a record of a shard; ``block``: its encoded rows.
+
+    Raises: CacheError for metadata that could not be read again.
+    """
+    if not is_free(trace.metadata, _METADATA_LEVELS):
+        raise CacheError(f"metadata of more than {_METADATA_LEVELS} levels, or with text that is not Unicode")
     bounds = trace.sections.bounds()
     optional: dict[str, Any] = {}
     if len(trace.context_spans):

@@ -119,7 +119,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """Reads what ``publish_json`` wrote.
 
     Raises: ShardCorruptError if it does not match its checksum or is not plain JSON: a key twice, a number that is not
-        finite or does not fit in 64 bits, more than ``MAX_JSON`` bytes. OSError, as ``open_regular``.
+        finite, more than ``MAX_JSON`` bytes. OSError, as ``open_regular``.
     """
     with open_regular(path) as file:
         data = file.read(MAX_JSON + 1)
@@ -134,7 +134,6 @@ def read_json(path: Path) -> dict[str, Any]:
         fields = json.loads(
             data.decode(),
             object_pairs_hook=_distinct,
-            parse_int=_integer,
             parse_float=_finite,
             parse_constant=_finite,
         )
@@ -149,12 +148,6 @@ def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(fields) < len(pairs):
         raise ValueError("a key occurs twice")
     return fields
-
-
-def _integer(text: str) -> int:
-    if len(text) > 20 or not -(2**63) <= int(text) < 2**63:
-        raise ValueError("a number does not fit in 64 bits")
-    return int(text)
 
 
 def _finite(text: str) -> float:

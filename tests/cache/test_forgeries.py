@@ -29,6 +29,7 @@ from logitcache.cache.verify import verify
 from logitcache.errors import LogitcacheError
 from logitcache.runtime.files import publish_json
 
+GOLDEN = Path(__file__).parents[1] / "golden"
 SECONDS, MEMORY = 10, 1 << 30
 UNIT = "unit-000000"
 HOSTILE = (
@@ -262,10 +263,13 @@ def read_all(home: Path, seed: int, count: int) -> None:
     print(json.dumps(results))
 
 
-def run(home: Path, seed: int, count: int) -> Counter[str]:
+def run(home: Path, seed: int, count: int, golden: str | None = None) -> Counter[str]:
     from tests import tiny
 
-    tiny.write_cache(home / "honest", tiny.traces(6, 3))
+    if golden:
+        shutil.copytree(GOLDEN / golden, home / "honest")
+    else:
+        tiny.write_cache(home / "honest", tiny.traces(6, 3))
     script = "import sys, pathlib; from tests.cache.test_forgeries import read_all\n"
     script += "read_all(pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))"
     words = [sys.executable, "-c", script, home, str(seed), str(count)]
@@ -282,8 +286,11 @@ def test_some_forged_caches_are_refused_or_read_alike(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", range(4))
-def test_forged_caches_are_refused_or_read_alike(tmp_path: Path, part: int) -> None:
-    found = run(tmp_path, 1000 + 1300 * part, 1300)
+@pytest.mark.parametrize(
+    ("part", "golden"), [(0, None), (1, None), (2, None), (3, None), (4, "cache-1-exact"), (5, "cache-1-rounded")]
+)
+def test_forged_caches_are_refused_or_read_alike(tmp_path: Path, part: int, golden: str | None) -> None:
+    """The golden caches have pinned ids, rows of different lengths, and exact values or a frequency table."""
+    found = run(tmp_path, 1000 + 1300 * part, 1300, golden)
     print(dict(found))
     assert found.total() == 1300

@@ -11,7 +11,7 @@ from logitcache.cache import manifest, shard, verify
 from logitcache.cache.reader import Cache
 from logitcache.cache.repair import repair
 from logitcache.capture.generate import GenerateOptions, generate
-from logitcache.errors import LogitcacheError, NotACacheError, ShardCorruptError, UnreadableError
+from logitcache.errors import FormatVersionError, LogitcacheError, NotACacheError, ShardCorruptError, UnreadableError
 from logitcache.runtime import files
 from logitcache.runtime.files import publish_json, read_json
 from tests import fake_engine
@@ -121,6 +121,32 @@ def test_what_cannot_be_read_stays(path, monkeypatch, number) -> None:
     assert (report.moved, contents(path)) == ([], before)
     with pytest.raises(UnreadableError):
         Cache.open(path)[3]
+
+
+@pytest.mark.parametrize("index", ["damaged", "missing"])
+@pytest.mark.parametrize("newer", [False, True])
+def test_a_shard_of_which_nothing_is_proven_stays(path, options, monkeypatch, index, newer) -> None:
+    def refused(directory, name, *more, real=shard.read_alone):
+        if name == "unit-000001":
+            kind = FormatVersionError if newer else UnreadableError
+            raise kind("it needs an upgrade" if newer else "could not be read")
+        return real(directory, name, *more)
+
+    for number in (1, 2):
+        unit(path, number, ".json").write_bytes(b"{}") if index == "damaged" else unit(path, number, ".json").unlink()
+    monkeypatch.setattr(shard, "read_alone", refused)
+    before, there = contents(path), sorted((path / shard.DIRECTORY).iterdir())
+    report = repair(path, 1)
+    assert report.restored == [unit(path, 2, ".json")], "the others are repaired"
+    assert [str(p) for p in report.problems if not p.damaged] == [
+        f"unit-000001: {'it needs an upgrade' if newer else 'could not be read'}"
+    ]
+    assert set(there) <= set((path / shard.DIRECTORY).iterdir())
+    assert all(data in contents(path) for data in before)
+    if index == "missing":
+        with pytest.raises(FormatVersionError if newer else UnreadableError):
+            generate(options)  # which would use the number of the shard again
+        assert all(data in contents(path) for data in before)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "shards/unit-000001.json", "shards/unit-000001.arrow"])

@@ -7,11 +7,12 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from logitcache.cache import schema
 from logitcache.cache.reader import Cache
 from logitcache.cache.schema import SCHEMA
 from logitcache.cache.verify import verify
 from logitcache.cache.writer import new_cache
-from logitcache.errors import InputError
+from logitcache.errors import CacheError, InputError, ShardCorruptError
 from logitcache.interop.parquet import export_parquet
 from logitcache.transform.merge import merge
 from logitcache.transform.slice import slice_cache
@@ -83,3 +84,23 @@ def test_all_files_of_an_export_have_the_same_columns(made, tmp_path) -> None:
     assert tables[0].schema.equals(tables[1].schema)
     joined = pa.concat_tables(tables)
     assert joined.column("context_spans").to_pylist() == [None, [{"start": 10, "end": 12}, {"start": 13, "end": 15}]]
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["[1]", "1", '"x"', "{", '{"a": ' * 5000, '{"a": ' * 100 + "1" + "}" * 100, '{"a": "\\ud800"}', '{"\\udfff": 1}'],
+)
+def test_metadata_that_is_no_plain_object_is_refused(text) -> None:
+    with pytest.raises(ShardCorruptError, match="column metadata: not a JSON object"):
+        schema.metadata_of(text)
+
+
+def test_metadata_that_could_not_be_read_again_is_not_written() -> None:
+    deep: dict = {}
+    for _ in range(70):
+        deep = {"a": deep}
+    for metadata in (deep, {"a": "\ud800"}):
+        with pytest.raises(CacheError, match="metadata of more than 64 levels, or with text that is not Unicode"):
+            schema.to_record(replace(tiny.traces(1, 1)[0], metadata=metadata), b"")
+    large = {"a": 10**30, "b": [1, {"c": None}]}
+    assert schema.metadata_of(schema.to_record(replace(tiny.traces(1, 1)[0], metadata=large), b"")["metadata"]) == large

@@ -52,6 +52,43 @@ def test_every_changed_byte_of_a_json_file_is_found(tmp_path: Path) -> None:
         read_json(path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        '"a": 1,\n "a": 2',
+        '"a": {"b": 1, "b": 2}',
+        '"a": NaN',
+        '"a": -Infinity',
+        '"a": 1e999',
+        '"a": ' + "[" * 100_000,
+        '"a": ' + "[" * 100_000 + "]" * 100_000,
+        '"a": ' + "9" * 5000,
+        '"a": "\xff"',
+        '"a": 1\x00',
+        '"check": 1',
+        "",
+        "[",
+    ],
+)
+def test_json_that_readers_disagree_on_is_refused_whatever_its_checksum(tmp_path: Path, line: str) -> None:
+    path, body = tmp_path / "m.json", b"{\n " + line.encode("latin-1") + b",\n"
+    check = hashlib.sha256(body).hexdigest()
+    path.write_bytes(body + f' "check": "{check}"\n}}\n'.encode())
+    with pytest.raises(ShardCorruptError, match=r"m\.json: is not plain JSON"):
+        read_json(path)
+
+
+def test_json_without_end_is_not_read(tmp_path: Path, monkeypatch) -> None:
+    with (tmp_path / "m.json").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ShardCorruptError, match=r"m\.json: more than 16,777,216 bytes"):
+        read_json(tmp_path / "m.json")
+    monkeypatch.setattr("logitcache.runtime.files.MAX_JSON", 100)
+    with pytest.raises(WriteError, match=r"bytes, at most 100; make smaller units with `unit_size`"):
+        publish_json(tmp_path / "n.json", {"a": "x" * 100})
+    assert not (tmp_path / "n.json").exists()
+
+
 def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
     lock = tmp_path / ".lock"
     script = (
