@@ -15,7 +15,7 @@ import logitcache
 from logitcache.cache import manifest, shard
 from logitcache.cache.shard import ShardIndex
 from logitcache.cache.validate import FREE, reading
-from logitcache.cache.verify import Problem, VerifyReport, examine
+from logitcache.cache.verify import Problem, VerifyReport, examine, problem_of
 from logitcache.cache.workers import Worker
 from logitcache.errors import (
     FormatVersionError,
@@ -25,7 +25,8 @@ from logitcache.errors import (
     WriteError,
 )
 from logitcache.identity import Identity
-from logitcache.runtime.files import MAX_JSON, open_regular, publish, read_json
+from logitcache.runtime.files import MAX_JSON, publish, read_json
+from logitcache.runtime.regular_files import open_regular
 
 SET_ASIDE = "set-aside"
 _NOT_DAMAGE = (UnreadableError, FormatVersionError)
@@ -57,7 +58,7 @@ def repair(cache: Path, workers: int | None = None) -> VerifyReport:
             try:
                 index = None if name in found.repeats else _remade(directory, name, identity, others)
             except _NOT_DAMAGE as e:  # a damaged index, and a shard of which nothing is proven
-                repairs.problems.append(Problem(name, None, str(e), damaged=False))
+                repairs.problems.append(problem_of(name, None, e))
                 continue
             owners = {t: owner for t, owner in owners.items() if owner != name}
             # The index first: a shard without an index is ignored, even if this is interrupted.
@@ -70,19 +71,18 @@ def repair(cache: Path, workers: int | None = None) -> VerifyReport:
             owners |= dict.fromkeys(index.trace_ids, name)
         for name in shard.unindexed(directory):
             try:
-                adopted = adopt(cache, identity, owners, lambda each, name=name: each == name)
+                index = _adopt(directory, name, identity, set(owners))
             except _NOT_DAMAGE as e:
-                repairs.problems.append(Problem(name, None, str(e), damaged=False))
+                repairs.problems.append(problem_of(name, None, e))
                 continue
-            repairs.restored += [directory / f"{index.name}.json" for index in adopted]
-            owners |= {t: index.name for index in adopted for t in index.trace_ids}
+            if index is not None:
+                repairs.restored.append(directory / f"{name}.json")
+                owners |= dict.fromkeys(index.trace_ids, name)
         unindexed = shard.unindexed(directory)
     return VerifyReport(cache, repairs.problems, repairs.moved, repairs.restored, unindexed)
 
 
-def adopt(
-    cache: Path, identity: Identity, present: Iterable[str], mine: Callable[[str], bool] = lambda _: True
-) -> list[ShardIndex]:
+def adopt(cache: Path, identity: Identity, present: Iterable[str], mine: Callable[[str], bool]) -> list[ShardIndex]:
     """Makes the missing indexes of whole shards, which a kill or a full disk between shard and index left.
 
     Args:
@@ -93,11 +93,17 @@ def adopt(
     """
     directory, adopted, known = cache / shard.DIRECTORY, [], set(present)
     for name in filter(mine, shard.unindexed(directory)):
-        if (index := _remade(directory, name, identity, known)) is not None:
-            shard.publish_index(directory, index)
+        if (index := _adopt(directory, name, identity, known)) is not None:
             adopted.append(index)
             known.update(index.trace_ids)
     return adopted
+
+
+def _adopt(directory: Path, name: str, identity: Identity, others: set[str]) -> ShardIndex | None:
+    """Makes and publishes the index of a shard as ``_remade`` does."""
+    if (index := _remade(directory, name, identity, others)) is not None:
+        shard.publish_index(directory, index)
+    return index
 
 
 class _Repairs:

@@ -27,7 +27,8 @@ from logitcache.errors import (
     first_line,
 )
 from logitcache.identity import Identity
-from logitcache.runtime.files import open_regular, publish, publish_json, read_json
+from logitcache.runtime.files import publish, publish_json, read_json
+from logitcache.runtime.regular_files import open_regular
 from logitcache.sections import SPANS, Sections
 from logitcache.trace import Trace
 
@@ -353,11 +354,10 @@ def _map(path: Path, way_out: str) -> pa.Buffer:
 def _open(path: Path, data: pa.Buffer, identity: Identity, valid: bytearray | None) -> Shard:
     """Raises: ShardCorruptError, without the path."""
     try:
-        batch, message = arrow_file.read(data, validated=valid is not None)
-        text = (batch.schema.metadata or {}).get(TABLE_KEY)
-        table = FrequencyTable.from_bytes(base64.b64decode(text, validate=True)) if text else None
-    except MemoryError as e:
-        raise UnreadableError(f"{path}: could not be read (not enough memory); free some and run again") from e
+        with reading(path):
+            batch, message = arrow_file.read(data, validated=valid is not None)
+            text = (batch.schema.metadata or {}).get(TABLE_KEY)
+            table = FrequencyTable.from_bytes(base64.b64decode(text, validate=True)) if text else None
     except ValueError as e:
         raise ShardCorruptError(f"its frequency table is not base64 ({e})") from e
     if table is not None and len(table.class_V) != identity.vocab_size:

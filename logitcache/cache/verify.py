@@ -120,7 +120,7 @@ def _backup_problems(cache: Path, identity: Identity) -> list[Problem]:
     except FileNotFoundError:
         return []
     except CacheError as e:
-        return [_problem(manifest.BACKUP, None, e)]
+        return [problem_of(manifest.BACKUP, None, e)]
     return [] if found == identity else [Problem(manifest.BACKUP, None, f"differs from {manifest.FILE_NAME}")]
 
 
@@ -132,7 +132,7 @@ def _verify_shard(path: Path, identity: Identity) -> tuple[list[Problem], list[s
         trace_ids = opened.batch.column("trace_id").to_pylist()
         faults = [*checks.index_faults(index, opened.batch), *shard.checksum_faults(opened)]
     except Exception as e:
-        return [_problem(path.stem, None, e)], []
+        return [problem_of(path.stem, None, e)], []
     problems = [Problem(path.stem, None, fault) for fault in faults]
     found, tails = _verify_traces(path.stem, opened, trace_ids)
     if not found:
@@ -150,11 +150,12 @@ def _verify_traces(name: str, opened: Shard, trace_ids: Sequence[str]) -> tuple[
             problems += [Problem(name, trace_id, fault) for fault in checks.trace_faults(trace, opened.identity)]
             tails += shard.tail_mass(trace)
         except Exception as e:  # whatever it is, it is the trace's
-            problems.append(_problem(name, trace_id, e))
+            problems.append(problem_of(name, trace_id, e))
     return problems, tails
 
 
-def _problem(name: str, trace_id: str | None, error: Exception) -> Problem:
+def problem_of(name: str, trace_id: str | None, error: Exception) -> Problem:
+    """The problem that an error shows; what the system or a newer version keeps from being read is no proof of damage."""
     proven = not isinstance(error, FormatVersionError | UnreadableError | MemoryError | OSError)
     return Problem(name, trace_id, str(error) if isinstance(error, LogitcacheError) else first_line(error), proven)
 

@@ -13,7 +13,8 @@ from logitcache.cache import manifest, shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace, ShardIndex
 from logitcache.identity import Identity
-from logitcache.runtime.files import atomic_directory, open_regular, publish
+from logitcache.runtime.files import atomic_directory, publish
+from logitcache.runtime.regular_files import open_regular
 from logitcache.trace import Trace
 
 

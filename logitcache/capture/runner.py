@@ -40,9 +40,8 @@ def fill(task: Task, identity: Identity) -> Summary:
     out, worker = task.options.out, task.options.place
     manifest.match(out, identity)
     _refuse_unanswerable(task, identity)
-    with worker.alone(out), claim(out, worker, identity):
+    with worker.alone(out), claim(out, worker, identity) as found:
         summary, missing = Summary(), {}  # ids only, since a source may be larger than memory
-        found = manifest.match(out, identity)
         shards = _existing(out, found, worker, summary) if found else []
         present, skipped = {t for s in shards for t in s.trace_ids}, _skipped_before(out)
         for request in task.requests(identity):

@@ -133,7 +133,7 @@ def score(options: ScoreOptions) -> Summary:
     # The identity's sampling is empty: nothing was sampled from this teacher.
     if cache is None:
         end = _end(options, facts)
-        identity = identify(options, replace(facts, eos_ids=facts.eos_ids | {*end[-1:]}), {}, (_words(facts, end),))
+        identity = identify(options, _ending(facts, end), {}, (_words(facts, end),))
         texts = _Texts(options, facts, end, identity.markers.pair)
         if options.verifier:
             asked = (request.content.prompt for request in texts.requests(identity))
@@ -160,6 +160,11 @@ def _end(options: ScoreOptions, facts: ModelFacts) -> list[int]:
     return turn_end(facts, options.template_args) if options.eos == "auto" else given_end(facts, options.eos)
 
 
+def _ending(facts: ModelFacts, end: list[int]) -> ModelFacts:
+    """The facts with the end of the texts among the ends of sequence."""
+    return replace(facts, eos_ids=facts.eos_ids | {*end[-1:]})
+
+
 def _words(facts: ModelFacts, end: list[int]) -> str:
     """The entry of the identity's ``derived``."""
     if not end:
@@ -182,8 +187,7 @@ class _Texts:
 
     def __init__(self, options: ScoreOptions, facts: ModelFacts, end: list[int], markers: list[str] | None) -> None:
         self.options, self.facts, self.end, self.markers = options, facts, end, markers
-        # Facts whose end of sequence is that of the texts.
-        self.ends = replace(facts, eos_ids=facts.eos_ids | {*end[-1:]})
+        self.ends = _ending(facts, end)
         self.counts = SourceCounts()  # of the whole source, once it was read
 
     def requests(self, identity: Identity) -> Iterator[Request]:

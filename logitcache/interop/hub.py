@@ -28,8 +28,9 @@ from logitcache.errors import (
     first_line,
 )
 from logitcache.identity import first_difference
-from logitcache.runtime.files import atomic_directory, is_occupied, open_regular
+from logitcache.runtime.files import atomic_directory, is_occupied
 from logitcache.runtime.options import Option
+from logitcache.runtime.regular_files import open_regular
 from logitcache.runtime.secrets import without_secrets
 from logitcache.runtime.text import code_span, markdown, markdown_table, visible
 

@@ -21,19 +21,6 @@ from logitcache.errors import NotACacheError, ShardCorruptError, WriteError
 from logitcache.runtime.locks import exclusive, is_lock
 from logitcache.runtime.regular_files import is_regular, open_regular
 
-__all__ = [
-    "LOCK",
-    "LOGS",
-    "MAX_JSON",
-    "atomic_directory",
-    "is_leftover",
-    "is_occupied",
-    "open_regular",
-    "part_of",
-    "publish",
-]
-__all__ += ["publish_json", "read_json", "remove_parts", "sync_directory"]
-
 LOCK, LOGS = ".lock", "logs"  # in every directory that a command writes
 PART = ".logitcache-part"
 MARK = "made-by-logitcache"

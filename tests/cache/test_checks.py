@@ -12,13 +12,14 @@ from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
 from logitcache.errors import LogitcacheError
 from logitcache.interop.parquet import export_parquet
-from logitcache.runtime.files import publish, publish_json, read_json
+from logitcache.runtime.files import publish_json, read_json
 from logitcache.sparse_rows import SparseRows
 from logitcache.student.data.dataset import TraceDataset
 from logitcache.transform.merge import merge
 from logitcache.transform.slice import slice_cache
 from logitcache.transform.split import split
 from tests import tiny
+from tests.cache.forging import publish_forged
 
 
 @pytest.fixture
@@ -103,17 +104,9 @@ def test_an_index_that_lies_is_refused(path, tmp_path, field) -> None:
 
 @pytest.mark.parametrize("compression", ["lz4", "zstd"])
 def test_compressed_bodies_are_refused_before_they_are_read(path, compression) -> None:
-    batch, place = Cache.open(path).shard(0).batch, path / "shards" / "unit-000000.arrow"
+    batch = Cache.open(path).shard(0).batch
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema, options=pa.ipc.IpcWriteOptions(compression=compression)) as writer:
         writer.write_batch(batch)
-    data = sink.getvalue().to_pybytes()
-    index = read_json(place.with_suffix(".json")) | {
-        "bytes": len(data),
-        "sha256": shard.hashlib.sha256(data).hexdigest(),
-    }
-    for each in (place, place.with_suffix(".json")):
-        each.unlink()
-    publish(place, data)
-    publish_json(place.with_suffix(".json"), index)
+    publish_forged(path, "unit-000000", sink.getvalue().to_pybytes())
     assert "compressed" in str(verify(path, 1)[0])

@@ -5,7 +5,6 @@ A child process with limits on memory and time reads each of them. It must end w
 """
 
 import functools
-import hashlib
 import io
 import json
 import random
@@ -28,6 +27,7 @@ from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
 from logitcache.errors import LogitcacheError
 from logitcache.runtime.files import publish_json
+from tests.cache.forging import publish_forged
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SECONDS, MEMORY = 10, 1 << 30
@@ -90,19 +90,6 @@ def forge_json(path: Path, rng: random.Random) -> None:
         path.write_bytes(json.dumps(found).encode())
 
 
-def with_index(cache: Path, data: bytes) -> None:
-    """Publishes the bytes of a shard with an index that fits their size and checksum."""
-    path = cache / shard.DIRECTORY / f"{UNIT}.json"
-    found = json.loads(path.read_bytes())
-    del found["check"]
-    found |= {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    path.unlink()
-    publish_json(path, found)
-    arrow = path.with_suffix(".arrow")
-    arrow.unlink()
-    arrow.write_bytes(data)
-
-
 def batch_of(cache: Path) -> pa.RecordBatch:
     with pa.memory_map(str(cache / shard.DIRECTORY / f"{UNIT}.arrow")) as source:
         return pa.ipc.open_file(source).get_batch(0)
@@ -144,7 +131,7 @@ def forge_cells(cache: Path, rng: random.Random) -> None:
         table = pa.Table.from_pylist(records, schema=batch.schema.with_metadata(None)).combine_chunks()
     except (pa.ArrowException, OverflowError, TypeError, UnicodeEncodeError, ValueError):
         return forge_cells(cache, rng)
-    with_index(cache, bytes(shard.to_bytes(table.to_batches()[0], batch.schema.metadata or {})))
+    publish_forged(cache, UNIT, bytes(shard.to_bytes(table.to_batches()[0], batch.schema.metadata or {})))
     return None
 
 
@@ -182,7 +169,7 @@ def forge_schema(cache: Path, rng: random.Random) -> None:
         data = rng.choice(forgeries)()
     except (pa.ArrowException, TypeError, ValueError, KeyError):
         return forge_schema(cache, rng)
-    with_index(cache, data)
+    publish_forged(cache, UNIT, data)
     return None
 
 
@@ -200,7 +187,7 @@ def forge_bytes(cache: Path, rng: random.Random) -> None:
             data[at : at + 4] = rng.choice((0, 1, 2**31 - 1, 2**32 - 1, 2**31)).to_bytes(4, "little")
         else:
             data[at : at + 8] = rng.choice((2**62, 2**63 - 1, 2**40)).to_bytes(8, "little")
-    with_index(cache, bytes(data) if rng.random() < 0.9 else bytes(data[: rng.randrange(len(data))]))
+    publish_forged(cache, UNIT, bytes(data) if rng.random() < 0.9 else bytes(data[: rng.randrange(len(data))]))
 
 
 def forge_index(cache: Path, rng: random.Random) -> None:

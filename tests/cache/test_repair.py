@@ -10,25 +10,10 @@ import pytest
 from logitcache.cache import manifest, shard, verify
 from logitcache.cache.reader import Cache
 from logitcache.cache.repair import repair
-from logitcache.capture.generate import GenerateOptions, generate
+from logitcache.capture.generate import generate
 from logitcache.errors import FormatVersionError, LogitcacheError, NotACacheError, ShardCorruptError, UnreadableError
-from logitcache.runtime import files
+from logitcache.runtime import regular_files
 from logitcache.runtime.files import publish_json, read_json
-from tests import fake_engine
-
-
-@pytest.fixture
-def options(tmp_path, monkeypatch) -> GenerateOptions:
-    fake_engine.install(monkeypatch)
-    (tmp_path / "p.jsonl").write_text("\n".join(f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(9)))
-    return GenerateOptions(prompts=str(tmp_path / "p.jsonl"), out=tmp_path / "c", teacher="fake", top_k=8, unit_size=3)
-
-
-@pytest.fixture
-def path(options) -> Path:
-    """A cache of 9 traces in 3 shards."""
-    generate(options)
-    return options.out
 
 
 def unit(path: Path, number: int, suffix: str = ".arrow") -> Path:
@@ -108,7 +93,7 @@ def test_a_shard_of_a_newer_version_stays(path) -> None:
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.EMFILE, errno.ENFILE, errno.ENOMEM])
 def test_what_cannot_be_read_stays(path, monkeypatch, number) -> None:
-    def failing(place: Path, real=files.open_regular):
+    def failing(place: Path, real=regular_files.open_regular):
         if place.name == "unit-000001.arrow":
             raise OSError(number, os.strerror(number), str(place))
         return real(place)

@@ -1,4 +1,3 @@
-import hashlib
 import io
 import random
 import re
@@ -13,26 +12,11 @@ from logitcache.cache import schema, shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.repair import repair
 from logitcache.cache.verify import verify
-from logitcache.capture.generate import GenerateOptions, generate
+from logitcache.capture.generate import generate
 from logitcache.codec import encode
 from logitcache.errors import CacheError, NotACacheError
-from logitcache.runtime.files import publish, publish_json
 from logitcache.sparse_rows import SparseRows
-from tests import fake_engine
-
-
-@pytest.fixture
-def options(tmp_path, monkeypatch) -> GenerateOptions:
-    fake_engine.install(monkeypatch)
-    (tmp_path / "p.jsonl").write_text("\n".join(f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(9)))
-    return GenerateOptions(prompts=str(tmp_path / "p.jsonl"), out=tmp_path / "c", teacher="fake", top_k=8, unit_size=3)
-
-
-@pytest.fixture
-def path(options) -> Path:
-    """A cache of 9 traces in 3 shards."""
-    generate(options)
-    return options.out
+from tests.cache.forging import publish_forged
 
 
 def rewrite(path: Path, number: int, change) -> None:
@@ -43,10 +27,7 @@ def rewrite(path: Path, number: int, change) -> None:
     buffer = io.BytesIO()
     with pa.ipc.new_file(buffer, schema.SCHEMA) as writer:
         writer.write_table(pa.Table.from_pylist(records, schema=schema.SCHEMA))
-    data = buffer.getvalue()
-    publish(path / "shards" / f"{index.name}.arrow", data)
-    fields = index.to_json() | {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    publish_json(path / "shards" / f"{index.name}.json", {"format": 1} | fields)
+    publish_forged(path, index.name, buffer.getvalue())
 
 
 def moved_ids(trace) -> bytes:

@@ -14,8 +14,9 @@ import pytest
 from logitcache.accuracy import budgets
 from logitcache.cache import manifest
 from logitcache.errors import CacheBusyError, NotACacheError, ShardCorruptError, WriteError
-from logitcache.runtime.files import atomic_directory, is_leftover, open_regular, publish, publish_json, read_json
+from logitcache.runtime.files import atomic_directory, is_leftover, publish, publish_json, read_json
 from logitcache.runtime.locks import exclusive, holder
+from logitcache.runtime.regular_files import open_regular
 from logitcache.student.training import run_settings
 from logitcache.student.training.checkpoints import RUN_FILE
 from logitcache.student.training.run_record import RunRecord
