@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = [
     {"errors"},
     {"runtime", "sections", "prompts", "sparse_rows", "grading", "kernels"},
-    {"codec", "trace", "identity"},
+    {"codec", "trace", "identity", "storage"},
     {"cache", "inference"},
     {"capture", "accuracy", "transform", "interop"},
     {"student.data"},

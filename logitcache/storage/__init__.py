@@ -1,0 +1,1 @@
+"""Where caches are: directories, and object stores behind a URL."""
