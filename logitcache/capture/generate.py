@@ -16,7 +16,7 @@ from logitcache.inference import model
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, Sampling
 from logitcache.inference.rendering import remarks, render
-from logitcache.prompts import Prompt
+from logitcache.prompts import Prompt, SourceCounts
 from logitcache.runtime.options import at_least
 from logitcache.trace import Trace
 
@@ -43,9 +43,7 @@ def generate(options: GenerateOptions) -> Summary:
         verdicts.check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in source))
     facts = model.inspect_model(options.spec)
     drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
-    summary = fill(_Answers(options, facts, drawn), identify(options, facts, _recorded(options)))
-    summary.source = source.counts
-    return summary
+    return fill(_Answers(options, facts, drawn, source.counts), identify(options, facts, _recorded(options)))
 
 
 def _recorded(options: GenerateOptions) -> dict[str, Any]:
@@ -64,8 +62,10 @@ class _Answers:
 
     scored = False
 
-    def __init__(self, options: GenerateOptions, facts: ModelFacts, prompts: list[Prompt]) -> None:
-        self.options, self.facts, self.prompts = options, facts, prompts
+    def __init__(
+        self, options: GenerateOptions, facts: ModelFacts, prompts: list[Prompt], counts: SourceCounts
+    ) -> None:
+        self.options, self.facts, self.prompts, self.counts = options, facts, prompts, counts
         self._rendered: tuple[Prompt, Tokens] | None = None
 
     @property

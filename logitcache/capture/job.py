@@ -14,7 +14,7 @@ from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
 from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Sampling
-from logitcache.prompts import Columns
+from logitcache.prompts import Columns, SourceCounts
 from logitcache.runtime.options import Option, at_least, values_of
 from logitcache.runtime.secrets import without_secrets
 from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
@@ -56,10 +56,13 @@ class CaptureOptions(ModelOptions):
     exact: Annotated[bool, Option("Store log-probabilities bit for bit, in about 12% more bytes.", ROWS)] = False
     reasoning_markers: ReasoningMarkers = None
     answer_regex: AnswerRegex = None
-    unit_size: Annotated[int, Option("Traces per shard. A kill loses the traces of unfinished shards.", SHARDS)] = 64
+    unit_size: Annotated[
+        int, Option("Traces per shard at most. A kill loses the finished traces of the shard that is open.", SHARDS)
+    ] = 64
+    unit_bytes: Annotated[int, Option("A shard of so many bytes takes no more traces.", SHARDS)] = 16_000_000
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "min_k", "unit_size", "limit"):
+        for name in ("top_k", "min_k", "unit_size", "unit_bytes", "limit"):
             at_least(name, getattr(self, name), 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"`top_p` {self.top_p}: must lie in (0, 1]; it is the share of its mass that a row keeps")
@@ -182,6 +185,11 @@ class Task(Protocol):
     @property
     def scored(self) -> bool:
         """Whether existing text is scored. Otherwise the teacher writes completions."""
+        ...
+
+    @property
+    def counts(self) -> SourceCounts:
+        """What was read of the source, once `requests` has yielded all."""
         ...
 
     def requests(self, identity: Identity) -> Iterable[Request]:

@@ -138,9 +138,7 @@ def score(options: ScoreOptions) -> Summary:
         if options.verifier:
             asked = (request.content.prompt for request in texts.requests(identity))
             check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in asked))
-        summary = fill(texts, identity)
-        summary.source = texts.counts
-        return summary
+        return fill(texts, identity)
     if options.verifier:
         check_answers(options.verifier, options.source, ((a, {}) for a in cache.column("answer").to_pylist()))
     words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
@@ -271,7 +269,7 @@ class _Traces:
     scored, sampling = True, Sampling()
 
     def __init__(self, options: ScoreOptions, facts: ModelFacts, cache: Cache) -> None:
-        self.options, self.facts, self.cache = options, facts, cache
+        self.options, self.facts, self.cache, self.counts = options, facts, cache, SourceCounts()
         self.crop = options.crop or Crop()
         if options.out.resolve() == cache.path.resolve():
             raise InputError(f"`out` {options.out} is the cache to score; give a new directory")

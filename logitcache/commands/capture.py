@@ -53,6 +53,6 @@ def score(options: ScoreOptions) -> int:
 
 
 def _finished(summary: Summary, out: Path) -> int:
-    """Prints the summary. Returns: the exit code, which is 1 if traces failed, or that of the signal that stopped the call."""
+    """Prints the summary. Returns: the exit code, which is 1 if traces were lost, or that of the signal that stopped the call."""
     show(describe_summary, summary, out)
-    return signal_code(summary.stopped) or int(bool(summary.failed))
+    return signal_code(summary.stopped) or int(bool(summary.failed or summary.deadly))
