@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcache import prompts
-from logitcache.capture.job import Context, JobOptions, PromptOptions, Request, Tokens, identify
-from logitcache.capture.runner import fill
+from logitcache.capture.job import Context, JobOptions, PromptOptions, Request, Task, Tokens, identify
+from logitcache.capture.runner import run
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import trace_of
 from logitcache.grading import verdicts
@@ -31,6 +31,17 @@ class GenerateOptions(PromptOptions, JobOptions):
         super().__post_init__()
         at_least("draw", self.draw, 1)
 
+    def task(self, *, reading: bool = True) -> tuple[Task, Identity]:
+        source = prompts.load(self.prompts, self.limit, self.columns) if reading else None
+        if source and self.verifier:
+            verdicts.check_answers(self.verifier, self.source, ((p.answer, p.metadata) for p in source))
+        facts = model.inspect_model(self.spec)
+        identity = identify(self, facts, _recorded(self))
+        if source is None:
+            return _Answers(self, facts, [], SourceCounts()), identity
+        drawn = source.prompts if self.draw is None else sorted(source.prompts, key=_lot)[: self.draw]
+        return _Answers(self, facts, drawn, source.counts), identity
+
 
 def generate(options: GenerateOptions) -> Summary:
     """Generates the missing traces of the cache ``options.out``, which has one trace per prompt and sample.
@@ -38,12 +49,7 @@ def generate(options: GenerateOptions) -> Summary:
     Raises: InputError and CacheError before anything is written; EngineError and WriteError, after which the same call
         resumes.
     """
-    source = prompts.load(options.prompts, options.limit, options.columns)
-    if options.verifier:
-        verdicts.check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in source))
-    facts = model.inspect_model(options.spec)
-    drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
-    return fill(_Answers(options, facts, drawn, source.counts), identify(options, facts, _recorded(options)))
+    return run(options)
 
 
 def _recorded(options: GenerateOptions) -> dict[str, Any]:

@@ -162,6 +162,13 @@ class Ledger:
         """From now on no request is handed out; engines publish what they have finished and end."""
         self._stopping = True
 
+    def finish(self, seconds: float, load_seconds: float, stopped: str | None, engines: int, deaths: int) -> Summary:
+        """The summary, once the engines have ended."""
+        summary = self.summary
+        summary.seconds, summary.load_seconds, summary.stopped = seconds, load_seconds, stopped
+        summary.engines, summary.deaths = engines, deaths
+        return summary
+
     def status(self) -> Status:
         held = [len(mine) for mine in self._held.values()]
         waiting = self._unread + len(self._returned) + len(self._suspects)

@@ -7,7 +7,7 @@ from typing import Any
 from logitcache.cache.place import Existing, Place, place_of
 from logitcache.cache.workers import Worker
 from logitcache.capture.filling import Filling
-from logitcache.capture.job import Task
+from logitcache.capture.job import JobOptions, Task
 from logitcache.capture.ledger import Ledger
 from logitcache.capture.summary import Summary
 from logitcache.errors import InputError
@@ -16,6 +16,18 @@ from logitcache.runtime.files import publish_json
 from logitcache.runtime.secrets import hide, without_secrets
 
 _ONLY = 0  # the number of the engine where there is one
+
+
+def run(options: JobOptions) -> Summary:
+    """Makes the missing traces of the cache ``options.out``, on a cluster if one is given.
+
+    Raises: as `fill`.
+    """
+    if options.ray is None:
+        return fill(*options.task())
+    from logitcache.capture import cluster  # which imports this module
+
+    return cluster.fill(options)
 
 
 def fill(task: Task, identity: Identity) -> Summary:
@@ -51,8 +63,7 @@ def _run_one(task: Task, identity: Identity, place: Place, ledger: Ledger, first
     try:
         filling.run(missing)
     finally:
-        summary.seconds, summary.load_seconds = session.seconds, session.load_seconds
-        summary.stopped = session.stopped
+        ledger.finish(session.seconds, session.load_seconds, session.stopped, 1, 0)
         if session.log.exists():  # the engine began to load
             keep(place, summary, session.log)
 
@@ -61,7 +72,7 @@ def keep(place: Place, summary: Summary, log: Path) -> None:
     """Keeps a log with the cache, and what the call did beside it."""
     record = log.with_suffix(".json")
     publish_json(record, without_secrets(summary.to_json()))
-    for path in (log, record):
+    for path in filter(Path.exists, (log, record)):
         place.keep(path)
 
 

@@ -1,7 +1,6 @@
 """Text of `generate`, `score` and `plan`."""
 
 import shlex
-from pathlib import Path
 
 from logitcache.capture.plan import Estimate, JobEstimate
 from logitcache.capture.summary import SectionCounts, Summary
@@ -10,7 +9,7 @@ from logitcache.grading.verdicts import listed
 from logitcache.runtime.units import BYTES, COUNTS, HOURS, Units, in_bytes, in_units
 
 
-def describe_summary(summary: Summary, out: Path) -> str:
+def describe_summary(summary: Summary, out: object) -> str:
     """The closing lines of `generate` and `score`."""
     lines = describe_source(summary.source)
     if summary.completed:

@@ -79,9 +79,7 @@ class Session:
         greeting: str,
         rows: Rows | None = None,
     ) -> None:
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        unique = f"{secrets.token_hex(3)}-{os.getpid()}"  # several machines may write to one directory
-        self.log = out / LOGS / f"{name}-{stamp}-{unique}.log"
+        self.log = log_in(out, name)
         self._spec, self._sampling, self._rows = spec, sampling, rows
         self._seed, self._kept, self._greeting = engine_seed(sampling.seed, first), kept, greeting
         self._stack, self._stop = ExitStack(), Stop()
@@ -214,6 +212,12 @@ class Session:
         return EngineError(
             f"{what}; {self._kept} is safe: fix the cause, then run the same command to resume ({self.log})"
         )
+
+
+def log_in(out: Path, name: str) -> Path:
+    """A new name for a log of the command ``name`` in the directory ``out``, to which several machines may write."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return out / LOGS / f"{name}-{stamp}-{secrets.token_hex(3)}-{os.getpid()}.log"
 
 
 def engine_seed(seed: int, first: str) -> int:
