@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.cache import manifest, schema, shard
+from logitcache.cache.indexes import read_indexes
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.options import CachePath
 from logitcache.cache.shard import Shard, ShardIndex
@@ -43,7 +44,7 @@ class Cache:
         """
         path = Path(path)
         identity = manifest.read(path)
-        shards = [shard.read_index(p) for p in sorted((path / shard.DIRECTORY).glob("unit-*.json"))]
+        shards = read_indexes(path / shard.DIRECTORY)
         _refuse_repeats(path, shards)
         return cls(path, identity, shards)
 
