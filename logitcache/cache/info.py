@@ -17,6 +17,7 @@ class CacheInfo:
     path: Path
     identity: Identity
     shards: int
+    compacted: int  # shards whose index was read from a compacted index
     traces: int
     prompts: int
     tokens: int  # prompts included
@@ -36,6 +37,7 @@ class CacheInfo:
             path=path,
             identity=identity,
             shards=len(shards),
+            compacted=sum(s.compacted for s in shards),
             traces=sum(s.trace_count for s in shards),
             prompts=len({prompt for s in shards for prompt in s.prompt_ids}),
             tokens=sum(sum(s.token_lengths) for s in shards),
@@ -55,6 +57,7 @@ class CacheInfo:
             "path": str(self.path),
             "identity": asdict(self.identity),
             "shards": self.shards,
+            "compacted": self.compacted,
             "traces": self.traces,
             "prompts": self.prompts,
             "tokens": self.tokens,

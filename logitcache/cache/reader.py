@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.cache import manifest, schema, shard
-from logitcache.cache.indexes import read_indexes
+from logitcache.cache.columns import has_repeats
+from logitcache.cache.indexes import Indexes, read_indexes
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.options import CachePath
 from logitcache.cache.shard import Shard, ShardIndex
@@ -30,9 +31,10 @@ class Cache:
     raise ShardCorruptError for what ``verify`` would report.
     """
 
-    def __init__(self, path: Path, identity: Identity, shards: list[ShardIndex]) -> None:
-        self.path, self.identity, self.shards = path, identity, shards
-        self._starts = np.cumsum([0, *(s.trace_count for s in shards)])
+    def __init__(self, path: Path, identity: Identity, shards: Sequence[ShardIndex]) -> None:
+        self.path, self.identity = path, identity
+        self.shards = shards if isinstance(shards, Indexes) else Indexes(shards)
+        self._starts = np.cumsum([0, *self.shards.trace_counts])
         self._mapped: OrderedDict[int, Shard] = OrderedDict()
         self._valid: dict[int, bytearray] = {}  # of shards that were checked: `Shard.valid`
 
@@ -124,9 +126,9 @@ class Cache:
         return CacheInfo.of(self.path, self.identity, self.shards)
 
 
-def _refuse_repeats(path: Path, shards: list[ShardIndex]) -> None:
+def _refuse_repeats(path: Path, shards: Indexes) -> None:
     """Raises: ShardCorruptError for a trace in two shards."""
-    if len({t for s in shards for t in s.trace_ids}) == sum(s.trace_count for s in shards):
+    if not has_repeats(shards.id_bytes):
         return
     owners: dict[str, str] = {}
     for index in shards:
@@ -136,6 +138,7 @@ def _refuse_repeats(path: Path, shards: list[ShardIndex]) -> None:
                     f"{path}: trace {trace_id} is in {owner} and in {index.name}; `logitcache verify --repair {path}` "
                     "sets the second aside"
                 )
+    raise ShardCorruptError(f"{path}: a shard has a trace twice; `logitcache verify --repair {path}` finds it")
 
 
 def info(cache: CachePath) -> CacheInfo:

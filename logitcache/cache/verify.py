@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from logitcache.cache import checks, manifest, processes, shard
+from logitcache.cache import checks, compact, manifest, processes, shard
 from logitcache.cache.options import CachePath, Processes
 from logitcache.cache.shard import Shard
 from logitcache.errors import CacheError, FormatVersionError, LogitcacheError, UnreadableError, first_line
@@ -102,7 +102,8 @@ def examine(cache: Path, identity: Identity, workers: int | None) -> Findings:
     results = (
         list(map(verify_shard, indexes)) if workers == 1 else processes.each(verify_shard, indexes, workers, _died)
     )
-    problems = [*_backup_problems(cache, identity), *(problem for found, _ in results for problem in found)]
+    problems = [*_backup_problems(cache, identity), *_compact_problems(cache)]
+    problems += [problem for found, _ in results for problem in found]
     owners: dict[str, str] = {}
     repeats: set[str] = set()
     for path, (_, trace_ids) in sorted(zip(indexes, results, strict=True), key=lambda each: bool(each[1][0])):
@@ -122,6 +123,14 @@ def _backup_problems(cache: Path, identity: Identity) -> list[Problem]:
     except CacheError as e:
         return [problem_of(manifest.BACKUP, None, e)]
     return [] if found == identity else [Problem(manifest.BACKUP, None, f"differs from {manifest.FILE_NAME}")]
+
+
+def _compact_problems(cache: Path) -> list[Problem]:
+    """A compacted index says nothing that the indexes do not say."""
+    return [
+        Problem(name, None, what) if isinstance(what, str) else problem_of(name, None, what)
+        for name, what in compact.faults(cache)
+    ]
 
 
 def _verify_shard(path: Path, identity: Identity) -> tuple[list[Problem], list[str]]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import logitcache
-from logitcache.cache import manifest, shard
+from logitcache.cache import compact, manifest, shard
 from logitcache.cache.claim import claim
 from logitcache.cache.reader import Cache
 from logitcache.cache.repair import adopt, set_aside
@@ -58,7 +58,7 @@ def fill(task: Task, identity: Identity) -> Summary:
         if task.options.verifier:
             summary.unjudged = sum(s.trace_count for s in shards if not any(s.verdicts.values()))
         if missing:
-            number = worker.number_after(max((s.number for s in shards), default=-1))
+            number = worker.number_after(max(compact.highest(out), *(s.number for s in shards), -1))
             _Filling(task, identity, summary, missing, number).run()
         return summary
 

@@ -118,16 +118,16 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: does not match its checksum; restore it from a copy, or run `logitcache verify --repair`"
         )
     try:
-        fields = json.loads(
-            data.decode(),
-            object_pairs_hook=_distinct,
-            parse_float=_finite,
-            parse_constant=_finite,
-        )
+        fields = plain_json(data.decode())
     except (ValueError, RecursionError) as e:
         raise ShardCorruptError(f"{path}: is not plain JSON ({e})") from None
     del fields["check"]
     return fields
+
+
+def plain_json(text: str) -> Any:
+    """Raises: ValueError or RecursionError for JSON with a key twice or a number that is not finite, and for other text."""
+    return json.loads(text, object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_finite)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
