@@ -21,6 +21,7 @@ from logitcache.cache.columns import has_repeats, id_bytes
 from logitcache.cache.compact_file import Compacted
 from logitcache.cache.manifest import FORMAT_VERSION
 from logitcache.cache.options import CachePath
+from logitcache.cache.shard import ShardIndex
 from logitcache.cache.validate import COMPACT, check, reading
 from logitcache.cache.workers import Worker
 from logitcache.errors import CacheError, FormatVersionError, InputError, ShardCorruptError
@@ -153,22 +154,26 @@ def faults(cache: Path) -> Iterator[tuple[str, CacheError | str]]:
             yield path.stem, e
             continue
         for index, sha256 in zip(compacted.indexes(), compacted.hashes, strict=True):
-            own = cache / shard.DIRECTORY / f"{index.name}.json"
-            try:
-                found = shard.read_index(own)
-            except FileNotFoundError:
-                yield path.stem, f"covers {index.name}, which has no index"
-                continue
-            except CacheError:  # verify names the shard
-                continue
-            if _sha256_of(own) != sha256:
-                yield path.stem, f"covers another index of {index.name}"
-            elif differing := _differences(index.to_json(), found.to_json()):
-                yield path.stem, f"{', '.join(differing)} of {index.name} are not those of its index"
+            if what := _fault(cache / shard.DIRECTORY / f"{index.name}.json", index, sha256):
+                yield path.stem, what
 
 
-def _differences(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    return [name for name in one if one[name] != other[name]]
+def _fault(path: Path, covered: ShardIndex, sha256: str) -> str | None:
+    """What a compacted index has wrong of the index in ``path``; None also for an index that is damaged itself."""
+    try:
+        found = shard.read_index(path)
+    except FileNotFoundError:
+        return f"covers {covered.name}, which has no index"
+    except CacheError:  # verify names the shard
+        return None
+    if _sha256_of(path) != sha256:
+        return f"covers another index of {covered.name}"
+    try:
+        said, own = covered.to_json(), found.to_json()
+    except ShardCorruptError as e:
+        return str(e)
+    differing = [name for name in own if said[name] != own[name]]
+    return f"{', '.join(differing)} of {covered.name} are not those of its index" if differing else None
 
 
 def files(cache: Path) -> list[Path]:

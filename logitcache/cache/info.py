@@ -17,7 +17,6 @@ class CacheInfo:
     path: Path
     identity: Identity
     shards: int
-    compacted: int  # shards whose index was read from a compacted index
     traces: int
     prompts: int
     tokens: int  # prompts included
@@ -29,6 +28,7 @@ class CacheInfo:
     mean_support: float  # stored ids per row
     mean_tail_mass: float  # probability mass outside them
     verdicts: dict[str, int]  # traces "correct" and "incorrect"
+    compacted: int = 0  # shards whose index was read from a compacted index
 
     @classmethod
     def of(cls, path: Path, identity: Identity, shards: Sequence[ShardIndex]) -> "CacheInfo":

@@ -14,7 +14,7 @@ from typing import Any, cast
 import logitcache
 from logitcache.cache import compact, manifest, shard
 from logitcache.cache.shard import ShardIndex
-from logitcache.cache.validate import FREE, UNIT, reading
+from logitcache.cache.validate import COMPACTED, FREE, reading
 from logitcache.cache.verify import Problem, VerifyReport, examine, problem_of
 from logitcache.cache.workers import Worker
 from logitcache.errors import (
@@ -56,7 +56,7 @@ def repair(cache: Path, workers: int | None = None) -> VerifyReport:
         damaged = {p.shard for p in found.problems if p.damaged and p.shard != manifest.BACKUP}
         if damaged:  # before an index changes; it is only a copy
             repairs.moved += set_compacted_aside(cache)
-        for name in sorted(filter(UNIT.holds, damaged)):
+        for name in sorted(name for name in damaged if not COMPACTED.holds(name)):
             others = {t for t, owner in owners.items() if owner != name}
             try:
                 index = None if name in found.repeats else _remade(directory, name, identity, others)
