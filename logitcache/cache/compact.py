@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 import pyarrow as pa
@@ -24,9 +24,11 @@ from logitcache.cache.options import CachePath
 from logitcache.cache.shard import ShardIndex
 from logitcache.cache.validate import COMPACT, check, reading
 from logitcache.cache.workers import Worker
-from logitcache.errors import CacheError, FormatVersionError, InputError, ShardCorruptError
-from logitcache.runtime.files import publish, publish_json, read_json, remove_parts
+from logitcache.errors import CacheBusyError, CacheError, FormatVersionError, InputError, ShardCorruptError
+from logitcache.runtime.files import json_bytes, publish, publish_json, read_json, remove_parts
 from logitcache.runtime.regular_files import open_regular
+from logitcache.storage.location import Location, Url, locate
+from logitcache.storage.store import Store
 
 DIRECTORY = "compact"
 _FILE = re.compile(r"(indexes-[0-9]{6,18})\.(json|arrow)", re.ASCII)
@@ -36,58 +38,159 @@ _FILE = re.compile(r"(indexes-[0-9]{6,18})\.(json|arrow)", re.ASCII)
 class CompactReport:
     """What compacting a cache wrote."""
 
-    cache: Path
-    path: Path  # the head
+    cache: Location
+    path: str  # path or URL of the head
     shards: int
     traces: int
     bytes: int  # of the data
-    removed: list[Path]  # older compacted indexes
+    removed: list[str]  # files of older compacted indexes
 
     def to_json(self) -> dict[str, Any]:
         """What ``logitcache compact --json`` prints."""
         return {
-            "path": str(self.path),
+            "path": self.path,
             "shards": self.shards,
             "traces": self.traces,
             "bytes": self.bytes,
-            "removed": [str(path) for path in self.removed],
+            "removed": self.removed,
         }
 
 
 def compact(cache: CachePath) -> CompactReport:
-    """Writes the compacted index of a cache, and removes older ones.
+    """Writes the compacted index of a cache, and removes older ones. No process may write to a cache at a URL meanwhile.
 
     Raises: CacheBusyError while another process writes to the cache; InputError for a cache without shards; WriteError;
         ShardCorruptError, FormatVersionError and UnreadableError for a damaged index.
     """
-    cache = Path(cache)
-    manifest.read(cache)
-    with Worker().alone(cache):
-        directory = cache / shard.DIRECTORY
-        paths = [directory / f"{name}.json" for name in shard.indexed(directory)]
-        if not paths:
-            raise InputError(f"{cache} has no shards; `logitcache generate` makes some")
-        indexes = [shard.read_index(path) for path in paths]
-        if has_repeats(id_bytes(index.trace_ids for index in indexes)):
-            raise ShardCorruptError(f"{cache}: a trace is in two shards; `logitcache verify --repair {cache}` finds it")
-        old = files(cache)
-        data = compact_file.to_bytes(indexes, list(map(_sha256_of, paths)))
-        head = {
-            "format": FORMAT_VERSION,
-            "name": f"indexes-{max(map(_number, old), default=0) + 1:06d}",
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-            "shards": len(indexes),
-            "traces": sum(index.trace_count for index in indexes),
-            "highest": max(index.number for index in indexes),
-        }
-        path = cache / DIRECTORY / f"{head['name']}.json"
+    location = locate(cache)
+    if isinstance(location, Url):
+        return _compact_stored(location)
+    manifest.read(location)
+    with Worker().alone(location):
+        old = files(location)
+        head, data = _compacted(location, location, max(map(_number, old), default=0) + 1)
+        path = location / DIRECTORY / f"{head['name']}.json"
         publish(path.with_suffix(".arrow"), data)
         publish_json(path, head)
         remove_parts(path.parent)
         for each in old:
             each.unlink(missing_ok=True)
-    return CompactReport(cache, path, head["shards"], head["traces"], len(data), old)
+    return _report(location, head, list(map(str, old)))
+
+
+def _compact_stored(url: Url) -> CompactReport:
+    """Compacts a cache in an object store."""
+    from logitcache.cache.mirror import Streaming  # which imports this module
+
+    mirror = Streaming(url)
+    with mirror.naming():
+        path = mirror.refresh()  # all indexes are here now
+        manifest.read(path)
+        old = _in_store(mirror.store)
+        head, data = _compacted(url, path, max(map(_number, old), default=0) + 1)
+        for suffix, content in ((".arrow", data), (".json", json_bytes(head))):
+            name = f"{DIRECTORY}/{head['name']}{suffix}"
+            if not mirror.store.create(name, content):
+                raise CacheBusyError(f"{url}/{name}: another process made it meanwhile; run again")
+        for each in old:
+            mirror.store.delete(str(each))
+    return _report(url, head, [f"{url}/{each}" for each in old])
+
+
+def _compacted(location: Location, cache: Path, number: int) -> tuple[dict[str, Any], memoryview]:
+    """Head and data of the compacted index of a cache.
+
+    Args:
+        cache: the directory with its indexes.
+    """
+    directory = cache / shard.DIRECTORY
+    paths = [directory / f"{name}.json" for name in shard.indexed(directory)]
+    if not paths:
+        raise InputError(f"{location} has no shards; `logitcache generate` makes some")
+    indexes = [shard.read_index(path) for path in paths]
+    if has_repeats(id_bytes(index.trace_ids for index in indexes)):
+        raise ShardCorruptError(
+            f"{location}: a trace is in two shards; `logitcache verify --repair {location}` finds it"
+        )
+    data = compact_file.to_bytes(indexes, list(map(_sha256_of, paths)))
+    head = {
+        "format": FORMAT_VERSION,
+        "name": f"indexes-{number:06d}",
+        "bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+        "shards": len(indexes),
+        "traces": sum(index.trace_count for index in indexes),
+        "highest": max(index.number for index in indexes),
+    }
+    return head, data
+
+
+def _report(location: Location, head: dict[str, Any], removed: list[str]) -> CompactReport:
+    path = f"{location}/{DIRECTORY}/{head['name']}.json"
+    return CompactReport(location, path, head["shards"], head["traces"], head["bytes"], removed)
+
+
+def download(store: Store, mirror: Path) -> str | None:
+    """Downloads the newest compacted index of a cache in an object store that is not here. Returns: its name; None if there
+    is none that can be used, which is said in a warning.
+
+    Raises: WriteError; as ``Store.get``.
+    """
+    names = [path.stem for path in reversed(_in_store(store)) if path.suffix == ".json"]
+    for path in files(mirror):
+        if path.stem not in names:
+            path.unlink(missing_ok=True)
+    for name in names:
+        for attempt in range(2):  # what is here may be damaged
+            try:
+                for suffix in (".arrow", ".json"):
+                    path = mirror / DIRECTORY / f"{name}{suffix}"
+                    if not path.exists():
+                        publish(path, store.get(f"{DIRECTORY}/{path.name}"))
+                read_one(mirror, name)
+                return name
+            except FileNotFoundError:  # a newer one has taken its place meanwhile
+                break
+            except CacheError as e:
+                for suffix in (".json", ".arrow"):
+                    (mirror / DIRECTORY / f"{name}{suffix}").unlink(missing_ok=True)
+                if attempt:
+                    _say_unused(type(e)(str(e).replace(str(mirror), str(store.url))), store.url)
+    return None
+
+
+def download_all(store: Store, mirror: Path) -> None:
+    """Downloads all compacted indexes of a cache in an object store, whatever is in them, in the place of those here.
+
+    Raises: as ``download``.
+    """
+    for path in files(mirror):
+        path.unlink(missing_ok=True)
+    for name in _in_store(store):
+        with suppress(FileNotFoundError):  # removed since
+            publish(mirror / name, store.get(str(name)))
+
+
+def is_whole(cache: Path, name: str) -> bool:
+    """Whether a compacted index can be used."""
+    try:
+        read_one(cache, name)
+    except (CacheError, FileNotFoundError):
+        return False
+    return True
+
+
+def _in_store(store: Store) -> list[PurePosixPath]:
+    """The files of all compacted indexes in an object store, heads first, the newest last."""
+    paths = [PurePosixPath(entry.name) for entry in store.list(DIRECTORY)]
+    return sorted((path for path in paths if _FILE.fullmatch(path.name)), key=_heads_first)
+
+
+def names_above(mirror: Path, name: str) -> str:
+    """The name in an object store after which all newer indexes stand; empty if they may stand anywhere."""
+    highest = _read_head(mirror / DIRECTORY / f"{name}.json")["highest"]
+    # Sorted as text, unit-1000000 stands before unit-200000.
+    return f"{shard.DIRECTORY}/unit-{highest:06d}.json" if highest < 100_000 else ""
 
 
 def read(cache: Path) -> Compacted | None:
@@ -101,11 +204,15 @@ def read(cache: Path) -> Compacted | None:
         except FileNotFoundError:  # a newer one has taken its place meanwhile
             continue
         except CacheError as e:
-            warnings.warn(
-                f"{e}; the indexes of the shards are read instead. `logitcache verify --repair {cache}` sets it aside",
-                stacklevel=2,
-            )
+            _say_unused(e, cache)
     return None
+
+
+def _say_unused(error: CacheError, location: Location) -> None:
+    warnings.warn(
+        f"{error}; the indexes of the shards are read instead. `logitcache verify --repair {location}` sets it aside",
+        stacklevel=3,
+    )
 
 
 def read_one(cache: Path, name: str) -> Compacted:
@@ -116,17 +223,17 @@ def read_one(cache: Path, name: str) -> Compacted:
     path = cache / DIRECTORY / f"{name}.arrow"
     head = _read_head(path.with_suffix(".json"))
     try:
-        with reading(path), open_regular(path) as file, pa.memory_map(f"/dev/fd/{file.fileno()}") as source:
-            data = source.read_buffer()  # stays valid after the file is closed
+        with reading(path), open_regular(path) as file:
+            data = file.read(head["bytes"] + 1)  # not mapped: most of it is used long after it was checked
     except FileNotFoundError:
         if path.with_suffix(".json").exists():
             raise ShardCorruptError(f"{path} is missing, but {name}.json exists") from None
         raise
     try:
-        if data.size != head["bytes"] or hashlib.sha256(data).hexdigest() != head["sha256"]:
+        if len(data) != head["bytes"] or hashlib.sha256(data).hexdigest() != head["sha256"]:
             raise ShardCorruptError("its bytes do not match the checksum in its head")
         with reading(path):
-            found = compact_file.from_bytes(data)
+            found = compact_file.from_bytes(pa.py_buffer(data))
         said = {name: head[name] for name in ("shards", "traces", "highest")}
         if said != {"shards": len(found.names), "traces": int(found.counts_S.sum()), "highest": found.highest}:
             raise ShardCorruptError("its head says other counts")
@@ -188,7 +295,7 @@ def files(cache: Path) -> list[Path]:
     except (FileNotFoundError, NotADirectoryError):
         return []
     paths = [directory / name for name in names if _FILE.fullmatch(name)]
-    return sorted(paths, key=lambda path: (path.suffix == ".arrow", _number(path)))
+    return sorted(paths, key=_heads_first)
 
 
 def _heads(cache: Path) -> list[Path]:
@@ -200,7 +307,11 @@ def _newest(cache: Path, refused: set[str]) -> str | None:
     return max((path for path in _heads(cache) if path.stem not in refused), key=_number, default=Path()).stem or None
 
 
-def _number(path: Path) -> int:
+def _heads_first(path: PurePath) -> tuple[bool, int]:
+    return path.suffix == ".arrow", _number(path)
+
+
+def _number(path: PurePath) -> int:
     return int(path.stem.removeprefix("indexes-"))
 
 

@@ -11,6 +11,7 @@ from logitcache.cache import compact, shard
 from logitcache.cache.columns import id_bytes
 from logitcache.cache.compact_file import Compacted
 from logitcache.cache.shard import ShardIndex
+from logitcache.errors import ShardCorruptError
 
 
 class Indexes(Sequence[ShardIndex]):
@@ -63,17 +64,31 @@ class Indexes(Sequence[ShardIndex]):
         return np.concatenate(parts)
 
 
-def read_indexes(directory: Path) -> Indexes:
+def read_indexes(directory: Path, mirrored: str | None = None) -> Indexes:
     """Reads the indexes in CACHE/shards, in the order of their names.
 
+    Args:
+        mirrored: the compacted index whose shards all exist, although their own indexes are not in ``directory``.
     Raises: ShardCorruptError, FormatVersionError, UnreadableError.
     """
-    compacted = compact.read(directory.parent)  # before the names: a repair removes it before it removes an index
+    # Before the names: a repair removes it before it removes an index.
+    compacted = _mirrored(directory.parent, mirrored) if mirrored else compact.read(directory.parent)
     places = {name: i for i, name in enumerate(compacted.names)} if compacted else {}
+    names = shard.indexed(directory)
+    if mirrored:
+        names = sorted({*names, *places})
     return Indexes(
         [
             place if (place := places.get(name)) is not None else shard.read_index(directory / f"{name}.json")
-            for name in shard.indexed(directory)
+            for name in names
         ],
         compacted,
     )
+
+
+def _mirrored(cache: Path, name: str) -> Compacted:
+    """Without its compacted index a mirror would seem to be a smaller cache."""
+    try:
+        return compact.read_one(cache, name)
+    except FileNotFoundError:
+        raise ShardCorruptError(f"{cache}: another process has removed {name} from the mirror; run again") from None

@@ -5,7 +5,7 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -16,10 +16,15 @@ from logitcache.cache.indexes import Indexes, read_indexes
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.options import CachePath
 from logitcache.cache.shard import Shard, ShardIndex
+from logitcache.cache.shard_files import LocalFiles, ShardFiles
 from logitcache.errors import ShardCorruptError
 from logitcache.identity import Identity
 from logitcache.sections import Sections
+from logitcache.storage.location import Location, locate
 from logitcache.trace import Trace
+
+if TYPE_CHECKING:
+    from logitcache.cache.mirror import Mirror
 
 _MAPPED = 256  # shards mapped at once
 
@@ -31,24 +36,60 @@ class Cache:
     raise ShardCorruptError for what ``verify`` would report.
     """
 
-    def __init__(self, path: Path, identity: Identity, shards: Sequence[ShardIndex]) -> None:
-        self.path, self.identity = path, identity
+    def __init__(self, files: ShardFiles, identity: Identity, shards: Sequence[ShardIndex]) -> None:
+        self.files, self.identity = files, identity
         self.shards = shards if isinstance(shards, Indexes) else Indexes(shards)
         self._starts = np.cumsum([0, *self.shards.trace_counts])
         self._mapped: OrderedDict[int, Shard] = OrderedDict()
         self._valid: dict[int, bytearray] = {}  # of shards that were checked: `Shard.valid`
 
     @classmethod
-    def open(cls, path: str | Path) -> "Cache":
-        """Opens the cache in the directory ``path``; reads only its manifest and indexes.
+    def open(cls, location: str | Location) -> "Cache":
+        """Opens the cache in a directory, or the one at a URL such as s3://bucket/cache through a mirror on this disk.
 
-        Raises: NotACacheError, FormatVersionError, ShardCorruptError, UnreadableError.
+        Reads only its manifest and indexes.
+
+        Raises: NotACacheError, FormatVersionError, ShardCorruptError, UnreadableError; for a URL also InputError for what the
+            user can correct, and WriteError where the mirror cannot be written.
         """
-        path = Path(path)
-        identity = manifest.read(path)
-        shards = read_indexes(path / shard.DIRECTORY)
-        _refuse_repeats(path, shards)
-        return cls(path, identity, shards)
+        place = locate(location)
+        if isinstance(place, Path):
+            return cls._read(LocalFiles(place))
+        from logitcache.cache.mirror import Mirror
+
+        mirror = Mirror(place)
+        mirror.refresh()
+        try:
+            return cls._read(mirror)
+        except ShardCorruptError:
+            if not mirror.renew_indexes():
+                raise
+        return cls._read(mirror)
+
+    @classmethod
+    def _read(cls, files: ShardFiles) -> "Cache":
+        with files.naming():
+            identity = manifest.read(files.path)
+            shards = read_indexes(files.path / shard.DIRECTORY, files.compacted)
+        _refuse_repeats(files.location, shards)
+        return cls(files, identity, shards)
+
+    @property
+    def location(self) -> Location:
+        """The directory or the URL of the cache."""
+        return self.files.location
+
+    @property
+    def path(self) -> Path:
+        """The directory of the manifest and the indexes; for a URL, the mirror's."""
+        return self.files.path
+
+    @property
+    def mirror(self) -> "Mirror | None":
+        """The mirror of a cache in an object store."""
+        from logitcache.cache.mirror import Mirror
+
+        return self.files if isinstance(self.files, Mirror) else None
 
     def __len__(self) -> int:
         """Number of traces."""
@@ -109,8 +150,7 @@ class Cache:
         A mapped shard takes 0.3 MB with its frequency table; at most 256 stay mapped.
         """
         if number not in self._mapped:
-            directory, index = self.path / shard.DIRECTORY, self.shards[number]
-            self._mapped[number] = shard.read(directory, index, self.identity, self._valid.get(number))
+            self._mapped[number] = shard.read(self.files, self.shards[number], self.identity, self._valid.get(number))
             self._valid[number] = self._mapped[number].valid
             if len(self._mapped) > _MAPPED:
                 self._mapped.popitem(last=False)
@@ -123,10 +163,10 @@ class Cache:
 
     def info(self) -> CacheInfo:
         """Identity, counts and sizes, from the indexes alone."""
-        return CacheInfo.of(self.path, self.identity, self.shards)
+        return CacheInfo.of(self.location, self.identity, self.shards)
 
 
-def _refuse_repeats(path: Path, shards: Indexes) -> None:
+def _refuse_repeats(location: Location, shards: Indexes) -> None:
     """Raises: ShardCorruptError for a trace in two shards."""
     if not has_repeats(shards.id_bytes):
         return
@@ -135,14 +175,14 @@ def _refuse_repeats(path: Path, shards: Indexes) -> None:
         for trace_id in index.trace_ids:
             if (owner := owners.setdefault(trace_id, index.name)) != index.name:
                 raise ShardCorruptError(
-                    f"{path}: trace {trace_id} is in {owner} and in {index.name}; `logitcache verify --repair {path}` "
+                    f"{location}: trace {trace_id} is in {owner} and in {index.name}; `logitcache verify --repair {location}` "
                     "sets the second aside"
                 )
-    raise ShardCorruptError(f"{path}: a shard has a trace twice; `logitcache verify --repair {path}` finds it")
+    raise ShardCorruptError(f"{location}: a shard has a trace twice; `logitcache verify --repair {location}` finds it")
 
 
 def info(cache: CachePath) -> CacheInfo:
-    """What the cache in the directory ``cache`` contains.
+    """What a cache contains.
 
     Raises: as ``Cache.open``.
     """

@@ -96,7 +96,7 @@ def publish_json(path: Path, fields: dict[str, Any]) -> None:
 
     Raises: WriteError, also for more bytes than ``read_json`` takes.
     """
-    data = _render(fields)
+    data = json_bytes(fields)
     if len(data) > MAX_JSON:
         raise WriteError(f"{path}: {len(data):,} bytes, at most {MAX_JSON:,}; make smaller units with `unit_size`")
     publish(path, data)
@@ -143,7 +143,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _render(fields: dict[str, Any]) -> bytes:
+def json_bytes(fields: dict[str, Any]) -> bytes:
+    """What ``publish_json`` writes."""
     lines = (
         f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, separators=(',', ':'))},\n" for k, v in fields.items()
     )

@@ -169,10 +169,10 @@ def test_the_second_takes_the_place_of_the_first(path, options) -> None:
     stray = path / DIRECTORY / "indexes-000007.arrow"  # a kill before its head
     stray.write_bytes(b"half")
     report = compact.compact(path)
-    assert report.path == path / DIRECTORY / "indexes-000008.json"
+    assert report.path == str(path / DIRECTORY / "indexes-000008.json")
     assert sorted(p.name for p in (path / DIRECTORY).iterdir()) == ["indexes-000008.arrow", "indexes-000008.json"]
     assert silently(path).info().compacted == 4
-    assert report.path.with_suffix(".arrow").read_bytes() != first
+    assert Path(report.path).with_suffix(".arrow").read_bytes() != first
 
 
 def damaged(data: bytes, kind: str) -> bytes:
