@@ -137,7 +137,7 @@ def to_json_bytes(name: str, fields: dict[str, Any]) -> bytes:
         name: of the file, for the message.
     Raises: WriteError for more bytes than ``read_json`` takes.
     """
-    data = _render(fields)
+    data = json_bytes(fields)
     if len(data) > MAX_JSON:
         raise WriteError(f"{name}: {len(data):,} bytes, at most {MAX_JSON:,}; make smaller units with `unit_size`")
     return data
@@ -159,16 +159,16 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: does not match its checksum; restore it from a copy, or run `logitcache verify --repair`"
         )
     try:
-        fields = json.loads(
-            data.decode(),
-            object_pairs_hook=_distinct,
-            parse_float=_finite,
-            parse_constant=_finite,
-        )
+        fields = plain_json(data.decode())
     except (ValueError, RecursionError) as e:
         raise ShardCorruptError(f"{path}: is not plain JSON ({e})") from None
     del fields["check"]
     return fields
+
+
+def plain_json(text: str) -> Any:
+    """Raises: ValueError or RecursionError for JSON with a key twice or a number that is not finite, and for other text."""
+    return json.loads(text, object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_finite)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -184,7 +184,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _render(fields: dict[str, Any]) -> bytes:
+def json_bytes(fields: dict[str, Any]) -> bytes:
+    """What ``publish_json`` writes."""
     lines = (
         f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, separators=(',', ':'))},\n" for k, v in fields.items()
     )
