@@ -29,6 +29,9 @@ class Cache:
     raise ShardCorruptError for what ``verify`` would report.
     """
 
+    mirror: Any = None  # PLACEHOLDER
+    location: Any = None  # PLACEHOLDER
+
     def __init__(self, path: Path, identity: Identity, shards: list[ShardIndex]) -> None:
         self.path, self.identity, self.shards = path, identity, shards
         self._starts = np.cumsum([0, *(s.trace_count for s in shards)])
@@ -79,6 +82,11 @@ class Cache:
     def lengths(self) -> np.ndarray:
         """int32 [len(self)], tokens of each trace, prompt included."""
         return np.concatenate([np.zeros(0, np.int32), *(np.array(s.token_lengths, np.int32) for s in self.shards)])
+
+    @cached_property
+    def shard_numbers(self) -> np.ndarray:
+        """int64 [len(self)], the place in ``shards`` of the shard that holds each trace."""
+        return np.repeat(np.arange(len(self.shards)), np.diff(self._starts))
 
     @cached_property
     def trace_ids(self) -> list[str]:

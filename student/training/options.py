@@ -52,6 +52,15 @@ class TrainOptions:
         int | None,
         Option("Token ids used per row; the rest of the row joins its tail.", "Which traces", default="all stored ids"),
     ] = None
+    shuffle: Annotated[
+        str,
+        Option(
+            "Order of the traces. full: all are mixed; shards: 64 shards at a time, in a random order, so that each is "
+            "read once an epoch; shards:N: N at a time; auto: full, but shards for a cache behind a URL that is larger "
+            "than its local mirror. A run is resumed in its own order.",
+            "Which traces",
+        ),
+    ] = "auto"
     held_out: Annotated[
         float, Option("Share of the prompts held out for evaluation. No prompt is on both sides.", "Which traces")
     ] = 0.05

@@ -1,6 +1,7 @@
 """The caches of a run, and which of their traces are for training and which are held out."""
 
 import hashlib
+import itertools
 import math
 import typing
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.sections import SECTIONS
 from logitcache.student.data.dataset import ExampleSource, Mixture, TraceDataset, check_tokenizers, matching
+from logitcache.student.data.fetch_ahead import in_turn
 from logitcache.student.data.held_out import split
 from logitcache.student.data.views import View
 from logitcache.student.training.config import DistillConfig
@@ -77,11 +79,12 @@ def choose_traces(options: TrainOptions, caches: dict[Path, Cache]) -> dict[Path
 
 def _prompts(cache: Cache) -> np.ndarray:
     """[n] digests of the prompts' tokens; for a crop without prompt tokens, of its prompt id."""
-    digests = []
-    for i, prompt_id in enumerate(cache.prompt_ids):
-        token_ids, spans = cache.tokens(i)
-        prompt = token_ids[: spans.reasoning_start].tobytes() or prompt_id.encode()
-        digests.append(hashlib.blake2b(prompt, digest_size=16).hexdigest())
+    digests, prompt_ids = [], iter(cache.prompt_ids)
+    for shard in in_turn(cache):
+        for row, prompt_id in enumerate(itertools.islice(prompt_ids, shard.batch.num_rows)):
+            token_ids, spans = shard.tokens(row)
+            prompt = token_ids[: spans.reasoning_start].tobytes() or prompt_id.encode()
+            digests.append(hashlib.blake2b(prompt, digest_size=16).hexdigest())
     return np.array(digests)
 
 

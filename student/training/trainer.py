@@ -110,6 +110,7 @@ class DistillTrainer(SafeTrainer):
             accumulation=self.args.gradient_accumulation_steps,
             rank=self.args.process_index,
             world=self.args.world_size,
+            window=self.args.shuffle_window,
         )
 
     def get_train_dataloader(self) -> DataLoader:
