@@ -30,6 +30,7 @@ import pyarrow as pa
 from logitcache.cache import manifest, shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace
+from logitcache.cache.shard_files import LocalFiles
 from logitcache.identity import Identity
 from logitcache.sections import Sections
 from logitcache.sparse_rows import from_topk
@@ -53,7 +54,7 @@ def make(path: Path, shards: int, traces: int, rows: int = 16, k: int = 4) -> Pa
     manifest.write(path, identity)
     made = [EncodedTrace.of(synthetic(i, rows, k), identity) for i in range(traces)]
     first = shard.write(directory, 0, made, identity, {})
-    batch = shard.read(directory, first, identity).batch
+    batch = shard.read(LocalFiles(path), first, identity).batch
     for number in range(1, shards):
         ids, name = range(number * traces, (number + 1) * traces), f"unit-{number:06d}"
         columns = {"trace_id": [*map(trace_id, ids)], "prompt_id": [*map(prompt_id, ids)]}

@@ -2,19 +2,19 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from logitcache.cache.shard import ShardIndex
 from logitcache.identity import Identity
 from logitcache.sections import SPANS
+from logitcache.storage.location import Location
 
 
 @dataclass(frozen=True, slots=True)
 class CacheInfo:
     """Identity, counts and sizes of a cache."""
 
-    path: Path
+    path: Location
     identity: Identity
     shards: int
     traces: int
@@ -30,7 +30,7 @@ class CacheInfo:
     verdicts: dict[str, int]  # traces "correct" and "incorrect"
 
     @classmethod
-    def of(cls, path: Path, identity: Identity, shards: Sequence[ShardIndex]) -> "CacheInfo":
+    def of(cls, path: Location, identity: Identity, shards: Sequence[ShardIndex]) -> "CacheInfo":
         rows = sum(s.row_count for s in shards)
         return cls(
             path=path,

@@ -5,19 +5,25 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
 from logitcache.cache import manifest, schema, shard
+from logitcache.cache.indexes import read_indexes
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.options import CachePath
 from logitcache.cache.shard import Shard, ShardIndex
+from logitcache.cache.shard_files import LocalFiles, ShardFiles
 from logitcache.errors import ShardCorruptError
 from logitcache.identity import Identity
 from logitcache.sections import Sections
+from logitcache.storage.location import Location, locate
 from logitcache.trace import Trace
+
+if TYPE_CHECKING:
+    from logitcache.cache.mirror import Mirror
 
 _MAPPED = 256  # shards mapped at once
 
@@ -29,26 +35,59 @@ class Cache:
     raise ShardCorruptError for what ``verify`` would report.
     """
 
-    mirror: Any = None  # PLACEHOLDER
-    location: Any = None  # PLACEHOLDER
-
-    def __init__(self, path: Path, identity: Identity, shards: list[ShardIndex]) -> None:
-        self.path, self.identity, self.shards = path, identity, shards
+    def __init__(self, files: ShardFiles, identity: Identity, shards: list[ShardIndex]) -> None:
+        self.files, self.identity, self.shards = files, identity, shards
         self._starts = np.cumsum([0, *(s.trace_count for s in shards)])
         self._mapped: OrderedDict[int, Shard] = OrderedDict()
         self._valid: dict[int, bytearray] = {}  # of shards that were checked: `Shard.valid`
 
     @classmethod
-    def open(cls, path: str | Path) -> "Cache":
-        """Opens the cache in the directory ``path``; reads only its manifest and indexes.
+    def open(cls, location: str | Location) -> "Cache":
+        """Opens the cache in a directory, or the one at a URL such as s3://bucket/cache through a mirror on this disk.
 
-        Raises: NotACacheError, FormatVersionError, ShardCorruptError, UnreadableError.
+        Reads only its manifest and indexes.
+
+        Raises: NotACacheError, FormatVersionError, ShardCorruptError, UnreadableError; for a URL also InputError for what the
+            user can correct, and WriteError where the mirror cannot be written.
         """
-        path = Path(path)
-        identity = manifest.read(path)
-        shards = [shard.read_index(p) for p in sorted((path / shard.DIRECTORY).glob("unit-*.json"))]
-        _refuse_repeats(path, shards)
-        return cls(path, identity, shards)
+        place = locate(location)
+        if isinstance(place, Path):
+            return cls._read(LocalFiles(place))
+        from logitcache.cache.mirror import Mirror
+
+        mirror = Mirror(place)
+        mirror.refresh()
+        try:
+            return cls._read(mirror)
+        except ShardCorruptError:
+            if not mirror.renew_indexes():
+                raise
+        return cls._read(mirror)
+
+    @classmethod
+    def _read(cls, files: ShardFiles) -> "Cache":
+        with files.naming():
+            identity = manifest.read(files.path)
+            shards = read_indexes(files.path / shard.DIRECTORY)
+        _refuse_repeats(files.location, shards)
+        return cls(files, identity, shards)
+
+    @property
+    def location(self) -> Location:
+        """The directory or the URL of the cache."""
+        return self.files.location
+
+    @property
+    def path(self) -> Path:
+        """The directory of the manifest and the indexes; for a URL, the mirror's."""
+        return self.files.path
+
+    @property
+    def mirror(self) -> "Mirror | None":
+        """The mirror of a cache in an object store."""
+        from logitcache.cache.mirror import Mirror
+
+        return self.files if isinstance(self.files, Mirror) else None
 
     def __len__(self) -> int:
         """Number of traces."""
@@ -114,8 +153,7 @@ class Cache:
         A mapped shard takes 0.3 MB with its frequency table; at most 256 stay mapped.
         """
         if number not in self._mapped:
-            directory, index = self.path / shard.DIRECTORY, self.shards[number]
-            self._mapped[number] = shard.read(directory, index, self.identity, self._valid.get(number))
+            self._mapped[number] = shard.read(self.files, self.shards[number], self.identity, self._valid.get(number))
             self._valid[number] = self._mapped[number].valid
             if len(self._mapped) > _MAPPED:
                 self._mapped.popitem(last=False)
@@ -128,10 +166,10 @@ class Cache:
 
     def info(self) -> CacheInfo:
         """Identity, counts and sizes, from the indexes alone."""
-        return CacheInfo.of(self.path, self.identity, self.shards)
+        return CacheInfo.of(self.location, self.identity, self.shards)
 
 
-def _refuse_repeats(path: Path, shards: list[ShardIndex]) -> None:
+def _refuse_repeats(location: Location, shards: list[ShardIndex]) -> None:
     """Raises: ShardCorruptError for a trace in two shards."""
     if len({t for s in shards for t in s.trace_ids}) == sum(s.trace_count for s in shards):
         return
@@ -140,13 +178,13 @@ def _refuse_repeats(path: Path, shards: list[ShardIndex]) -> None:
         for trace_id in index.trace_ids:
             if (owner := owners.setdefault(trace_id, index.name)) != index.name:
                 raise ShardCorruptError(
-                    f"{path}: trace {trace_id} is in {owner} and in {index.name}; `logitcache verify --repair {path}` "
+                    f"{location}: trace {trace_id} is in {owner} and in {index.name}; `logitcache verify --repair {location}` "
                     "sets the second aside"
                 )
 
 
 def info(cache: CachePath) -> CacheInfo:
-    """What the cache in the directory ``cache`` contains.
+    """What a cache contains.
 
     Raises: as ``Cache.open``.
     """

@@ -14,6 +14,7 @@ from typing import Any, cast
 import logitcache
 from logitcache.cache import manifest, shard
 from logitcache.cache.shard import ShardIndex
+from logitcache.cache.shard_files import LocalFiles
 from logitcache.cache.validate import FREE, reading
 from logitcache.cache.verify import Problem, VerifyReport, examine, problem_of
 from logitcache.cache.workers import Worker
@@ -48,7 +49,7 @@ def repair(cache: Path, workers: int | None = None) -> VerifyReport:
         repairs = _Repairs(cache)
         repairs.restore_manifest()
         identity = manifest.read(cache)
-        found = examine(cache, identity, workers)
+        found = examine(LocalFiles(cache), identity, workers)
         repairs.problems += found.problems
         repairs.restore_backup(found.problems)
         directory = cache / shard.DIRECTORY

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,9 @@ from logitcache import codec
 from logitcache.cache import arrow_file, checks
 from logitcache.cache.manifest import FORMAT_VERSION
 from logitcache.cache.schema import SECTION_FIELDS, from_batch, metadata_of, schema_of, to_record
-from logitcache.cache.validate import UNIT, check_index, reading
+from logitcache.cache.shard_files import DIRECTORY, ShardFiles
+from logitcache.cache.shard_files import unindexed as unindexed
+from logitcache.cache.validate import check_index, reading
 from logitcache.codec.frequency_table import FrequencyTable, build_table
 from logitcache.errors import (
     CacheError,
@@ -30,10 +32,11 @@ from logitcache.identity import Identity
 from logitcache.runtime.files import publish, publish_json, read_json
 from logitcache.runtime.regular_files import open_regular
 from logitcache.sections import SPANS, Sections
+from logitcache.storage.location import Location
 from logitcache.trace import Trace
 
-DIRECTORY = "shards"
 TABLE_KEY, SHA256_KEY = b"logitcache.table", b"logitcache.sha256"  # in the Arrow schema's metadata
+OTHER_BYTES = "its bytes do not match the checksum in its index"
 _TABLE_ROWS = 4096  # shards of fewer rows have no table: it takes up to 36 KB and saves about 16 bytes per row
 
 
@@ -103,7 +106,7 @@ def tail_mass(trace: Trace) -> float:
 class Shard:
     """A shard mapped into memory."""
 
-    path: Path
+    place: str  # of its file, for messages: a path or a URL
     batch: pa.RecordBatch
     message: memoryview  # the bytes of the batch in the file
     table: FrequencyTable | None
@@ -130,7 +133,7 @@ class Shard:
         """
         tails = sum(tail_mass(self.trace(row)) for row in range(self.batch.num_rows))
         if (fault := next(checks.tail_mass_faults(index.tail_mass, tails, index.row_count), None)) is not None:
-            raise ShardCorruptError(f"{self.path}: {fault}")
+            raise ShardCorruptError(f"{self.place}: {fault}")
 
     def decoded(self, row: int) -> Trace:
         """The trace in record ``row``, of which only the header of the block is checked.
@@ -165,7 +168,7 @@ class Shard:
             kind = FormatVersionError if isinstance(e, FormatVersionError) else ShardCorruptError
             kind = UnreadableError if isinstance(e, MemoryError) else kind
             what = str(e) if isinstance(e, LogitcacheError | ValueError) else first_line(e)
-            raise kind(f"{self.path}: trace {self.batch.column('trace_id')[row]}: {what}") from e
+            raise kind(f"{self.place}: trace {self.batch.column('trace_id')[row]}: {what}") from e
 
 
 def write(
@@ -273,30 +276,41 @@ def read_index(path: Path) -> ShardIndex:
 
 
 def read(
-    directory: Path, index: ShardIndex, identity: Identity, valid: bytearray | None = None, *, indexed: bool = True
+    files: ShardFiles, index: ShardIndex, identity: Identity, valid: bytearray | None = None, *, indexed: bool = True
 ) -> Shard:
     """Maps a shard into memory, and checks it completely except for its traces, which are checked when they are read.
 
     Args:
         indexed: whether to compare the index with the shard.
         valid: None: this process reads the shard for the first time. Otherwise the ``Shard.valid`` of an earlier time.
-    Raises: ShardCorruptError naming the shard and the way out, UnreadableError, FormatVersionError.
+    Raises: ShardCorruptError naming the shard and the way out, UnreadableError, FormatVersionError; of a cache in an object
+        store also as ``Store.get``.
     """
-    path = directory / f"{index.name}.arrow"
-    way_out = (
-        f"`logitcache verify --repair {directory.parent}` sets it aside; then generate its traces again, or copy them"
-    )
-    data = _map(path, way_out)
+    try:
+        return _read(files, index, identity, valid, indexed)
+    except ShardCorruptError:
+        if not files.renew(index):
+            raise
+    return _read(files, index, identity, valid, indexed)
+
+
+def _read(files: ShardFiles, index: ShardIndex, identity: Identity, valid: bytearray | None, indexed: bool) -> Shard:
+    place, out = place_of(files.location, index.name), way_out(files.location)
+    try:
+        with reading(place), files.open(index) as file:
+            data = _map(file)
+    except FileNotFoundError:
+        raise ShardCorruptError(f"{place} is missing, but its index exists; {out}") from None
     try:
         if data.size != index.bytes:
             raise ShardCorruptError(f"{data.size:,} bytes, its index says {index.bytes:,}")
         if valid is None and hashlib.sha256(data).hexdigest() != index.sha256:
-            raise ShardCorruptError("its bytes do not match the checksum in its index")
-        opened = _open(path, data, identity, valid)
+            raise ShardCorruptError(OTHER_BYTES)
+        opened = _open(place, data, identity, valid)
         if valid is None and indexed:
             checks.raise_first(checks.index_faults(index, opened.batch))
     except ShardCorruptError as e:
-        raise ShardCorruptError(f"{path}: {e}; {way_out}") from e
+        raise ShardCorruptError(f"{place}: {e}; {out}") from e
     return opened
 
 
@@ -307,9 +321,13 @@ def read_alone(directory: Path, name: str, identity: Identity, provenance: dict[
     Raises: as ``read``.
     """
     path = directory / f"{name}.arrow"
-    data = _map(path, "")
     try:
-        opened = _open(path, data, identity, None)
+        with reading(path), open_regular(path) as file:
+            data = _map(file)
+    except FileNotFoundError:
+        raise ShardCorruptError(f"{path} is missing") from None
+    try:
+        opened = _open(str(path), data, identity, None)
         checks.raise_first(checksum_faults(opened))
         batch = opened.batch
         index = ShardIndex(
@@ -336,25 +354,26 @@ def checksum_faults(opened: Shard) -> Iterator[str]:
         yield "its traces do not match the checksum in its schema"
 
 
-def unindexed(directory: Path) -> list[str]:
-    """Names of shards without an index, which a kill between the two files leaves. Readers ignore them."""
-    names = sorted(path.stem for path in directory.glob("unit-*.arrow") if UNIT.holds(path.stem))
-    return [name for name in names if not (directory / f"{name}.json").exists()]
+def place_of(location: Location, name: str) -> str:
+    """The path or URL of a shard's Arrow file, for messages."""
+    return f"{location}/{DIRECTORY}/{name}.arrow"
 
 
-def _map(path: Path, way_out: str) -> pa.Buffer:
-    """The bytes of a regular file, mapped into memory."""
-    try:
-        with reading(path), open_regular(path) as file, pa.memory_map(f"/dev/fd/{file.fileno()}") as source:
-            return source.read_buffer()  # stays valid after the file is closed
-    except FileNotFoundError:
-        raise ShardCorruptError(f"{path} is missing, but its index exists; {way_out}") from None
+def way_out(location: Location) -> str:
+    """What to do about a damaged shard."""
+    return f"`logitcache verify --repair {location}` sets it aside; then generate its traces again, or copy them"
 
 
-def _open(path: Path, data: pa.Buffer, identity: Identity, valid: bytearray | None) -> Shard:
+def _map(file: BinaryIO) -> pa.Buffer:
+    """The bytes of a file, mapped into memory. They stay valid after the file is closed, and after it is deleted."""
+    with pa.memory_map(f"/dev/fd/{file.fileno()}") as source:
+        return source.read_buffer()
+
+
+def _open(place: str, data: pa.Buffer, identity: Identity, valid: bytearray | None) -> Shard:
     """Raises: ShardCorruptError, without the path."""
     try:
-        with reading(path):
+        with reading(place):
             batch, message = arrow_file.read(data, validated=valid is not None)
             text = (batch.schema.metadata or {}).get(TABLE_KEY)
             table = FrequencyTable.from_bytes(base64.b64decode(text, validate=True)) if text else None
@@ -364,4 +383,4 @@ def _open(path: Path, data: pa.Buffer, identity: Identity, valid: bytearray | No
         raise ShardCorruptError(
             f"its frequency table has {len(table.class_V)} ids, the vocabulary {identity.vocab_size}"
         )
-    return Shard(path, batch, message, table, identity, bytearray(batch.num_rows) if valid is None else valid)
+    return Shard(place, batch, message, table, identity, bytearray(batch.num_rows) if valid is None else valid)

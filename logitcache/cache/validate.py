@@ -192,7 +192,7 @@ def check_index(found: dict[str, Any]) -> None:
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Path | str) -> Iterator[None]:
     """What keeps a file from being read is not damage: such a file is never moved.
 
     Raises: UnreadableError; FileNotFoundError and NotADirectoryError as they are.

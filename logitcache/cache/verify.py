@@ -1,4 +1,4 @@
-"""Verifies a cache on disk: checksums, structure, and that index, columns and rows agree (FORMAT.md)."""
+"""Verifies a cache: checksums, structure, and that index, columns and rows agree (FORMAT.md)."""
 
 import os
 from collections.abc import Sequence
@@ -10,9 +10,11 @@ from typing import Annotated, Any
 from logitcache.cache import checks, manifest, processes, shard
 from logitcache.cache.options import CachePath, Processes
 from logitcache.cache.shard import Shard
+from logitcache.cache.shard_files import LocalFiles, ShardFiles
 from logitcache.errors import CacheError, FormatVersionError, LogitcacheError, UnreadableError, first_line
 from logitcache.identity import Identity
 from logitcache.runtime.options import Option
+from logitcache.storage.location import Location, locate
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +34,11 @@ class Problem:
 class VerifyReport:
     """What verifying a cache found, and what a repair did."""
 
-    cache: Path
+    cache: Location
     problems: list[Problem]
-    moved: list[Path] = field(default_factory=list)  # damaged files, where they are now
-    restored: list[Path] = field(
-        default_factory=list
-    )  # a manifest from its second copy, indexes made from their shards
+    moved: list[Location] = field(default_factory=list)  # damaged files, where they are now
+    # A manifest from its second copy, indexes made from their shards.
+    restored: list[Location] = field(default_factory=list)
     unindexed: list[str] = field(default_factory=list)  # shards without an index; readers ignore them
 
     def to_json(self) -> dict[str, Any]:
@@ -63,15 +64,16 @@ def verify_cache(
 
     Raises: as ``verify`` and ``repair.repair``.
     """
-    cache = Path(cache)  # callers may pass text
+    location = locate(cache)
     if repair:
         from logitcache.cache.repair import repair as repair_cache  # which imports this module
 
-        return repair_cache(cache, workers)
-    return VerifyReport(cache, verify(cache, workers), unindexed=shard.unindexed(cache / shard.DIRECTORY))
+        return repair_cache(location, workers)
+    files = stored_files(location)
+    return VerifyReport(location, examine(files, read_identity(files), workers).problems, unindexed=files.unindexed())
 
 
-def verify(cache: Path, workers: int | None = None) -> list[Problem]:
+def verify(cache: str | Location, workers: int | None = None) -> list[Problem]:
     """Reads all of a cache and checks every shard and every trace.
 
     Checks all that FORMAT.md promises: checksums, columns, each index against its shard, spans, ids below the vocabulary
@@ -82,7 +84,25 @@ def verify(cache: Path, workers: int | None = None) -> list[Problem]:
         workers: processes; None: one per core. 1 reads in this process.
     Raises: NotACacheError, FormatVersionError, UnreadableError, and ShardCorruptError for a damaged manifest.
     """
-    return examine(cache, manifest.read(cache), workers).problems
+    files = stored_files(locate(cache))
+    return examine(files, read_identity(files), workers).problems
+
+
+def stored_files(location: Location) -> ShardFiles:
+    """The files of a cache as they are stored: no copy of a shard in a mirror stands for what the store has."""
+    if isinstance(location, Path):
+        return LocalFiles(location)
+    from logitcache.cache.mirror import Streaming
+
+    files = Streaming(location)
+    files.refresh()
+    return files
+
+
+def read_identity(files: ShardFiles) -> Identity:
+    """Raises: as ``manifest.read``."""
+    with files.naming():
+        return manifest.read(files.path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,15 +114,15 @@ class Findings:
     repeats: set[str]  # shards with traces that another shard has
 
 
-def examine(cache: Path, identity: Identity, workers: int | None) -> Findings:
+def examine(files: ShardFiles, identity: Identity, workers: int | None) -> Findings:
     """Verifies all of a cache except its manifest."""
-    indexes = sorted((cache / shard.DIRECTORY).glob("unit-*.json"))
-    verify_shard = partial(_verify_shard, identity=identity)
+    indexes = sorted((files.path / shard.DIRECTORY).glob("unit-*.json"))
+    verify_shard = partial(_verify_shard, files=files, identity=identity)
     workers = min(workers or os.cpu_count() or 1, len(indexes) or 1)
     results = (
         list(map(verify_shard, indexes)) if workers == 1 else processes.each(verify_shard, indexes, workers, _died)
     )
-    problems = [*_backup_problems(cache, identity), *(problem for found, _ in results for problem in found)]
+    problems = [*_backup_problems(files, identity), *(problem for found, _ in results for problem in found)]
     owners: dict[str, str] = {}
     repeats: set[str] = set()
     for path, (_, trace_ids) in sorted(zip(indexes, results, strict=True), key=lambda each: bool(each[1][0])):
@@ -113,10 +133,11 @@ def examine(cache: Path, identity: Identity, workers: int | None) -> Findings:
     return Findings(problems, owners, repeats)
 
 
-def _backup_problems(cache: Path, identity: Identity) -> list[Problem]:
+def _backup_problems(files: ShardFiles, identity: Identity) -> list[Problem]:
     """The second copy of the manifest MAY be missing: older versions wrote none."""
     try:
-        found = manifest.read_file(cache / manifest.BACKUP)
+        with files.naming():
+            found = manifest.read_file(files.path / manifest.BACKUP)
     except FileNotFoundError:
         return []
     except CacheError as e:
@@ -124,11 +145,12 @@ def _backup_problems(cache: Path, identity: Identity) -> list[Problem]:
     return [] if found == identity else [Problem(manifest.BACKUP, None, f"differs from {manifest.FILE_NAME}")]
 
 
-def _verify_shard(path: Path, identity: Identity) -> tuple[list[Problem], list[str]]:
+def _verify_shard(path: Path, files: ShardFiles, identity: Identity) -> tuple[list[Problem], list[str]]:
     """What is wrong with a shard, and the trace ids in it."""
     try:
-        index = shard.read_index(path)
-        opened = shard.read(path.parent, index, identity, indexed=False)
+        with files.naming():
+            index = shard.read_index(path)
+        opened = shard.read(files, index, identity, indexed=False)
         trace_ids = opened.batch.column("trace_id").to_pylist()
         faults = [*checks.index_faults(index, opened.batch), *shard.checksum_faults(opened)]
     except Exception as e:

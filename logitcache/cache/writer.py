@@ -10,11 +10,10 @@ from typing import Any
 
 import logitcache
 from logitcache.cache import manifest, shard
-from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace, ShardIndex
+from logitcache.cache.shard_files import ShardFiles
 from logitcache.identity import Identity
 from logitcache.runtime.files import atomic_directory, publish
-from logitcache.runtime.regular_files import open_regular
 from logitcache.trace import Trace
 
 
@@ -44,16 +43,17 @@ class CacheWriter:
             self._count(len(self._waiting))
             self._waiting = []
 
-    def copy_shard(self, cache: Cache, index: ShardIndex) -> None:
-        """Adds a shard of ``cache`` byte for byte, under the next number; a hard link where both are on one file system."""
+    def copy_shard(self, files: ShardFiles, index: ShardIndex) -> None:
+        """Adds a shard of another cache byte for byte, under the next number; a hard link if both are on one file system."""
         self.flush()
         name = f"unit-{self.shards:06d}"
         self.directory.mkdir(exist_ok=True)
-        source, target = cache.path / shard.DIRECTORY / f"{index.name}.arrow", self.directory / f"{name}.arrow"
-        try:
-            os.link(source, target, follow_symlinks=False)
-        except OSError:  # another file system, or one without links
-            with open_regular(source) as file:
+        target = self.directory / f"{name}.arrow"
+        with files.open(index) as file:
+            try:
+                # The open file itself, since a mirror may have removed its name. A descriptor makes Python follow the link.
+                os.link(f"/proc/self/fd/{file.fileno()}", target, src_dir_fd=file.fileno(), follow_symlinks=True)
+            except OSError:  # another file system, or one without links
                 publish(target, file.read())
         shard.publish_index(self.directory, replace(index, name=name))
         self._count(index.trace_count)

@@ -53,7 +53,7 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
     size = 0
     with atomic_directory(out) as part:
         for index in opened.shards:
-            source = shard.read(cache / shard.DIRECTORY, index, opened.identity)
+            source = shard.read(opened.files, index, opened.identity)
             try:
                 size += _write(part / f"{index.name}.parquet", source, schema)
             except OSError as e:

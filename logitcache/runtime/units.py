@@ -1,5 +1,9 @@
 """Numbers as a person reads them: in the unit that suits their size."""
 
+import re
+
+from logitcache.errors import InputError
+
 Units = tuple[tuple[float, str], ...]
 COUNTS: Units = ((1, ""), (1e6, " million"), (1e9, " billion"), (1e12, " trillion"))
 BYTES: Units = ((1, " bytes"), (1e3, " kB"), (1e6, " MB"), (1e9, " GB"), (1e12, " TB"), (1e15, " PB"))
@@ -17,3 +21,16 @@ def in_units(mean: float, low: float, high: float, units: Units) -> str:
 
 def in_bytes(count: float) -> str:
     return in_units(count, count, count, BYTES)
+
+
+def parse_bytes(text: str, name: str) -> int:
+    """A size such as 20GB, 500 MB or 1.5TB, of powers of 1000; a number alone is bytes.
+
+    Args:
+        name: of the option, for the message.
+    Raises: InputError.
+    """
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGTP]?)[bB]?", text.strip())
+    if not found or not float(found[1]):
+        raise InputError(f"`{name}` {text!r}: write a size above 0, such as 20GB")
+    return int(float(found[1]) * 1000 ** " KMGTP".index(found[2].upper() or " "))

@@ -69,7 +69,7 @@ def merge(
                     rows.append(row)
             repeated += index.trace_count - len(rows)
             if rows:
-                pieces.append(Piece(cache.path, cache.identity, index, rows))
+                pieces.append(Piece(cache.files, cache.identity, index, rows))
     if not pieces:
         raise InputError(f"{', '.join(map(str, caches))}: none of them has traces")
     with (

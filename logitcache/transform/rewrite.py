@@ -19,6 +19,7 @@ from logitcache.cache import shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.schema import SCHEMA
 from logitcache.cache.shard import EncodedTrace, Shard, ShardIndex
+from logitcache.cache.shard_files import ShardFiles
 from logitcache.cache.writer import CacheWriter
 from logitcache.errors import CacheError, InputError, LogitcacheError, ShardCorruptError
 from logitcache.identity import Identity
@@ -56,7 +57,7 @@ class Cut:
 class Piece:
     """Selected traces of a shard."""
 
-    cache: Path
+    files: ShardFiles
     identity: Identity
     index: ShardIndex
     rows: list[int]
@@ -67,7 +68,7 @@ class Piece:
         return len(self.rows) == self.index.trace_count and self.correct is None
 
     def open(self) -> Shard:
-        return shard.read(self.cache / shard.DIRECTORY, self.index, self.identity)
+        return shard.read(self.files, self.index, self.identity)
 
     def batch(self, opened: Shard) -> pa.RecordBatch:
         """All columns of the shard, with the new verdicts."""
@@ -123,7 +124,7 @@ def write(
     """
     whole = [piece for piece in pieces if piece.whole and cut is None]
     for piece, _ in zip(whole, each(_check, whole), strict=True):
-        writer.copy_shard(Cache(piece.cache, writer.identity, [piece.index]), piece.index)
+        writer.copy_shard(piece.files, piece.index)
     rest = [piece for piece in pieces if not piece.whole or cut is not None]
     groups = _groups(rest) if join else [[piece] for piece in rest]
     make = partial(_rewrite, writer=writer, cut=cut)
@@ -143,12 +144,12 @@ def check_unused(caches: Sequence[Cache], pieces: Sequence[Piece], each: Each) -
 
     Raises: ShardCorruptError naming the shard.
     """
-    used = {(piece.cache, piece.index.name) for piece in pieces}
+    used = {(piece.files.location, piece.index.name) for piece in pieces}
     rest = [
-        Piece(cache.path, cache.identity, index, [])
+        Piece(cache.files, cache.identity, index, [])
         for cache in caches
         for index in cache.shards
-        if (cache.path, index.name) not in used
+        if (cache.location, index.name) not in used
     ]
     for _ in each(_open, rest):
         pass
@@ -188,7 +189,7 @@ def _encoded(piece: Piece, cut: Cut | None, identity: Identity) -> Iterator[Enco
         try:
             yield EncodedTrace.of(cut(trace) if cut else trace, identity)
         except CacheError as e:
-            raise ShardCorruptError(f"{opened.path}: trace {trace.trace_id}: {e}") from e
+            raise ShardCorruptError(f"{opened.place}: trace {trace.trace_id}: {e}") from e
 
 
 def _copy(piece: Piece, number: int, directory: Path) -> ShardIndex:

@@ -129,7 +129,7 @@ def slice_cache(
 
 def _choose(cache: Cache, chosen: Filter | None, limit: int | None, verifier: str | None, each: Each) -> list[Piece]:
     """The traces of a slice, graded again if there is a verifier."""
-    whole = [Piece(cache.path, cache.identity, index, list(range(index.trace_count))) for index in cache.shards]
+    whole = [Piece(cache.files, cache.identity, index, list(range(index.trace_count))) for index in cache.shards]
     graded: list[Any] = [None] * len(whole)
     if verifier:
         graded = list(each(partial(_grade, verifier=verifier, identity=cache.identity), whole))

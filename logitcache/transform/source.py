@@ -45,7 +45,7 @@ def prompt_position(prompt_id: str, purpose: bytes) -> float:
 def pieces_of(cache: Cache, masks: Sequence[np.ndarray], graded: Sequence[Any] | None = None) -> list[Piece]:
     """The traces that boolean masks keep, one mask [traces of the shard] per shard; ``graded``: new verdicts per shard."""
     return [
-        Piece(cache.path, cache.identity, index, np.flatnonzero(mask).tolist(), correct)
+        Piece(cache.files, cache.identity, index, np.flatnonzero(mask).tolist(), correct)
         for index, mask, correct in zip(cache.shards, masks, graded or [None] * len(masks), strict=True)
         if mask.any()
     ]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from logitcache.cache import manifest, shard, verify
+from logitcache.cache import manifest, shard, shard_files, verify
 from logitcache.cache.reader import Cache
 from logitcache.cache.repair import repair
 from logitcache.capture.generate import generate
@@ -99,7 +99,8 @@ def test_what_cannot_be_read_stays(path, monkeypatch, number) -> None:
         return real(place)
 
     before = contents(path)
-    monkeypatch.setattr(shard, "open_regular", failing)
+    for module in (shard, shard_files):
+        monkeypatch.setattr(module, "open_regular", failing)
     report = repair(path, 1)
     assert [p.damaged for p in report.problems] == [False]
     assert "could not be read" in str(report.problems[0])
