@@ -53,4 +53,6 @@ def locate(given: "str | Path | Url") -> Location:
         raise InputError(f"{text}: unknown scheme {scheme}://; {did_you_mean(scheme, (*SCHEMES, 'file'))}")
     if not rest.strip("/"):
         raise InputError(f"{text}: names no bucket; write {scheme}://BUCKET/NAME")
+    if "@" in rest.partition("/")[0]:
+        raise InputError(f"{scheme}://{rest.rpartition('@')[2]}: give credentials in the environment, not in the URL")
     return Url(f"{scheme}://{rest.rstrip('/')}")

@@ -15,6 +15,14 @@ class Entry:
     size: int  # bytes
 
 
+@dataclass(frozen=True, slots=True)
+class Tag:
+    """One version of an object, as the store names it."""
+
+    e_tag: str | None
+    version: str | None = None
+
+
 class Store(Protocol):
     """The objects of one cache, under names below its URL. Can be pickled; safe in threads.
 
@@ -34,6 +42,10 @@ class Store(Protocol):
         """Raises: FileNotFoundError."""
         ...
 
+    def get_tagged(self, name: str) -> tuple[bytes, Tag]:
+        """An object and its version. Raises: FileNotFoundError."""
+        ...
+
     def get_each(self, names: Iterable[str]) -> Iterator[tuple[str, bytes]]:
         """Several objects, fetched in parallel, in any order. Raises: FileNotFoundError."""
         ...
@@ -41,6 +53,10 @@ class Store(Protocol):
     def create(self, name: str, data: bytes | memoryview) -> bool:
         """Makes an object that is not there. False if one with other bytes is there; True if one with the same bytes is: it
         is ours, and the reply to its creation was lost."""
+        ...
+
+    def replace(self, name: str, data: bytes, tag: Tag) -> Tag | None:
+        """Replaces the version ``tag`` of an object. Returns the new version; None if another one is there, or nothing."""
         ...
 
     def delete(self, name: str) -> None:
