@@ -63,6 +63,8 @@ def loader(
     """A DataLoader of `Batch`es. options: others of DataLoader."""
     if data.remote:
         batches = FetchAhead(batches, data)
+        if options.get("num_workers"):
+            options.setdefault("multiprocessing_context", "spawn")  # a store's threads do not survive a fork
     gather = functools.partial(collate, packed=packed)
     return DataLoader(data, batch_sampler=batches, collate_fn=gather, **options)  # pyright: ignore[reportArgumentType]
 

@@ -56,10 +56,10 @@ class TraceDataset(Dataset[Example]):
     ):
         self.cache, self.view, self.vocab, self.top_k = cache, view or View(), vocab, top_k
         if isinstance(self.view, View):
-            self.view.check(cache.identity, str(cache.path))
+            self.view.check(cache.identity, str(cache.location))
         if top_k is not None and not 1 <= top_k <= cache.identity.top_k:
             raise StudentError(
-                f"`top_k` {top_k}: {cache.path} stores {cache.identity.top_k} ids per row; give 1 to "
+                f"`top_k` {top_k}: {cache.location} stores {cache.identity.top_k} ids per row; give 1 to "
                 f"{cache.identity.top_k}"
             )
         self.indices = np.arange(len(cache)) if indices is None else np.asarray(indices)
@@ -158,7 +158,7 @@ def check_tokenizers(caches: Sequence[Cache]) -> None:
     for other in others:
         if other.identity.tokenizer_hash != first.identity.tokenizer_hash:
             raise StudentError(
-                f"{first.path} was made with tokenizer {first.identity.tokenizer_hash[:12]}, {other.path} with "
+                f"{first.location} was made with tokenizer {first.identity.tokenizer_hash[:12]}, {other.location} with "
                 f"{other.identity.tokenizer_hash[:12]}: their token ids are different; train on one of them"
             )
 

@@ -12,6 +12,7 @@ import numpy as np
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.sections import SECTIONS
+from logitcache.storage.location import Location
 from logitcache.student.data.dataset import ExampleSource, Mixture, TraceDataset, check_tokenizers, matching
 from logitcache.student.data.fetch_ahead import in_turn
 from logitcache.student.data.held_out import split
@@ -34,12 +35,12 @@ class Split:
         return np.concatenate([self.training, self.held_out])
 
 
-def open_caches(options: TrainOptions, view: View) -> dict[Path, Cache]:
+def open_caches(options: TrainOptions, view: View) -> dict[Location, Cache]:
     """Raises: StudentError for an invalid share, a cache given twice, one without what the view needs; CacheError."""
     for path, share in options.shares.items():
         if share is not None and not (0 < share < math.inf):
             raise StudentError(f"`mix` {path}={share}: give a share above 0")
-    places = [path.resolve() for path in options.shares]
+    places = [path.resolve() if isinstance(path, Path) else path for path in options.shares]
     if len(set(places)) < len(options.caches) + len(options.mix):
         raise StudentError("a cache is given twice: name each once, and use `mix` CACHE=SHARE to give one more weight")
     caches = {path: Cache.open(path) for path in options.shares}
@@ -49,7 +50,7 @@ def open_caches(options: TrainOptions, view: View) -> dict[Path, Cache]:
     return caches
 
 
-def choose_traces(options: TrainOptions, caches: dict[Path, Cache]) -> dict[Path, Split]:
+def choose_traces(options: TrainOptions, caches: dict[Location, Cache]) -> dict[Location, Split]:
     """The training and held-out traces of each cache.
 
     Each cache is split as if it were alone, so that it can be evaluated alone. A prompt that is held out of one cache is
@@ -62,7 +63,7 @@ def choose_traces(options: TrainOptions, caches: dict[Path, Cache]) -> dict[Path
     prompts = {path: _prompts(cache) if several else np.array(cache.prompt_ids) for path, cache in caches.items()}
     excluded = np.concatenate([prompts[path][held_out[path]] for path in caches])
     seen: set[str] = set()
-    chosen: dict[Path, Split] = {}
+    chosen: dict[Location, Split] = {}
     for path, cache in caches.items():
         training_n = ~np.isin(prompts[path], excluded)
         if options.where is not None:
@@ -89,7 +90,11 @@ def _prompts(cache: Cache) -> np.ndarray:
 
 
 def datasets(
-    options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], chosen: dict[Path, Split], view: View
+    options: TrainOptions,
+    config: DistillConfig,
+    caches: dict[Location, Cache],
+    chosen: dict[Location, Split],
+    view: View,
 ) -> tuple[ExampleSource, ExampleSource]:
     """The training set, and the evaluation set: whole held-out traces with all their rows, for any view.
 

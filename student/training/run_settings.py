@@ -16,6 +16,7 @@ from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.identity import first_difference
 from logitcache.runtime.files import is_leftover, is_occupied, publish
+from logitcache.storage.location import Location
 from logitcache.student.data.views import View
 from logitcache.student.training.checkpoints import RUN_FILE, checkpoints, find_run
 from logitcache.student.training.config import DistillConfig
@@ -38,7 +39,9 @@ _OPTIONS = {
 }
 
 
-def run_settings(options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], view: View) -> dict[str, Any]:
+def run_settings(
+    options: TrainOptions, config: DistillConfig, caches: dict[Location, Cache], view: View
+) -> dict[str, Any]:
     """Everything that decides a run's weights. The first difference in this order is reported."""
     found: dict[str, Any] = {"caches": len(caches)}
     shares = [share for share in options.shares.values() if share is not None]

@@ -287,7 +287,7 @@ def _check_sampled(data: ExampleSource, tail: str) -> None:
             what = "prompts were not sampled: remove prompt from `sections`"
         if what:
             raise StudentError(
-                f"`tail` sampled: {part.cache.path}: {what}; it needs tokens sampled at temperature 1 without filters: use "
+                f"`tail` sampled: {part.cache.location}: {what}; it needs tokens sampled at temperature 1 without filters: use "
                 "`tail` bucket"
             )
 
