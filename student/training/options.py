@@ -24,7 +24,7 @@ class TrainOptions:
     caches: Annotated[
         list[str | Location],
         Option(
-            "Caches to learn from: directories, or URLs such as s3://bucket/cache. A trace that is in several of them counts once.",
+            "Caches to learn from: directories, or URLs such as s3://bucket/cache. A trace in several of them counts once.",
             metavar="CACHE",
             positional=True,
         ),
