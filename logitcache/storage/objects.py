@@ -18,8 +18,8 @@ from logitcache.storage.parallel import in_parallel
 from logitcache.storage.patience import FIRST_PATIENCE, PATIENCE, Passing, persist
 from logitcache.storage.store import Entry, Tag
 
-_STALL = 60  # seconds without a byte, after which a connection is given up
-_UPLOADED_IN_A_STALL = 64 << 20  # bytes, at least; what uploads slower is given up
+_STALL = 30  # seconds without a byte, after which a connection is given up; Ctrl-C waits for that too
+_UPLOADED_IN_A_STALL = 16 << 20  # bytes, at least; what uploads slower is given up
 _CHUNK = 4 << 20  # bytes; a cut download goes on after the last whole chunk
 
 T = TypeVar("T")
