@@ -125,6 +125,11 @@ class Cache:
         return np.concatenate([np.zeros(0, np.int32), *(np.array(s.token_lengths, np.int32) for s in self.shards)])
 
     @cached_property
+    def shard_numbers(self) -> np.ndarray:
+        """int64 [len(self)], the place in ``shards`` of the shard that holds each trace."""
+        return np.repeat(np.arange(len(self.shards)), np.diff(self._starts))
+
+    @cached_property
     def trace_ids(self) -> list[str]:
         return [t for s in self.shards for t in s.trace_ids]
 

@@ -31,7 +31,7 @@ from logitcache.errors import (
     first_line,
 )
 from logitcache.identity import Identity
-from logitcache.runtime.files import publish, publish_json, read_json
+from logitcache.runtime.files import publish, read_json, to_json_bytes
 from logitcache.runtime.regular_files import open_regular
 from logitcache.sections import SPANS, Sections
 from logitcache.storage.location import Location
@@ -99,6 +99,12 @@ class EncodedTrace:
     row_count: int
     entries: int
     tail_mass: float
+
+    @property
+    def bytes(self) -> int:
+        """About what the trace takes in a shard, before the shard's frequency table makes it smaller."""
+        record = self.record
+        return len(record["topk"]) + 4 * len(record["token_ids"]) + 8 * self.row_count + len(record["text"])
 
     @classmethod
     def of(cls, trace: Trace, identity: Identity) -> "EncodedTrace":
@@ -186,6 +192,10 @@ class Shard:
             raise kind(f"{self.place}: trace {self.batch.column('trace_id')[row]}: {what}") from e
 
 
+def name_of(number: int) -> str:
+    return f"unit-{number:06d}"
+
+
 def write(
     directory: Path, number: int, traces: list[EncodedTrace], identity: Identity, provenance: Mapping[str, Any]
 ) -> ShardIndex:
@@ -193,16 +203,23 @@ def write(
 
     Raises: WriteError; the shard is then ignored, since it has no index.
     """
+    data, index = build(number, traces, identity, provenance)
+    publish(directory / f"{index.name}.arrow", data)
+    publish_index(directory, index)
+    return index
+
+
+def build(
+    number: int, traces: list[EncodedTrace], identity: Identity, provenance: dict[str, Any]
+) -> tuple[memoryview, ShardIndex]:
+    """The Arrow file of shard ``number``, and its index."""
     table = _share_table(traces, identity)
     records = [t.record for t in traces]
     arrow = pa.Table.from_pylist(records, schema=schema_of({name for record in records for name in record}))
     batch = arrow.combine_chunks().to_batches()[0]
     # Base64: strict readers of Arrow expect metadata to be text.
     data = to_bytes(batch, {TABLE_KEY: base64.b64encode(table.to_bytes())} if table else {})
-    index = index_of(number, data, traces, provenance)
-    publish(directory / f"{index.name}.arrow", data)
-    publish_index(directory, index)
-    return index
+    return data, index_of(number, data, traces, provenance)
 
 
 def to_bytes(batch: pa.RecordBatch, metadata: dict[bytes, bytes]) -> memoryview:
@@ -220,7 +237,7 @@ def index_of(
 ) -> ShardIndex:
     """The index of shard ``number`` with the Arrow file ``data``."""
     return ShardIndex(
-        name=f"unit-{number:06d}",
+        name=name_of(number),
         trace_count=len(traces),
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
@@ -245,7 +262,15 @@ def publish_index(directory: Path, index: ShardIndex) -> None:
 
     Raises: WriteError.
     """
-    publish_json(directory / f"{index.name}.json", {"format": FORMAT_VERSION} | index.to_json())
+    publish(directory / f"{index.name}.json", index_bytes(index))
+
+
+def index_bytes(index: ShardIndex) -> bytes:
+    """The file of an index.
+
+    Raises: WriteError for an index that is too large.
+    """
+    return to_json_bytes(index.name, {"format": FORMAT_VERSION} | index.to_json())
 
 
 def _share_table(traces: list[EncodedTrace], identity: Identity) -> FrequencyTable | None:
