@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from logitcache.cache import manifest, shard
+from logitcache.cache import compact, manifest, shard
 from logitcache.cache.claim import claim
 from logitcache.cache.reader import Cache
 from logitcache.cache.repair import adopt, set_aside
@@ -31,10 +31,12 @@ class Existing:
     set_aside: list[str] = field(default_factory=list)  # damaged shards without an index, where they are now
     ignored: list[str] = field(default_factory=list)  # shards without an index that stay where they are
 
+    covered: int = -1  # the highest number in a compacted index; the shard may be gone
+
     @property
     def highest(self) -> int:
-        """The highest number of a shard, -1 for none."""
-        return max((index.number for index in self.shards), default=-1)
+        """The number above which new shards are numbered, -1 for none."""
+        return max(self.covered, *(index.number for index in self.shards), -1)
 
 
 class Place(Protocol):
@@ -128,7 +130,8 @@ class Directory:
         remove_parts(folder, mine)
         adopted = adopt(cache, identity, (t for s in shards for t in s.trace_ids), mine)
         damaged = [set_aside(cache, folder / f"{name}.arrow") for name in filter(mine, shard.unindexed(folder))]
-        return Existing([*shards, *adopted], sum(s.trace_count for s in adopted), list(map(str, damaged)))
+        completed = sum(s.trace_count for s in adopted)
+        return Existing([*shards, *adopted], completed, list(map(str, damaged)), covered=compact.highest(cache))
 
     def create_data(self, name: str, data: memoryview) -> bool:
         return create(self.location / shard.DIRECTORY / f"{name}.arrow", data)

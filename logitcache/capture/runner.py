@@ -4,16 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
 from logitcache.cache.place import Existing, Place, place_of
-=======
-import logitcache
-from logitcache.cache import compact, manifest, shard
-from logitcache.cache.claim import claim
-from logitcache.cache.reader import Cache
-from logitcache.cache.repair import adopt, set_aside
-from logitcache.cache.shard import EncodedTrace, ShardIndex
->>>>>>> work-c
 from logitcache.cache.workers import Worker
 from logitcache.capture.filling import Filling
 from logitcache.capture.job import JobOptions, Task
@@ -48,7 +39,6 @@ def fill(task: Task, identity: Identity) -> Summary:
     Raises: InputError for a task without requests, CacheError before anything is written; EngineError and WriteError,
         after which the same call resumes.
     """
-<<<<<<< HEAD
     place, worker = place_of(task.options.out), task.options.place
     check(task, identity, place)
     with place.alone(worker), place.claim(worker, identity):
@@ -57,31 +47,6 @@ def fill(task: Task, identity: Identity) -> Summary:
         if first is not None:
             ledger.join(_ONLY)
             _run_one(task, identity, place, ledger, first)
-=======
-    out, worker = task.options.out, task.options.place
-    manifest.match(out, identity)
-    _refuse_unanswerable(task, identity)
-    with worker.alone(out), claim(out, worker, identity) as found:
-        summary, missing = Summary(), {}  # ids only, since a source may be larger than memory
-        shards = _existing(out, found, worker, summary) if found else []
-        present, skipped = {t for s in shards for t in s.trace_ids}, _skipped_before(out)
-        for request in task.requests(identity):
-            if not worker.owns(request.prompt_id):
-                summary.others += 1
-                continue
-            summary.wanted += 1
-            if request.trace_id in present:
-                summary.before += 1
-            elif why := skipped.get(request.trace_id):
-                summary.skip(request.trace_id, request.prompt_id, why)
-            else:
-                missing[request.trace_id] = None
-        if task.options.verifier:
-            summary.unjudged = sum(s.trace_count for s in shards if not any(s.verdicts.values()))
-        if missing:
-            number = worker.number_after(max(compact.highest(out), *(s.number for s in shards), -1))
-            _Filling(task, identity, summary, missing, number).run()
->>>>>>> work-c
         return summary
 
 
