@@ -91,6 +91,7 @@ class Compacted:
         self.prompts, self.lengths_N = prompts, lengths.to_numpy()
         self.bounds = [each.offsets.to_numpy() for each in lists]  # where each shard begins, and where the last ends
         self.counts_S = np.diff(self.bounds[0])  # traces
+        self._lists: dict[str, tuple[type[Column[Any]], Any, np.ndarray]]
         columns = (TraceIds, self.ids_N16), (Texts, self.prompts), (Numbers, self.lengths_N)
         self._lists = {name: (*each, bounds) for name, each, bounds in zip(LISTS, columns, self.bounds, strict=True)}
         self._check()
