@@ -91,9 +91,11 @@ class Compacted:
         self.prompts, self.lengths_N = prompts, lengths.to_numpy()
         self.bounds = [each.offsets.to_numpy() for each in lists]  # where each shard begins, and where the last ends
         self.counts_S = np.diff(self.bounds[0])  # traces
-        self._lists: dict[str, tuple[type[Column[Any]], Any, np.ndarray]]
-        columns = (TraceIds, self.ids_N16), (Texts, self.prompts), (Numbers, self.lengths_N)
-        self._lists = {name: (*each, bounds) for name, each, bounds in zip(LISTS, columns, self.bounds, strict=True)}
+        self._lists: dict[str, tuple[type[Column[Any]], Any, np.ndarray]] = {
+            "trace_ids": (TraceIds, self.ids_N16, self.bounds[0]),
+            "prompt_ids": (Texts, self.prompts, self.bounds[1]),
+            "token_lengths": (Numbers, self.lengths_N, self.bounds[2]),
+        }
         self._check()
 
     def _check(self) -> None:
