@@ -87,6 +87,10 @@ class Mirror:
             self._store = connect(self.location)
         return self._store
 
+    @property
+    def most_mapped(self) -> int:
+        return self.room.most // 4
+
     def naming(self) -> AbstractContextManager[None]:
         return renamed(self.path, self.location)
 

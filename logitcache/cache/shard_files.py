@@ -30,6 +30,11 @@ class ShardFiles(Protocol):
         """The directory with the manifest and the indexes; of a cache in an object store, a copy of them."""
         ...
 
+    @property
+    def most_mapped(self) -> int | None:
+        """Bytes of shards that a process may keep mapped: they take space when the mirror has removed them. None: any."""
+        ...
+
     def open(self, index: "ShardIndex") -> BinaryIO:
         """The Arrow file of a shard, from this disk or downloaded first. Its bytes are checked by whoever reads them.
 
@@ -59,6 +64,10 @@ class LocalFiles:
     @property
     def location(self) -> Path:
         return self.path
+
+    @property
+    def most_mapped(self) -> None:
+        return None
 
     def open(self, index: "ShardIndex") -> BinaryIO:
         return open_regular(self.path / DIRECTORY / f"{index.name}.arrow")
