@@ -92,7 +92,11 @@ class Rank(NamedTuple):
 
 
 def ranks(command: list[str], count: int = 2, **environment: str) -> list[Rank]:
-    """The ends of `count` Pythons with these arguments, which find one another as torchrun's would."""
+    """The ends of `count` Pythons with these arguments, which find one another as torchrun's would.
+
+    Args:
+        environment: of each process; {rank} in a value is its number.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -100,7 +104,8 @@ def ranks(command: list[str], count: int = 2, **environment: str) -> list[Rank]:
     processes, pipe = [], subprocess.PIPE
     for rank in range(count):
         own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count)} if count > 1 else {}
-        environ = os.environ | shared | own | environment
+        given = {name: value.replace("{rank}", str(rank)) for name, value in environment.items()}
+        environ = os.environ | shared | own | given
         processes.append(
             subprocess.Popen([sys.executable, *command], env=environ, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
         )
@@ -120,7 +125,7 @@ def last_lines(command: list[str], count: int = 2, **environment: str) -> list[s
 
 
 def launch(
-    options: TrainOptions, count: int = 1, *, stop: int | None = None, kill: list | None = None
+    options: TrainOptions, count: int = 1, *, stop: int | None = None, kill: list | None = None, **environment: str
 ) -> RunRecord | None:
     """The same in processes of its own, `count` of them over gloo; stopped in step `stop`, or killed as `kill_at` does.
 
@@ -130,10 +135,10 @@ def launch(
     text = json.dumps({"options": given, "stop": stop, "kill": kill}, default=str)
     command = ["-m", "tests.runs", text]
     if kill is not None:
-        killed = ranks(command, count)[0]
+        killed = ranks(command, count, **environment)[0]
         assert killed.code == -signal.SIGKILL, killed.err[-3000:]
         return None
-    return RunRecord.from_json(json.loads(last_lines(command, count)[0]))
+    return RunRecord.from_json(json.loads(last_lines(command, count, **environment)[0]))
 
 
 def in_a_process(options: TrainOptions) -> multiprocessing.Process:

@@ -35,6 +35,11 @@ class ShardFiles(Protocol):
         """Bytes of shards that a process may keep mapped: they take space when the mirror has removed them. None: any."""
         ...
 
+    @property
+    def compacted(self) -> str | None:
+        """The compacted index whose shards all exist, although their own indexes are not in ``path``."""
+        ...
+
     def open(self, index: "ShardIndex") -> BinaryIO:
         """The Arrow file of a shard, from this disk or downloaded first. Its bytes are checked by whoever reads them.
 
@@ -67,6 +72,10 @@ class LocalFiles:
 
     @property
     def most_mapped(self) -> None:
+        return None
+
+    @property
+    def compacted(self) -> None:
         return None
 
     def open(self, index: "ShardIndex") -> BinaryIO:

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Sampler
 from logitcache.kernels.targets import SparseTargets
 from logitcache.sparse_rows import SparseRows
 from logitcache.student.data.dataset import Example, ExampleSource
+from logitcache.student.data.fetch_ahead import FetchAhead
 
 # N supervised positions of a batch, T input positions of a trace, B traces of a group.
 
@@ -60,6 +61,10 @@ def loader(
     data: ExampleSource, batches: Sampler[list[int]] | list[list[int]], packed: bool = False, **options
 ) -> DataLoader:
     """A DataLoader of `Batch`es. options: others of DataLoader."""
+    if data.remote:
+        batches = FetchAhead(batches, data)
+        if options.get("num_workers"):
+            options.setdefault("multiprocessing_context", "spawn")  # a store's threads do not survive a fork
     gather = functools.partial(collate, packed=packed)
     return DataLoader(data, batch_sampler=batches, collate_fn=gather, **options)  # pyright: ignore[reportArgumentType]
 

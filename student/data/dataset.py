@@ -11,6 +11,7 @@ from logitcache.cache.filters import Filter
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.sparse_rows import SparseRows, fold, keep
+from logitcache.student.data.fetch_ahead import in_turn
 from logitcache.student.data.sampler import Pool, hash_64
 from logitcache.student.data.views import UNSUPERVISED, SupervisedTrace, View, section_of, tenth_of
 from logitcache.trace import Trace
@@ -55,20 +56,26 @@ class TraceDataset(Dataset[Example]):
     ):
         self.cache, self.view, self.vocab, self.top_k = cache, view or View(), vocab, top_k
         if isinstance(self.view, View):
-            self.view.check(cache.identity, str(cache.path))
+            self.view.check(cache.identity, str(cache.location))
         if top_k is not None and not 1 <= top_k <= cache.identity.top_k:
             raise StudentError(
-                f"`top_k` {top_k}: {cache.path} stores {cache.identity.top_k} ids per row; give 1 to "
+                f"`top_k` {top_k}: {cache.location} stores {cache.identity.top_k} ids per row; give 1 to "
                 f"{cache.identity.top_k}"
             )
         self.indices = np.arange(len(cache)) if indices is None else np.asarray(indices)
         lengths, ids = cache.lengths[self.indices].astype(np.int64), cache.trace_ids
-        self.pool = Pool(lengths, np.array([hash_64(ids[i]) for i in self.indices], np.uint64))
+        keys = np.array([hash_64(ids[i]) for i in self.indices], np.uint64)
+        self.pool = Pool(lengths, keys, shards=cache.shard_numbers[self.indices])
 
     @property
     def parts(self) -> "list[TraceDataset]":
         """The datasets this one is made of, as Mixture has them: itself."""
         return [self]
+
+    @property
+    def remote(self) -> bool:
+        """Whether its shards are downloaded when they are read."""
+        return self.cache.mirror is not None
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -117,12 +124,21 @@ class Mixture(Dataset[Example]):
         self.parts = list(parts)
         bounds = np.cumsum([0, *(len(part) for part in parts)])
         self._starts = bounds[:-1]
+        before = np.cumsum([0, *(len(part.cache.shards) for part in parts)])
         self.pool = Pool(
             np.concatenate([part.pool.lengths for part in parts]),
             np.concatenate([part.pool.keys for part in parts]),
             tuple(slice(int(a), int(b)) for a, b in itertools.pairwise(bounds)),
             None if shares is None else tuple(shares),
+            np.concatenate(
+                [part.cache.shard_numbers[part.indices] + b for part, b in zip(parts, before, strict=False)]
+            ),
         )
+
+    @property
+    def remote(self) -> bool:
+        """Whether shards of any part are downloaded when they are read."""
+        return any(part.remote for part in self.parts)
 
     def __len__(self) -> int:
         return len(self.pool)
@@ -142,14 +158,14 @@ def check_tokenizers(caches: Sequence[Cache]) -> None:
     for other in others:
         if other.identity.tokenizer_hash != first.identity.tokenizer_hash:
             raise StudentError(
-                f"{first.path} was made with tokenizer {first.identity.tokenizer_hash[:12]}, {other.path} with "
+                f"{first.location} was made with tokenizer {first.identity.tokenizer_hash[:12]}, {other.location} with "
                 f"{other.identity.tokenizer_hash[:12]}: their token ids are different; train on one of them"
             )
 
 
 def matching(cache: Cache, where: str) -> np.ndarray:
     """bool [len(cache)], the traces that match `where`. Raises: InputError, as `filters.Filter` does."""
-    masks = Filter.parse(where).select(cache.shard(i).batch for i in range(len(cache.shards)))
+    masks = Filter.parse(where).select(shard.batch for shard in in_turn(cache))
     return np.concatenate([np.zeros(0, bool), *masks])
 
 

@@ -10,7 +10,17 @@ from logitcache.runtime.options import Option
 from logitcache.student.experiments.catalog import BEFORE, EXPERIMENTS, Variant
 
 # Options of every run and of its answers, declared by the commands that an experiment calls.
-OF_TRAINING = ("where", "held_out", "epochs", "max_steps", "learning_rate", "tokens_per_batch", "dtype", "set")
+OF_TRAINING = (
+    "where",
+    "held_out",
+    "epochs",
+    "max_steps",
+    "learning_rate",
+    "tokens_per_batch",
+    "shuffle",
+    "dtype",
+    "set",
+)
 OF_ANSWERS = ("columns", "samples", "temperature", "max_tokens", "answer_tokens", "reasoning_markers", "engine_args")
 _ANSWERS = "Answers to prompts"  # a group of options
 

@@ -4,6 +4,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -59,7 +60,7 @@ def evaluate(
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     training, device = student.training, student.device
     student.eval()
-    batches = evaluation_batches(data.pool.lengths, tokens_per_batch, rank, world)
+    batches = evaluation_batches(data.pool.lengths, tokens_per_batch, rank, world, _shards(data, device))
     totals = torch.zeros(len(SECTIONS) * PLACES, 5 + BINS + 2, dtype=torch.float64, device=device)
     if progress is not None:
         progress.total = sum(map(len, batches))
@@ -79,6 +80,14 @@ def evaluate(
     sections = {name: Measures(**_means(c)) for name, c in zip(SECTIONS, cells.sum(dim=1), strict=True)}
     positions = [Measures(**_means(c)) for c in cells.sum(dim=0)[:TENTHS]]
     return Evaluation(**_means(cells.sum(dim=(0, 1))), sections=sections, positions=positions)
+
+
+def _shards(data: ExampleSource, device: torch.device) -> np.ndarray | None:
+    """int64 [n], the shard of each trace, if any rank downloads them; all ranks must make the same batches."""
+    remote = torch.tensor(data.remote, dtype=torch.int32, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(remote, dist.ReduceOp.MAX)
+    return data.pool.shards if remote else None
 
 
 def _columns(batch: Batch, row: dict[str, Tensor]) -> Tensor:

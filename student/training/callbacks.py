@@ -6,6 +6,7 @@ from typing import Any
 from transformers import TrainerCallback
 
 from logitcache.runtime.console import Progress
+from logitcache.student.training.shuffle import describe_order
 from logitcache.student.training.trainer import DistillTrainer
 
 
@@ -24,6 +25,8 @@ class ShowProgress(TrainerCallback):
             f"{len(data)} training traces, {len(held)} held out; {state.max_steps} steps of about "
             f"{args.tokens_per_step:,} tokens" + (f", {done} of them done" if done else "")
         )
+        for line in describe_order(args.shuffle_window, [part.cache for part in data.parts]):
+            self.progress.print(line)
 
     def on_log(self, args, state, control, **found: Any) -> None:
         if self.progress is not None and "loss" in found["logs"]:

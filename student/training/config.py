@@ -39,6 +39,7 @@ class DistillConfig(TrainingArguments):
     temperature: float = TrainOptions.temperature
     ce_weight: float = TrainOptions.ce_weight  # of the cross-entropy with the sampled tokens
     section_weights: dict[str, float] | None = None  # of the loss, by section; 1 where a section has none
+    shuffle_window: int | None = None  # shards that an epoch's order mixes at a time; None: all
     packing: bool | None = None  # None: where attention is flash or flex
     compile: bool = TrainOptions.compile  # torch.compile all but the head
     save_minutes: float | None = 10.0  # between checkpoints; None: save_strategy decides
@@ -113,6 +114,7 @@ _FIXED = {
     "per_device_eval_batch_size": "use `tokens_per_batch`",
     "auto_find_batch_size": "use `tokens_per_batch`",
     "train_sampling_strategy": "use `seed`: the order is a function of it",
+    "shuffle_window": "use `shuffle`",
     "dataloader_drop_last": "every trace is used",
     "label_smoothing_factor": "there are no labels to smooth",
     "remove_unused_columns": "it is always off",

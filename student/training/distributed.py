@@ -3,6 +3,7 @@
 import contextlib
 import gc
 from collections.abc import Iterator
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +12,8 @@ import torch.distributed as dist
 import torch.distributed.nn.functional
 
 from logitcache.errors import LogitcacheError, TrainingError
+
+T = TypeVar("T")
 
 
 @contextlib.contextmanager
@@ -28,6 +31,14 @@ def fail_together(device: torch.device) -> Iterator[None]:
             raise TrainingError("another process of this run has failed: see its message")
     if failure is not None:
         raise failure
+
+
+def agreed(value: T, device: torch.device) -> T:
+    """The value of the first rank, on all ranks."""
+    values = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(values, device=device)
+    return values[0]
 
 
 def end_process_group() -> None:

@@ -9,6 +9,7 @@ from logitcache.errors import StudentError
 from logitcache.kernels.divergences import ALPHA, BETA, DIVERGENCES, TAILS, divergences_with
 from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS
+from logitcache.storage.location import Location, locate
 
 
 def _any_of(names: Iterable[str]) -> str:
@@ -21,9 +22,11 @@ class TrainOptions:
     """One call of ``logitcache train``; defaults of DistillConfig's fields of the same name are taken from here."""
 
     caches: Annotated[
-        list[Path],
+        list[str | Location],
         Option(
-            "Caches to learn from. A trace that is in several of them counts once.", metavar="CACHE", positional=True
+            "Caches to learn from: directories, or URLs such as s3://bucket/cache. A trace in several of them counts once.",
+            metavar="CACHE",
+            positional=True,
         ),
     ] = field(default_factory=list)
     student: Annotated[str, Option("Model folder or hub id. The ids that traces hold must be the same tokens to it.")]
@@ -52,6 +55,15 @@ class TrainOptions:
         int | None,
         Option("Token ids used per row; the rest of the row joins its tail.", "Which traces", default="all stored ids"),
     ] = None
+    shuffle: Annotated[
+        str,
+        Option(
+            "Order of the traces. full: all are mixed; shards: 64 shards at a time, in a random order, so that each is "
+            "read once an epoch; shards:N: N at a time; auto: full, but shards for a cache behind a URL that is larger "
+            "than its local mirror. A run is resumed in its own order.",
+            "Which traces",
+        ),
+    ] = "auto"
     held_out: Annotated[
         float, Option("Share of the prompts held out for evaluation. No prompt is on both sides.", "Which traces")
     ] = 0.05
@@ -147,20 +159,21 @@ class TrainOptions:
         object.__setattr__(self, "out", Path(self.out))  # a script may give text
 
     @property
-    def shares(self) -> dict[Path, float | None]:
+    def shares(self) -> dict[Location, float | None]:
         """Each cache with its share of the tokens; None where every trace counts once.
 
-        Raises: StudentError without a cache, and for a cache without a share beside others that have one.
+        Raises: StudentError without a cache, and for a cache without a share beside others that have one; InputError for a
+            URL that names no cache.
         """
         if not self.mix:
             if not self.caches:
                 raise StudentError("give `caches` to learn from, one or several, or `mix` CACHE=SHARE")
-            return dict.fromkeys(map(Path, self.caches))
-        shares: dict[Path, float | None] = {Path(name): share for name, share in self.mix.items()}
+            return dict.fromkeys(map(locate, self.caches))
+        shares: dict[Location, float | None] = {locate(name): share for name, share in self.mix.items()}
         for path in map(str, self.caches):  # `--mix a=0.7 b=0.3` gives b=0.3 as a cache
             name, _, share = path.rpartition("=")
             try:
-                shares[Path(name)] = float(share)
+                shares[locate(name)] = float(share)
             except ValueError:
                 raise StudentError(f"`mix` with {path}: give it a share too, such as {path}=0.5") from None
         return shares

@@ -22,11 +22,11 @@ from logitcache.student.model.lora import adapter_base, add_lora
 from logitcache.student.model.vocabulary import Traces
 from logitcache.student.training.callbacks import ShowProgress
 from logitcache.student.training.config import DistillConfig, configure
-from logitcache.student.training.distributed import fail_together
+from logitcache.student.training.distributed import agreed, fail_together
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run_data import choose_traces, datasets, open_caches
 from logitcache.student.training.run_record import RunRecord
-from logitcache.student.training.run_settings import claim, run_settings, versions, write
+from logitcache.student.training.run_settings import claim, run_settings, versions, window_of_run, write
 from logitcache.student.training.trainer import DistillTrainer
 
 
@@ -46,6 +46,7 @@ def train(options: TrainOptions) -> RunRecord:
 def _train(options: TrainOptions) -> RunRecord:
     view, config = View(options.view, tuple(options.sections)), configure(options)
     caches = open_caches(options, view)
+    config.shuffle_window = agreed(window_of_run(options, list(caches.values())), config.device)
     wanted = run_settings(options, config, caches, view)
     if (before := claim(options.out, wanted)) and before.status == "finished":
         return replace(before, again=True)

@@ -1,6 +1,7 @@
 """The caches of a run, and which of their traces are for training and which are held out."""
 
 import hashlib
+import itertools
 import math
 import typing
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import numpy as np
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.sections import SECTIONS
+from logitcache.storage.location import Location
 from logitcache.student.data.dataset import ExampleSource, Mixture, TraceDataset, check_tokenizers, matching
+from logitcache.student.data.fetch_ahead import in_turn
 from logitcache.student.data.held_out import split
 from logitcache.student.data.views import View
 from logitcache.student.training.config import DistillConfig
@@ -32,12 +35,12 @@ class Split:
         return np.concatenate([self.training, self.held_out])
 
 
-def open_caches(options: TrainOptions, view: View) -> dict[Path, Cache]:
+def open_caches(options: TrainOptions, view: View) -> dict[Location, Cache]:
     """Raises: StudentError for an invalid share, a cache given twice, one without what the view needs; CacheError."""
     for path, share in options.shares.items():
         if share is not None and not (0 < share < math.inf):
             raise StudentError(f"`mix` {path}={share}: give a share above 0")
-    places = [path.resolve() for path in options.shares]
+    places = [path.resolve() if isinstance(path, Path) else path for path in options.shares]
     if len(set(places)) < len(options.caches) + len(options.mix):
         raise StudentError("a cache is given twice: name each once, and use `mix` CACHE=SHARE to give one more weight")
     caches = {path: Cache.open(path) for path in options.shares}
@@ -47,7 +50,7 @@ def open_caches(options: TrainOptions, view: View) -> dict[Path, Cache]:
     return caches
 
 
-def choose_traces(options: TrainOptions, caches: dict[Path, Cache]) -> dict[Path, Split]:
+def choose_traces(options: TrainOptions, caches: dict[Location, Cache]) -> dict[Location, Split]:
     """The training and held-out traces of each cache.
 
     Each cache is split as if it were alone, so that it can be evaluated alone. A prompt that is held out of one cache is
@@ -60,7 +63,7 @@ def choose_traces(options: TrainOptions, caches: dict[Path, Cache]) -> dict[Path
     prompts = {path: _prompts(cache) if several else np.array(cache.prompt_ids) for path, cache in caches.items()}
     excluded = np.concatenate([prompts[path][held_out[path]] for path in caches])
     seen: set[str] = set()
-    chosen: dict[Path, Split] = {}
+    chosen: dict[Location, Split] = {}
     for path, cache in caches.items():
         training_n = ~np.isin(prompts[path], excluded)
         if options.where is not None:
@@ -77,16 +80,21 @@ def choose_traces(options: TrainOptions, caches: dict[Path, Cache]) -> dict[Path
 
 def _prompts(cache: Cache) -> np.ndarray:
     """[n] digests of the prompts' tokens; for a crop without prompt tokens, of its prompt id."""
-    digests = []
-    for i, prompt_id in enumerate(cache.prompt_ids):
-        token_ids, spans = cache.tokens(i)
-        prompt = token_ids[: spans.reasoning_start].tobytes() or prompt_id.encode()
-        digests.append(hashlib.blake2b(prompt, digest_size=16).hexdigest())
+    digests, prompt_ids = [], iter(cache.prompt_ids)
+    for shard in in_turn(cache):
+        for row, prompt_id in enumerate(itertools.islice(prompt_ids, shard.batch.num_rows)):
+            token_ids, spans = shard.tokens(row)
+            prompt = token_ids[: spans.reasoning_start].tobytes() or prompt_id.encode()
+            digests.append(hashlib.blake2b(prompt, digest_size=16).hexdigest())
     return np.array(digests)
 
 
 def datasets(
-    options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], chosen: dict[Path, Split], view: View
+    options: TrainOptions,
+    config: DistillConfig,
+    caches: dict[Location, Cache],
+    chosen: dict[Location, Split],
+    view: View,
 ) -> tuple[ExampleSource, ExampleSource]:
     """The training set, and the evaluation set: whole held-out traces with all their rows, for any view.
 

@@ -2,6 +2,7 @@
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.identity import first_difference
 from logitcache.runtime.files import is_leftover, is_occupied, publish
+from logitcache.storage.location import Location
 from logitcache.student.data.views import View
 from logitcache.student.training.checkpoints import RUN_FILE, checkpoints, find_run
 from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.options import TrainOptions
 from logitcache.student.training.run_record import RunRecord
+from logitcache.student.training.shuffle import FULL, choose_window, window_name
 
 # Settings that do not change a run's weights: it may be resumed with others.
 _FREE = {"tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "compile", "report_to"}
@@ -36,7 +39,9 @@ _OPTIONS = {
 }
 
 
-def run_settings(options: TrainOptions, config: DistillConfig, caches: dict[Path, Cache], view: View) -> dict[str, Any]:
+def run_settings(
+    options: TrainOptions, config: DistillConfig, caches: dict[Location, Cache], view: View
+) -> dict[str, Any]:
     """Everything that decides a run's weights. The first difference in this order is reported."""
     found: dict[str, Any] = {"caches": len(caches)}
     shares = [share for share in options.shares.values() if share is not None]
@@ -66,8 +71,18 @@ def run_settings(options: TrainOptions, config: DistillConfig, caches: dict[Path
         "max_steps": config.max_steps,
         "learning_rate": config.learning_rate,
         "seed": config.seed,
+        "shuffle": window_name(config.shuffle_window),
         "set": {n: v for n, v in options.set.items() if n not in loose},
     }
+
+
+def window_of_run(options: TrainOptions, caches: Sequence[Cache]) -> int | None:
+    """Shards that the run mixes at a time, None for all: those of the run in `out`, if there is one and `shuffle` is auto.
+
+    Raises: StudentError for an invalid `shuffle`.
+    """
+    _, found = find_run(options.out)
+    return choose_window(options.shuffle, caches, found.get("shuffle", FULL) if found else None)
 
 
 def claim(out: Path, wanted: dict[str, Any]) -> RunRecord | None:
@@ -81,6 +96,7 @@ def claim(out: Path, wanted: dict[str, Any]) -> RunRecord | None:
         if foreign:
             raise StudentError(f"{out} exists and is not a run; give `out` an empty or a new directory")
         return None
+    found = {"shuffle": FULL} | found  # the only order of earlier versions
     if difference := first_difference(found, json.loads(json.dumps(wanted, default=str))):
         if found["status"] != "finished" and not checkpoints(out):
             return None

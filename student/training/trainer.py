@@ -110,6 +110,7 @@ class DistillTrainer(SafeTrainer):
             accumulation=self.args.gradient_accumulation_steps,
             rank=self.args.process_index,
             world=self.args.world_size,
+            window=self.args.shuffle_window,
         )
 
     def get_train_dataloader(self) -> DataLoader:
@@ -286,7 +287,7 @@ def _check_sampled(data: ExampleSource, tail: str) -> None:
             what = "prompts were not sampled: remove prompt from `sections`"
         if what:
             raise StudentError(
-                f"`tail` sampled: {part.cache.path}: {what}; it needs tokens sampled at temperature 1 without filters: use "
+                f"`tail` sampled: {part.cache.location}: {what}; it needs tokens sampled at temperature 1 without filters: use "
                 "`tail` bucket"
             )
 

@@ -150,3 +150,22 @@ def test_a_step_from_the_cache_is_compared_with_fine_tuning_and_a_resident_teach
         assert 0 < case["data_share"] < 1
         assert case["kl"] != case["kl_before"] == plain["kl_before"]
     assert ours["kl"] < ours["kl_before"]
+
+
+def test_a_loader_and_an_opening_are_timed_from_a_store_and_from_a_directory(tmp_path: Path) -> None:
+    cases = {case["case"]: case for case in run("bench_remote", "--quick", "--latency", "1", "--dir", str(tmp_path))}
+    ahead, cold, warm = (cases[f"mirror, {name}"] for name in ("cold, fetched ahead", "cold", "warm"))
+    assert cases["directory"]["requests"] == warm["requests"] == 0
+    assert cold["requests"] == ahead["requests"] == cold["shards"] == 8
+    for case in cases.values():
+        name = "open_s" if case["case"].startswith("open") else "traces_per_s"
+        assert 0 < case[f"{name}_min"] <= case[f"{name}_median"] <= case[f"{name}_max"]
+        assert case["store"] == "moto on loopback"
+    assert cases["open, mirror, first"]["requests"] > 20 > cases["open, mirror, again"]["requests"]
+
+
+def test_an_order_by_shards_is_compared_with_a_shuffle_of_all() -> None:
+    cases = {case["window"]: case for case in run("bench_order", "--quick")}
+    assert cases[None]["siblings"] < cases[1]["siblings"]
+    assert cases[1]["downloads"] == pytest.approx(1)
+    assert cases[None]["downloads"] > 5

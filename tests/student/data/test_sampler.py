@@ -1,5 +1,9 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from logitcache.student.data.sampler import Pool, StepSampler, cut, evaluation_batches, share, shuffled
 
@@ -125,3 +129,85 @@ def test_mixed_steps_are_as_many_in_every_epoch():
     assert {len(sampler.step_traces(epoch)) for epoch in range(10)} == {sampler.steps}
     tokens = [int(sampler.pool.lengths[step].sum()) for epoch in range(10) for step in sampler.step_traces(epoch)]
     assert np.mean(tokens) == pytest.approx(300, rel=0.15)
+
+
+@st.composite
+def sharded(draw) -> Pool:
+    """Traces in shards of 1 to 6; from one cache, or in shares from two."""
+    sizes = draw(st.lists(st.integers(1, 6), min_size=2, max_size=20))
+    rng, count = np.random.default_rng(draw(st.integers(0, 2**32 - 1))), sum(sizes)
+    shards = np.repeat(np.arange(len(sizes)), sizes)
+    parts, shares = (), None
+    if draw(st.booleans()):
+        border = sum(sizes[: draw(st.integers(1, len(sizes) - 1))])
+        parts, shares = (slice(0, border), slice(border, count)), (draw(st.floats(0.1, 0.9)), 0.5)
+    return Pool(rng.integers(1, 100, count), rng.integers(0, 2**63, count).astype(np.uint64), parts, shares, shards)
+
+
+windows, seeds, epochs = st.integers(1, 25), st.integers(0, 2**32 - 1), st.integers(0, 9)
+
+
+def most_open(shards: np.ndarray) -> int:
+    """The most shards that are in use at once: already read, and needed again."""
+    first, last = ({int(s): i for i, s in places} for places in (reversed([*enumerate(shards)]), enumerate(shards)))
+    return max(sum(first[s] <= i <= last[s] for s in first) for i in range(len(shards)))
+
+
+@given(sharded(), windows, seeds, epochs)
+def test_an_order_by_shards_has_the_traces_of_a_full_shuffle_and_is_the_same_each_time(pool, window, seed, epoch):
+    order = pool.order(seed, epoch, window)
+    assert len(order) == sum(pool.counts)
+    if pool.shares is None:
+        assert sorted(order) == list(range(len(pool)))
+    elif epoch == 0:
+        assert len(set(order)) == len(order)
+    assert order.tolist() == pool.order(seed, epoch, window).tolist()
+
+
+@given(sharded(), windows, seeds, epochs)
+def test_every_trace_of_a_mixture_comes_in_turn_also_by_shards(pool, window, seed, epoch):
+    for part, count in zip(pool.parts, pool.counts, strict=False):
+        size = part.stop - part.start
+        seen = np.concatenate([pool.order(seed, e, window) for e in range(-(-size // count))])
+        assert set(range(part.start, part.stop)) <= set(seen.tolist())
+
+
+@given(sharded(), windows, seeds, epochs)
+def test_an_order_by_shards_uses_at_most_a_window_of_them_at_a_time(pool, window, seed, epoch):
+    whole = replace(pool, shares=None)
+    shards = whole.shards[whole.order(seed, epoch, window)]
+    assert most_open(shards) <= window
+
+
+@given(sharded(), seeds, epochs)
+def test_one_window_of_all_shards_is_a_full_shuffle(pool, seed, epoch):
+    whole = replace(pool, shares=None)
+    assert whole.order(seed, epoch, window=20).tolist() == whole.order(seed, epoch).tolist()
+
+
+@given(sharded(), windows, seeds, epochs)
+def test_an_order_by_shards_does_not_depend_on_the_places_of_traces_and_shards(pool, window, seed, epoch):
+    moved = np.random.default_rng(seed).permutation(len(pool))
+    there = Pool(pool.lengths[moved], pool.keys[moved], shards=97 - 3 * pool.shards[moved])
+    here = replace(pool, shares=None)
+    assert pool.keys[here.order(seed, epoch, window)].tolist() == there.keys[there.order(seed, epoch, window)].tolist()
+
+
+@given(sharded(), windows, seeds, epochs, st.integers(1, 3), st.integers(1, 3))
+def test_ranks_and_accumulation_share_the_steps_of_an_order_by_shards(pool, window, seed, epoch, accumulation, world):
+    whole = StepSampler(pool, 60 * accumulation * world, seed=seed, window=window)
+    options = {"seed": seed, "accumulation": accumulation, "world": world, "window": window}
+    ranks = [StepSampler(pool, 60, rank=rank, **options) for rank in range(world)]
+    for sampler in [whole, *ranks]:
+        sampler.set_epoch(epoch)
+    batches = [list(rank) for rank in ranks]
+    assert {len(b) for b in batches} == {len(whole) * accumulation}
+    for step, traces in enumerate(whole):
+        shared = [i for b in batches for part in b[step * accumulation : (step + 1) * accumulation] for i in part]
+        assert sorted(shared) == sorted(traces)
+
+
+def test_epochs_and_seeds_order_the_shards_anew():
+    pool = Pool(np.full(400, 10), np.arange(400, dtype=np.uint64), shards=np.arange(400) // 10)
+    firsts = {tuple(pool.shards[pool.order(seed, epoch, 1)][::10]) for seed in range(3) for epoch in range(3)}
+    assert len(firsts) == 9

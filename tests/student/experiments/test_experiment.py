@@ -445,7 +445,8 @@ def test_the_command_line_reads_back_every_training_option(monkeypatch):
         "tokens_per_batch": 7, "epochs": 2.0, "max_steps": 5, "learning_rate": 1e-05, "seed": 3, "divergence": "jsd",
         "tail": "support", "beta": 0.25, "alpha": 0.5, "temperature": 2.0, "ce_weight": 0.5,
         "section_weights": {"answer": 2.0}, "gradient_checkpointing": True, "packing": False, "compile": True,
-        "report_to": ("tensorboard",), "set": {"weight_decay": 0.1, "optim": "sgd", "logging_nan_inf_filter": True},
+        "shuffle": "shards:3", "report_to": ("tensorboard",),
+        "set": {"weight_decay": 0.1, "optim": "sgd", "logging_nan_inf_filter": True},
     }  # fmt: skip
     assert settings.keys() | {"caches", "mix", "student", "out"} == set(TrainOptions.__dataclass_fields__)
     seen = []
