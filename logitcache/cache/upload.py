@@ -13,16 +13,16 @@ from pathlib import Path
 
 from logitcache.cache import manifest
 from logitcache.cache.mirror import cache_directory
+from logitcache.cache.workers import Worker
 from logitcache.errors import CacheBusyError, InputError, NotACacheError
 from logitcache.runtime.files import MARK, scratch_directory
 from logitcache.runtime.regular_files import open_regular
 from logitcache.storage.connect import connect
 from logitcache.storage.lease import FOLDER as LOCKS
-from logitcache.storage.lease import Lease, lease
+from logitcache.storage.lease import Lease
 from logitcache.storage.location import Url
 from logitcache.storage.store import Store
 
-WRITER = "0-of-1"  # the lock of a cache's only writer
 _AT_ONCE = 8  # uploads
 
 
@@ -40,7 +40,7 @@ def new_objects(url: Url) -> Iterator[Path]:
         cache_directory() / "out" / hashlib.blake2b(str(url).encode(), digest_size=12).hexdigest(),
     )
     _refuse_occupied(store)
-    with lease(store, WRITER, str(url)) as held, scratch_directory(place, str(url)) as directory:
+    with Worker().alone_in(store) as held, scratch_directory(place, str(url)) as directory:
         for name in _refuse_occupied(store):  # left from an interrupted upload
             store.delete(name)
         yield directory
