@@ -170,6 +170,8 @@ def command(
 def _metavar(p: Parameter) -> str | None:
     if p.option.metavar or p.kind in NATIVE or p.origin is Literal:
         return p.option.metavar
+    if p.kind is Path:
+        return p.flag if p.option.positional else "PATH"
     if p.origin is list:
         return p.flag if p.option.positional else "TEXT"
     if p.origin is dict:

@@ -6,16 +6,17 @@ from importlib import import_module
 from pathlib import Path
 from typing import Annotated, Any, Protocol
 
-from logitcache.cache.options import CachePath, NewDirectory
+from logitcache.cache.options import CachePath, NewCache, NewDirectory
 from logitcache.errors import InputError, did_you_mean
 from logitcache.runtime.options import Option
+from logitcache.storage.location import Location, is_url, locate
 
 
 @dataclass(frozen=True, slots=True)
 class ImportReport:
     """What an importer wrote and what it dropped."""
 
-    out: Path
+    out: Location
     texts: int
     tokens: int
     rows: int
@@ -46,7 +47,7 @@ class Import(Protocol):
     def __call__(
         self,
         source: Path,
-        out: Path,
+        out: Location,
         *,
         tokenizer: str,
         teacher: str,
@@ -59,7 +60,7 @@ class Import(Protocol):
 class Export(Protocol):
     """Writes ``cache`` to the new directory ``out``."""
 
-    def __call__(self, cache: Path, out: Path) -> ExportReport: ...
+    def __call__(self, cache: Location, out: Path) -> ExportReport: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def import_capture(
     source: Annotated[
         Path, Option("A directory of .parquet files, or one of them.", metavar="SOURCE", positional=True)
     ],
-    out: NewDirectory,
+    out: NewCache,
     *,
     tokenizer: Annotated[str, Option("The teacher's tokenizer: model folder or hub id.")],
     tool: Annotated[
@@ -112,7 +113,7 @@ def import_capture(
     run: Import = _find(IMPORTERS, "tool", tool).load()
     return run(
         Path(source),  # callers may pass text
-        Path(out),
+        locate(out),
         tokenizer=tokenizer,
         teacher=teacher,
         settings=Path(settings) if settings else None,
@@ -132,7 +133,9 @@ def export(
     Raises: InputError for an unknown ``format``; otherwise as the exporter (see ``parquet.export_parquet``).
     """
     run: Export = _find(EXPORTERS, "format", format).load()
-    return run(Path(cache), Path(out))
+    if is_url(out):
+        raise InputError(f"`out` {out}: exports are written to a directory; give one, and upload its files")
+    return run(locate(cache), Path(out))
 
 
 def _find(formats: Mapping[str, Format], field: str, name: str) -> Format:

@@ -19,6 +19,7 @@ from logitcache.errors import InputError, WriteError
 from logitcache.interop.formats import ExportReport
 from logitcache.runtime.files import atomic_directory
 from logitcache.sparse_rows import SparseRows
+from logitcache.storage.location import Location, is_inside
 
 PLAIN = [field for field in SCHEMA if field.name != "topk"]
 # The decoded block of a trace: one list element per row, with the list of its entries.
@@ -31,7 +32,7 @@ IDENTITY_KEY = "logitcache.identity"  # in the schema's metadata, JSON
 _GROUP_BYTES = 64 << 20  # of a row group before compression; memory holds one row group and one trace
 
 
-def export_parquet(cache: Path, out: Path) -> ExportReport:
+def export_parquet(cache: Location, out: Path) -> ExportReport:
     """Writes each shard of ``cache`` as one Parquet file, compressed with zstd.
 
     A file has the plain columns of a shard, and ``ids``, ``logprobs`` (nats) and ``tail`` (log of the mass outside the ids,
@@ -48,7 +49,7 @@ def export_parquet(cache: Path, out: Path) -> ExportReport:
     opened = Cache.open(cache)
     about = {IDENTITY_KEY: json.dumps(asdict(opened.identity)), "logitcache.format": str(FORMAT_VERSION)}
     schema = pa.schema([*PLAIN, *ROWS, *_optional(opened)], metadata=about)
-    if out.resolve().is_relative_to(cache.resolve()):
+    if is_inside(out, cache):
         raise InputError(f"{out} lies in the cache {cache}; give `out` a directory outside it")
     size = 0
     with atomic_directory(out) as part:

@@ -20,7 +20,7 @@ from logitcache.errors import InputError
 EVERYDAY = "Options"  # the group that --help shows first
 LAST_GROUPS = ("Engine", "Shards and workers", "Output")  # those that it shows last
 REQUIRED: Any = inspect.Parameter.empty  # the default of an option that must be given
-NATIVE = (str, int, float, bool, Path)  # types that Typer parses
+NATIVE = (str, int, float, bool)  # types that Typer parses
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +44,7 @@ class Parameter:
     kind: Any  # its type, without None
     default: Any  # REQUIRED where it must be given
     option: Option
+    is_location: bool = False  # whether it takes a URL as well as a path
 
     @property
     def flag(self) -> str:
@@ -106,7 +107,7 @@ class Parameter:
         if raw is None or (self.several and not raw):
             return self.default
         if self.origin is list:
-            (inner,) = typing.get_args(self.kind)
+            inner = _without_none(typing.get_args(self.kind)[0])
             return [inner(item) for item in raw]
         if self.origin is dict:
             return _READERS.get(typing.get_args(self.kind)[1], _pairs)(self, raw)
@@ -116,6 +117,10 @@ class Parameter:
                 return tuple(inner(item.strip()) for item in raw.split(","))
             except ValueError:
                 raise InputError(f"`{self.name}` {raw!r}: expected {inner.__name__} values, such as 1,2") from None
+        if self.kind is Path:
+            if "://" in raw:
+                raise InputError(f"`{self.name}` {raw}: give a path on this machine, not a URL")
+            return Path(raw)
         return raw if self.kind in NATIVE or self.origin is Literal else self.kind.parse(raw)
 
     def from_file(self, value: Any) -> Any:
@@ -151,7 +156,7 @@ def parameters(declared: Any) -> list[Parameter]:
     for name, default in _defaults(declared).items():
         if annotated := _annotated(declared, name):
             kind, option = annotated
-            found.append(Parameter(name, _without_none(kind), default, option))
+            found.append(Parameter(name, _without_none(kind), default, option, _takes_urls(kind)))
     return found
 
 
@@ -189,6 +194,12 @@ def _without_none(kind: Any) -> Any:
         kinds = [k for k in typing.get_args(kind) if k is not type(None)]
         return kinds[0] if len(kinds) == 1 else str
     return kind
+
+
+def _takes_urls(kind: Any) -> bool:
+    """Whether a type, or that of the items of a list, is text or a path: a directory or a URL."""
+    items = typing.get_args(kind)
+    return {str, Path} <= set(items) or (typing.get_origin(kind) is list and _takes_urls(items[0]))
 
 
 def _single(value: Any) -> str:

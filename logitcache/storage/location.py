@@ -56,3 +56,15 @@ def locate(given: "str | Path | Url") -> Location:
     if "@" in rest.partition("/")[0]:
         raise InputError(f"{scheme}://{rest.rpartition('@')[2]}: give credentials in the environment, not in the URL")
     return Url(f"{scheme}://{rest.rstrip('/')}")
+
+
+def identified(location: Location) -> Location:
+    """What is equal for two ways to write one location."""
+    return location.resolve() if isinstance(location, Path) else location
+
+
+def is_inside(inner: Location, outer: Location) -> bool:
+    """Whether ``inner`` is ``outer`` or lies in it."""
+    if isinstance(inner, Path) and isinstance(outer, Path):
+        return inner.resolve().is_relative_to(outer.resolve())
+    return inner == outer or str(inner).startswith(f"{outer}/")

@@ -106,7 +106,7 @@ def common(caches: Sequence[Cache], allow: Sequence[str]) -> Identity:
             way_out = _way_out(name, first, other)
             if way_out or not {name, field} & set(allow):
                 raise IdentityError(
-                    f"{first.path} was made with {name} = {a!r}, {other.path} with {b!r}; "
+                    f"{first.location} was made with {name} = {a!r}, {other.location} with {b!r}; "
                     + (way_out or f"`allow` {name} to merge them anyway")
                 )
             used.add(name if name in allow else field)
@@ -138,10 +138,10 @@ def _way_out(name: str, first: Cache, other: Cache) -> str | None:
         return "its rows are not exact; put it first and `allow` exact" if first.identity.exact else None
     if name == "prompt_logits":
         more = first if first.identity.prompt_logits else other
-        return f"`logitcache slice {more.path} --sections reasoning,answer` first"
+        return f"`logitcache slice {more.location} --sections reasoning,answer` first"
     if name in ("top_k", "top_p") or (name == "min_k" and first.identity.top_p is not None):
         # None means 1.
-        values = [(getattr(cache.identity, name) or 1, str(cache.path)) for cache in (first, other)]
+        values = [(getattr(cache.identity, name) or 1, str(cache.location)) for cache in (first, other)]
         (less, _), (_, more) = sorted(values)
         return f"`logitcache slice {more} --{name.replace('_', '-')} {less}` first"
     return None

@@ -1,13 +1,13 @@
 """Several caches as one, without the teacher."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
-from logitcache.cache.options import NewDirectory, Processes
+from logitcache.cache.options import NewCache, Processes
 from logitcache.cache.writer import new_cache
 from logitcache.errors import InputError
 from logitcache.runtime.options import Option
+from logitcache.storage.location import Location, locate
 from logitcache.transform.compatibility import common
 from logitcache.transform.rewrite import Piece, check_unused, processes, write
 from logitcache.transform.source import CacheSize, open_source
@@ -17,8 +17,8 @@ from logitcache.transform.source import CacheSize, open_source
 class MergeReport:
     """What a merge wrote."""
 
-    out: Path
-    before: dict[Path, CacheSize]
+    out: Location
+    before: dict[Location, CacheSize]
     after: CacheSize
     repeated: int  # traces that an earlier cache had
     copied: int  # shards, byte for byte
@@ -27,14 +27,14 @@ class MergeReport:
 
 def merge(
     caches: Annotated[
-        list[Path],
+        list[str | Location],
         Option(
             "Caches of one identity. Of a trace in several caches, the first one's is taken.",
             metavar="CACHE",
             positional=True,
         ),
     ],
-    out: NewDirectory,
+    out: NewCache,
     *,
     allow: Annotated[
         list[str] | None,
@@ -54,8 +54,8 @@ def merge(
     """
     if len(caches) < 2:
         raise InputError("give at least two caches to merge")
-    out = Path(out)  # a script may give text
-    opened = [open_source(path, out) for path in caches]
+    out = locate(out)
+    opened = [open_source(locate(cache), out) for cache in caches]
     identity = common(opened, allow or ())
     seen: set[str] = set()
     pieces: list[Piece] = []
@@ -79,5 +79,5 @@ def merge(
         check_unused(opened, pieces, each)
         made = write(writer, pieces, each, join=False)
     copied = sum(p.whole for p in pieces)
-    before = {cache.path: CacheSize.of(cache.shards) for cache in opened}
+    before = {cache.location: CacheSize.of(cache.shards) for cache in opened}
     return MergeReport(out, before, CacheSize.of(made), repeated, copied, len(pieces) - copied)

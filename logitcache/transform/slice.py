@@ -7,13 +7,12 @@ codec's rounding. Trace ids stay the same.
 import shlex
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 
 from logitcache.cache.filters import Filter
-from logitcache.cache.options import CachePath, NewDirectory, Processes
+from logitcache.cache.options import CachePath, NewCache, Processes
 from logitcache.cache.reader import Cache
 from logitcache.cache.writer import new_cache
 from logitcache.errors import InputError
@@ -22,6 +21,7 @@ from logitcache.grading.verdicts import Verifier
 from logitcache.identity import Identity
 from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS, answer_text
+from logitcache.storage.location import Location, locate
 from logitcache.transform.compatibility import ends_of, narrowed
 from logitcache.transform.rewrite import Cut, Each, Piece, check_unused, processes, write
 from logitcache.transform.source import CacheSize, open_source, pieces_of, prompt_position
@@ -31,7 +31,7 @@ from logitcache.transform.source import CacheSize, open_source, pieces_of, promp
 class SliceReport:
     """What a slice kept."""
 
-    out: Path
+    out: Location
     before: CacheSize
     after: CacheSize
     verdicts: dict[str, int]  # kept traces "correct" and "incorrect"
@@ -40,7 +40,7 @@ class SliceReport:
 
 def slice_cache(
     cache: CachePath,
-    out: NewDirectory,
+    out: NewCache,
     *,
     top_k: Annotated[
         int | None, Option("Ids kept per row; the mass of the others is added to the tail.", default="all")
@@ -83,7 +83,7 @@ def slice_cache(
     Raises: InputError for what the cache cannot give and for a slice that would be empty; CacheError for a damaged
         shard, naming it; WriteError. Nothing is left at ``out`` then.
     """
-    cache, out = Path(cache), Path(out)  # a script may give text
+    cache, out = locate(cache), locate(out)
     opened = open_source(cache, out)
     ends = ends_of(sections, opened.identity)
     identity, words = narrowed(opened.identity, top_k, top_p, min_k)

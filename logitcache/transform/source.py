@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import ShardIndex
 from logitcache.errors import InputError
+from logitcache.storage.location import Location, is_inside
 from logitcache.transform.rewrite import Piece
 
 
@@ -27,11 +27,10 @@ class CacheSize:
         return cls(sum(s.trace_count for s in shards), sum(s.row_count for s in shards), sum(s.bytes for s in shards))
 
 
-def open_source(cache: Path, *outs: Path) -> Cache:
+def open_source(cache: Location, *outs: Location) -> Cache:
     """Opens a cache, after checking that no output lies inside it."""
-    cache = Path(cache)
     for out in outs:
-        if cache.resolve() in (out.resolve(), *out.resolve().parents):
+        if is_inside(out, cache):
             raise InputError(f"{out} is inside the cache {cache}; give a directory outside it")
     return Cache.open(cache)
 

@@ -2,7 +2,6 @@
 
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -11,6 +10,7 @@ from logitcache.cache.options import CachePath, Processes
 from logitcache.cache.writer import new_cache
 from logitcache.errors import InputError
 from logitcache.runtime.options import Option
+from logitcache.storage.location import Location, identified, is_inside, locate
 from logitcache.transform.rewrite import check_unused, processes, write
 from logitcache.transform.source import CacheSize, open_source, pieces_of, prompt_position
 
@@ -20,8 +20,8 @@ class SplitReport:
     """What a split wrote."""
 
     before: CacheSize
-    parts: dict[Path, CacheSize]
-    prompts: dict[Path, int]
+    parts: dict[Location, CacheSize]
+    prompts: dict[Location, int]
 
 
 def split(
@@ -29,7 +29,8 @@ def split(
     into: Annotated[
         dict[str, float],
         Option(
-            "Directory of a part and its share of the prompts, such as train=0.95. Repeatable.", metavar="DIR=SHARE"
+            "Directory or URL of a part and its share of the prompts, such as train=0.95. Repeatable.",
+            metavar="PATH=SHARE",
         ),
     ],
     *,
@@ -44,16 +45,16 @@ def split(
     last parts may exist. They are complete; remove them or give new names before the next run.
 
     Args:
-        into: directories, none inside another, and their approximate shares. Shares that sum to less than 1 leave some
+        into: directories or URLs, none inside another, and their approximate shares. Shares that sum to less than 1 leave some
             prompts out.
         workers: as for ``slice_cache``.
     Raises: InputError for impossible shares and for a part without prompts; else as ``slice_cache``.
     """
-    outs, shares = [Path(name) for name in into], list(into.values())
-    places = {out.resolve() for out in outs}
+    cache, outs, shares = locate(cache), [locate(name) for name in into], list(into.values())
+    places = {identified(out) for out in outs}
     if not outs or len(places) < len(outs):
         raise InputError("`into`: give a directory and a share for each part, and each directory once")
-    if inner := [out for out in outs if not places.isdisjoint(out.resolve().parents)]:
+    if inner := [a for a in outs for b in outs if a is not b and is_inside(a, b)]:
         raise InputError(f"`into` {inner[0]}: it is inside another part; give each part a directory outside the others")
     if not all(0 < share <= 1 for share in shares) or sum(shares) > 1 + 1e-9:
         raise InputError(

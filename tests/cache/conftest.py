@@ -6,6 +6,7 @@ import pytest
 
 from logitcache.capture.generate import GenerateOptions, generate
 from tests import fake_engine
+from tests.storage.fixtures import s3, s3_server  # noqa: F401
 
 
 @pytest.fixture
