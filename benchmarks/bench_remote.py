@@ -1,6 +1,6 @@
 """Times a training loader and the opening of a cache in an object store, beside the same cache in a directory.
 
-    python -m benchmarks.bench_remote                  # 48 shards; caches of 200 shards opened; ten minutes
+    python -m benchmarks.bench_remote                  # 24 shards; a cache of 200 shards opened; five minutes
     python -m benchmarks.bench_remote --open 15625     # a million traces in units of the default size; an hour more
     python -m benchmarks.bench_remote --quick --json
 
@@ -13,13 +13,16 @@ a real store; what can be compared are the variants, which take turns.
     mirror, cold          no shard was; each is downloaded when a trace of it is needed
     ..., fetched ahead    the same, and the next shards of the order are downloaded meanwhile: what `logitcache train` does
 
-The loader has one process and no model: batches are read, decoded and collated. Each round is an epoch of the cache in the
-order by shards, from the opened cache. Opening reads the manifest and all indexes; `again` finds them in the mirror.
+The loader has one process. There is no model: after each batch the process sleeps as long as a GPU would take that trains
+on 200,000 tokens a second (`--speed`). Each round is an epoch in the order by shards, beginning with the opened cache; `waits`
+is the share of the time that is not slept: reading, decoding, collating, and waiting for downloads. Opening reads the
+manifest and all indexes; `again` finds them in the mirror.
 """
 
 import argparse
 import contextlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -58,12 +61,18 @@ def upload(cache: Path, url: str, arrow: bool = True) -> str:
     return url
 
 
-def epoch(cache: Cache, ahead: bool) -> int:
-    """Reads every trace once, as training does. Returns: how many."""
+def epoch(cache: Cache, ahead: bool, speed: float = math.inf) -> tuple[int, float]:
+    """Reads every trace once, as training at `speed` tokens a second does. Returns: traces, and seconds slept."""
     data = TraceDataset(cache)
     batches = StepSampler(data.pool, TOKENS, window=WINDOW)
-    feed: Any = loader(data, batches) if ahead else DataLoader(data, batch_sampler=batches, collate_fn=collate)  # pyright: ignore
-    return sum(len(batch.trace_ids) for batch in feed)
+    plain = DataLoader(data, batch_sampler=batches, collate_fn=collate)  # pyright: ignore[reportArgumentType]
+    traces, slept = 0, 0.0
+    for batch in loader(data, batches) if ahead else plain:
+        began = time.perf_counter()
+        time.sleep(batch.tokens / speed)
+        slept += time.perf_counter() - began
+        traces += len(batch.trace_ids)
+    return traces, slept
 
 
 def emptied(mirrors: Path) -> None:
@@ -72,7 +81,7 @@ def emptied(mirrors: Path) -> None:
     (mirrors / "bytes").unlink(missing_ok=True)
 
 
-def loaders(local: Path, store: SlowStore, mirrors: Path, rounds: int) -> Iterator[Case]:
+def loaders(local: Path, store: SlowStore, mirrors: Path, rounds: int, speed: float) -> Iterator[Case]:
     url = upload(local, store.url("loaded"))
     variants = {
         "directory": (local, False, False),
@@ -89,13 +98,18 @@ def loaders(local: Path, store: SlowStore, mirrors: Path, rounds: int) -> Iterat
                 epoch(Cache.open(url), True)
             cache, before = Cache.open(place), store.requests
             began = time.perf_counter()
-            traces = epoch(cache, ahead)
+            traces, slept = epoch(cache, ahead, speed)
             seconds = time.perf_counter() - began
-            found[name].append({"per_s": traces / seconds, "requests": store.requests - before})
+            round_ = {
+                "traces_per_s": traces / seconds,
+                "waits": 1 - slept / seconds,
+                "requests": store.requests - before,
+            }
+            found[name].append(round_)
     size = sum(path.stat().st_size for path in local.rglob("*.arrow"))
     facts = {"shards": len(Cache.open(local).shards), "traces": len(Cache.open(local)), "mb": size / 1e6}
     for name, each in found.items():
-        yield facts | {"case": name, **spread("traces_per_s", [one["per_s"] for one in each]), **requests(each)}
+        yield facts | {"case": name, **spread("traces_per_s", each), **spread("waits", each), **requests(each)}
 
 
 def opened(local: Path, store: SlowStore, mirrors: Path, rounds: int) -> Iterator[Case]:
@@ -113,13 +127,14 @@ def opened(local: Path, store: SlowStore, mirrors: Path, rounds: int) -> Iterato
             before, began = store.requests, time.perf_counter()
             cache = Cache.open(place)
             seconds = time.perf_counter() - began
-            found[name].append({"s": seconds, "requests": store.requests - before})
+            found[name].append({"open_s": seconds, "requests": store.requests - before})
     facts = {"shards": len(cache.shards), "traces": len(cache)}
     for name, each in found.items():
-        yield facts | {"case": name, **spread("open_s", [one["s"] for one in each]), **requests(each)}
+        yield facts | {"case": name, **spread("open_s", each), **requests(each)}
 
 
-def spread(name: str, values: list[float]) -> Case:
+def spread(name: str, rounds: list[Case]) -> Case:
+    values = [one[name] for one in rounds]
     return {f"{name}_median": statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
@@ -131,10 +146,14 @@ def cases(root: Path, args: argparse.Namespace) -> Iterator[Case]:
     mirrors = root / "mirrors"
     os.environ["LOGITCACHE_CACHE_DIR"] = str(mirrors)
     facts = {"store": "moto on loopback", "latency_ms": args.latency, "python": platform.python_version()}
-    facts |= {"obstore": obstore.__version__, **stamp("cpu", datetime.now(UTC).strftime("%Y-%m-%d %H:%M"))}
+    facts |= {
+        "speed": args.speed,
+        "obstore": obstore.__version__,
+        **stamp("cpu", datetime.now(UTC).strftime("%Y-%m-%d %H:%M")),
+    }
     with slow_store(args.latency / 1e3) as store:
         local = make(root / "loaded", args.shards, 64, rows=args.rows, k=64)
-        for case in loaders(local, store, mirrors, args.rounds):
+        for case in loaders(local, store, mirrors, args.rounds, args.speed):
             yield case | facts
         for shards in args.open:
             small = make(root / f"opened-{shards}", shards, 64)
@@ -148,17 +167,19 @@ def line(case: Case) -> str:
     unit = "traces/s" if name == "traces_per_s" else "s"
     digits = 0 if name == "traces_per_s" else 3
     size = f" of {case['mb']:.0f} MB" if "mb" in case else ""
+    waits = f", waits {case['waits_median']:.0%}" if "waits_median" in case else ""
     return (
         f"{case['case']:<28} {case['shards']:>6,} shards{size}: {value:,.{digits}f} {unit} ({low:,.{digits}f} - "
-        f"{high:,.{digits}f}), {case['requests']:,} requests"
+        f"{high:,.{digits}f}){waits}, {case['requests']:,} requests"
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shards", type=int, default=48, help="of the cache that is loaded, of 64 traces each")
+    parser.add_argument("--shards", type=int, default=24, help="of the cache that is loaded, of 64 traces each")
     parser.add_argument("--rows", type=int, default=512, help="of each of its traces, of 64 ids")
     parser.add_argument("--open", type=int, nargs="*", default=[200], help="shards of the caches that are opened")
+    parser.add_argument("--speed", type=float, default=200_000, help="tokens a second of the training that is not done")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--latency", type=float, default=20.0, help="ms before a request is passed on")
     parser.add_argument("--dir", type=Path, help="directory of caches and mirrors; default: temporary")
