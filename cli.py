@@ -5,6 +5,7 @@ import importlib
 import keyword
 import os
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NoReturn
 
@@ -35,12 +36,21 @@ def load(name: str) -> Any:
     module = importlib.import_module(f"logitcache.commands.{entry.module}")
     own = typer.Typer(add_completion=False, rich_markup_mode="rich")
     attribute = name + "_" * (keyword.iskeyword(name) or name in ("eval", "slice"))
-    own.command(name, cls=_Command)(getattr(module, attribute).callback())
-    return typer.main.get_command(own)
+    command = getattr(module, attribute)
+    own.command(name, cls=_Command)(command.callback())
+    made: Any = typer.main.get_command(own)
+    made.spelled_out = command.spelled_out
+    return made
 
 
 class _Command(typer.core.TyperCommand):
-    """Lists both flags of an option in one column, and no --no-exact where that is the default."""
+    """Takes a flag without its value where that is declared. --help lists both flags of an option in one column, and no
+    --no-exact where that is the default."""
+
+    spelled_out: Callable[[list[str]], list[str]]
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, self.spelled_out(args))
 
     def format_help(self, ctx: Any, formatter: Any) -> None:
         for param in self.params:

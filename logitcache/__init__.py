@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from logitcache.accuracy.budgets import AccuracyResult, measure
     from logitcache.accuracy.options import AccuracyOptions
+    from logitcache.cache.compact import compact
     from logitcache.cache.reader import Cache
     from logitcache.cache.verify import verify_cache
     from logitcache.capture.generate import GenerateOptions, generate
@@ -41,6 +42,7 @@ __all__ = [
     "SparseRows",
     "Summary",
     "Trace",
+    "compact",
     "export",
     "generate",
     "import_capture",
@@ -60,6 +62,7 @@ _HOMES = {
     "AccuracyResult": "accuracy.budgets",
     "measure": "accuracy.budgets",
     "Cache": "cache.reader",
+    "compact": "cache.compact",
     "verify_cache": "cache.verify",
     "GenerateOptions": "capture.generate",
     "generate": "capture.generate",

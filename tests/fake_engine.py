@@ -1,5 +1,7 @@
 """An engine without a model, for the logic around it; test_engine.py runs the same through real vLLM."""
 
+import time
+
 import numpy as np
 
 from logitcache.inference import model
@@ -105,6 +107,20 @@ class FakeEngine:
 
 def facts(spec: ModelSpec) -> ModelFacts:
     return ModelFacts("fake", "r1", "float32", VOCAB, Tokenizer(), "t", None, frozenset([VOCAB - 1]))  # type: ignore[arg-type]
+
+
+def patch() -> None:
+    """Puts a slow engine in place of vLLM, in a process that is not a test's."""
+    from logitcache.inference import session
+
+    session.Engine = type("Engine", (FakeEngine,), {"step": _slow_step})  # type: ignore[misc]
+    model.inspect_model = facts
+    model.engine_version = lambda: "fake 1"
+
+
+def _slow_step(self) -> list[Completion]:
+    time.sleep(0.02)
+    return FakeEngine.step(self)
 
 
 def install(monkeypatch) -> type[FakeEngine]:

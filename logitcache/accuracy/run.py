@@ -13,7 +13,7 @@ from logitcache.grading import verdicts
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, ModelSpec, Sampling
 from logitcache.inference.rendering import render
-from logitcache.inference.session import EngineRequest, Session
+from logitcache.inference.session import EngineRequest, Session, pulled_from
 from logitcache.inference.token_texts import token_texts
 from logitcache.prompts import Prompt
 from logitcache.sections import Finder, Markers
@@ -132,7 +132,7 @@ class Run:
                     self.publish(self.delimiters)
                 what = "completions" if natural else "answers after a cut"
                 try:
-                    self.session.run(self._requests(missing), self._finish, total=len(missing), what=what)
+                    self.session.run(pulled_from(self._requests(missing)), self._finish, total=len(missing), what=what)
                 finally:
                     self.session.finish()
         return self.session.stopped if asked.missing(answers) else None

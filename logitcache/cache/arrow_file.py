@@ -6,6 +6,7 @@ dictionaries, several batches or swapped bytes is refused. Then Arrow reads it a
 """
 
 import struct
+from collections.abc import Callable
 from typing import Any
 
 import pyarrow as pa
@@ -18,10 +19,13 @@ _RECORD_BATCH = 3  # of the union MessageHeader
 _BLOCK = struct.Struct("<qi4xq")  # offset, bytes of the header, bytes of the buffers
 
 
-def read(data: pa.Buffer, *, validated: bool = False) -> tuple[pa.RecordBatch, memoryview]:
+def read(
+    data: pa.Buffer, *, accepts: Callable[[pa.Schema], bool] = accepts, validated: bool = False
+) -> tuple[pa.RecordBatch, memoryview]:
     """The record batch of a shard's file, and its bytes there: header and buffers.
 
     Args:
+        accepts: whether the file may have this schema.
         validated: this process has validated it before.
     Raises: ShardCorruptError for another file, without naming it; MemoryError.
     """
@@ -29,7 +33,9 @@ def read(data: pa.Buffer, *, validated: bool = False) -> tuple[pa.RecordBatch, m
         start, stop = message_span(memoryview(data))
         reader = pa.ipc.open_file(pa.BufferReader(data))
         if not accepts(reader.schema):
-            raise ShardCorruptError(f"columns {', '.join(reader.schema.names)}, expected those of a shard")
+            raise ShardCorruptError(
+                f"its columns are {', '.join(reader.schema.names)}, which such a file does not have"
+            )
         batch = reader.get_batch(0)
         if not validated:
             batch.validate(full=True)
@@ -74,7 +80,7 @@ def message_span(data: memoryview) -> tuple[int, int]:
     if kind is None or batch is None or message[kind] != _RECORD_BATCH:
         raise ShardCorruptError("the footer of the Arrow file names something else as its record batch")
     if _field(message, batch, 3) is not None:
-        raise ShardCorruptError("compressed buffers: the Arrow file of a shard has none")
+        raise ShardCorruptError("compressed buffers: the Arrow files of a cache have none")
     return offset, offset + header + body
 
 

@@ -28,6 +28,7 @@ class CacheInfo:
     mean_support: float  # stored ids per row
     mean_tail_mass: float  # probability mass outside them
     verdicts: dict[str, int]  # traces "correct" and "incorrect"
+    compacted: int = 0  # shards whose index was read from a compacted index
 
     @classmethod
     def of(cls, path: Location, identity: Identity, shards: Sequence[ShardIndex]) -> "CacheInfo":
@@ -36,6 +37,7 @@ class CacheInfo:
             path=path,
             identity=identity,
             shards=len(shards),
+            compacted=sum(s.compacted for s in shards),
             traces=sum(s.trace_count for s in shards),
             prompts=len({prompt for s in shards for prompt in s.prompt_ids}),
             tokens=sum(sum(s.token_lengths) for s in shards),
@@ -55,6 +57,7 @@ class CacheInfo:
             "path": str(self.path),
             "identity": asdict(self.identity),
             "shards": self.shards,
+            "compacted": self.compacted,
             "traces": self.traces,
             "prompts": self.prompts,
             "tokens": self.tokens,

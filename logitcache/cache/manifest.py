@@ -103,7 +103,7 @@ def write(cache: Path, identity: Identity) -> None:
         publish_json(cache / name, facts | {"identity": asdict(identity)})
 
 
-def refuse_difference(cache: Path, found: Identity, wanted: Identity) -> None:
+def refuse_difference(cache: Path | str, found: Identity, wanted: Identity) -> None:
     """Raises: IdentityError naming the first field that differs, both values and the way out."""
     if difference := first_difference(asdict(found), as_json(asdict(wanted))):
         name, there, here = difference

@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
-from logitcache.cache import manifest
+from logitcache.cache import compact, manifest
 from logitcache.cache.shard import OTHER_BYTES, ShardIndex, place_of, read_index, way_out
 from logitcache.cache.shard_files import DIRECTORY, renamed
 from logitcache.errors import CacheError, LogitcacheError, NotACacheError, ShardCorruptError, WriteError
@@ -57,6 +57,7 @@ class Mirror:
         self.directory = directory or cache_directory()
         self.path = self.directory / hashlib.blake2b(str(url).encode(), digest_size=12).hexdigest()
         self.room = _Room(self.directory, most)
+        self.compacted: str | None = None  # the compacted index that stands for the indexes of its shards
         self.downloads = self.downloaded_bytes = 0  # of shards, by this process
         self._forget_process()
 
@@ -105,19 +106,31 @@ class Mirror:
         raise WriteError(f"{self.directory}: other processes remove the mirror of {self.location} while it is made")
 
     def _refresh(self, found: bytes) -> None:
-        sizes = {e.name: e.size for e in self.store.list(DIRECTORY) if _INDEX.fullmatch(e.name)}
         with self._writing(), _locked(self.path / ".lock"):
             if _read(self.path / manifest.FILE_NAME) != found:
                 self._empty()
                 (self.path / "url").write_text(f"{self.location}\n")
                 _replace(self.path / manifest.FILE_NAME, found)
             (self.path / DIRECTORY).mkdir(exist_ok=True)
+            covered, after = self._refresh_compacted()
+            sizes = {e.name: e.size for e in self.store.list(DIRECTORY, after) if _INDEX.fullmatch(e.name)}
             for path in (self.path / DIRECTORY).glob("unit-*.json"):
+                if path.stem in covered:
+                    continue
                 if sizes.get(f"{DIRECTORY}/{path.name}") != path.stat().st_size:
                     path.unlink(missing_ok=True)
                     path.with_suffix(".arrow").unlink(missing_ok=True)
-            for name, data in self.store.get_each([name for name in sizes if not (self.path / name).exists()]):
+            wanted = [name for name in sizes if Path(name).stem not in covered]
+            for name, data in self.store.get_each([name for name in wanted if not (self.path / name).exists()]):
                 _replace(self.path / name, data)
+
+    def _refresh_compacted(self) -> tuple[frozenset[str], str]:
+        """Downloads the newest compacted index. Returns: the shards it covers, and the name after which others stand."""
+        self.compacted = compact.download(self.store, self.path)
+        if self.compacted is None:
+            return frozenset(), ""
+        covered = compact.read_one(self.path, self.compacted).names
+        return frozenset(covered), compact.names_above(self.path, self.compacted)
 
     def _manifest(self) -> bytes:
         try:
@@ -144,6 +157,8 @@ class Mirror:
     def renew_indexes(self) -> bool:
         """Downloads the indexes again whose copies are damaged. Returns: whether there were any."""
         damaged = 0
+        if self.compacted is not None:
+            damaged += not compact.is_whole(self.path, self.compacted)
         for path in (self.path / DIRECTORY).glob("unit-*.json"):
             try:
                 read_index(path)
@@ -259,7 +274,12 @@ class Mirror:
 
 
 class Streaming(Mirror):
-    """Reads every shard from the store, and leaves those in the mirror as they are."""
+    """Reads every index and every shard from the store, and leaves the shards in the mirror as they are."""
+
+    def _refresh_compacted(self) -> tuple[frozenset[str], str]:
+        """Downloads the compacted indexes beside all indexes, to be compared with them."""
+        compact.download_all(self.store, self.path)
+        return frozenset(), ""
 
     def refresh(self) -> Path:
         """Downloads the second copy of the manifest too."""

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.cache import manifest, schema, shard
-from logitcache.cache.indexes import read_indexes
+from logitcache.cache.columns import has_repeats
+from logitcache.cache.indexes import Indexes, read_indexes
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.options import CachePath
 from logitcache.cache.shard import Shard, ShardIndex
@@ -35,9 +36,10 @@ class Cache:
     raise ShardCorruptError for what ``verify`` would report.
     """
 
-    def __init__(self, files: ShardFiles, identity: Identity, shards: list[ShardIndex]) -> None:
-        self.files, self.identity, self.shards = files, identity, shards
-        self._starts = np.cumsum([0, *(s.trace_count for s in shards)])
+    def __init__(self, files: ShardFiles, identity: Identity, shards: Sequence[ShardIndex]) -> None:
+        self.files, self.identity = files, identity
+        self.shards = shards if isinstance(shards, Indexes) else Indexes(shards)
+        self._starts = np.cumsum([0, *self.shards.trace_counts])
         self._mapped: OrderedDict[int, Shard] = OrderedDict()
         self._valid: dict[int, bytearray] = {}  # of shards that were checked: `Shard.valid`
 
@@ -68,7 +70,7 @@ class Cache:
     def _read(cls, files: ShardFiles) -> "Cache":
         with files.naming():
             identity = manifest.read(files.path)
-            shards = read_indexes(files.path / shard.DIRECTORY)
+            shards = read_indexes(files.path / shard.DIRECTORY, files.compacted)
         _refuse_repeats(files.location, shards)
         return cls(files, identity, shards)
 
@@ -169,9 +171,9 @@ class Cache:
         return CacheInfo.of(self.location, self.identity, self.shards)
 
 
-def _refuse_repeats(location: Location, shards: list[ShardIndex]) -> None:
+def _refuse_repeats(location: Location, shards: Indexes) -> None:
     """Raises: ShardCorruptError for a trace in two shards."""
-    if len({t for s in shards for t in s.trace_ids}) == sum(s.trace_count for s in shards):
+    if not has_repeats(shards.id_bytes):
         return
     owners: dict[str, str] = {}
     for index in shards:
@@ -181,6 +183,7 @@ def _refuse_repeats(location: Location, shards: list[ShardIndex]) -> None:
                     f"{location}: trace {trace_id} is in {owner} and in {index.name}; `logitcache verify --repair {location}` "
                     "sets the second aside"
                 )
+    raise ShardCorruptError(f"{location}: a shard has a trace twice; `logitcache verify --repair {location}` finds it")
 
 
 def info(cache: CachePath) -> CacheInfo:

@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import logitcache
-from logitcache.cache import manifest, shard
+from logitcache.cache import compact, manifest, shard
 from logitcache.cache.shard import ShardIndex
 from logitcache.cache.shard_files import LocalFiles
-from logitcache.cache.validate import FREE, reading
+from logitcache.cache.validate import COMPACTED, FREE, reading
 from logitcache.cache.verify import Problem, VerifyReport, examine, problem_of
 from logitcache.cache.workers import Worker
 from logitcache.errors import (
@@ -54,7 +54,10 @@ def repair(cache: Path, workers: int | None = None) -> VerifyReport:
         repairs.restore_backup(found.problems)
         directory = cache / shard.DIRECTORY
         owners = found.owners
-        for name in sorted({p.shard for p in found.problems if p.damaged and p.shard != manifest.BACKUP}):
+        damaged = {p.shard for p in found.problems if p.damaged and p.shard != manifest.BACKUP}
+        if damaged:  # before an index changes; it is only a copy
+            repairs.moved += set_compacted_aside(cache)
+        for name in sorted(name for name in damaged if not COMPACTED.holds(name)):
             others = {t for t, owner in owners.items() if owner != name}
             try:
                 index = None if name in found.repeats else _remade(directory, name, identity, others)
@@ -103,6 +106,8 @@ def adopt(cache: Path, identity: Identity, present: Iterable[str], mine: Callabl
 def _adopt(directory: Path, name: str, identity: Identity, others: set[str]) -> ShardIndex | None:
     """Makes and publishes the index of a shard as ``_remade`` does."""
     if (index := _remade(directory, name, identity, others)) is not None:
+        if index.number <= compact.highest(directory.parent):  # readers of an object store look above it only
+            set_compacted_aside(directory.parent)
         shard.publish_index(directory, index)
     return index
 
@@ -173,6 +178,11 @@ def set_aside(cache: Path, path: Path) -> Path:
         raise WriteError(
             f"{path}: cannot be moved to {place.parent} ({e.strerror}); fix the cause and run again"
         ) from e
+
+
+def set_compacted_aside(cache: Path) -> list[Path]:
+    """Moves all compacted indexes to CACHE/set-aside. Returns: where they are. Raises: WriteError, UnreadableError."""
+    return [set_aside(cache, path) for path in compact.files(cache)]
 
 
 def _remade(directory: Path, name: str, identity: Identity, others: set[str]) -> ShardIndex | None:

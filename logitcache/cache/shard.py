@@ -3,9 +3,10 @@
 import base64
 import hashlib
 import io
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -14,6 +15,7 @@ import pyarrow as pa
 
 from logitcache import codec
 from logitcache.cache import arrow_file, checks
+from logitcache.cache.columns import Column
 from logitcache.cache.manifest import FORMAT_VERSION
 from logitcache.cache.schema import SECTION_FIELDS, from_batch, metadata_of, schema_of, to_record
 from logitcache.cache.shard_files import DIRECTORY, ShardFiles
@@ -29,7 +31,7 @@ from logitcache.errors import (
     first_line,
 )
 from logitcache.identity import Identity
-from logitcache.runtime.files import publish, publish_json, read_json
+from logitcache.runtime.files import publish, read_json, to_json_bytes
 from logitcache.runtime.regular_files import open_regular
 from logitcache.sections import SPANS, Sections
 from logitcache.storage.location import Location
@@ -42,6 +44,7 @@ _TABLE_ROWS = 4096  # shards of fewer rows have no table: it takes up to 36 KB a
 
 # Fields of an index that have another name in its file.
 _ON_DISK = {"trace_count": "rows", "row_count": "taught_rows"}
+_NOT_IN_PYTHON = frozenset(_ON_DISK.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,28 +55,40 @@ class ShardIndex:
     trace_count: int
     bytes: int
     sha256: str
-    trace_ids: list[str]
-    prompt_ids: list[str]
-    token_lengths: list[int]
+    trace_ids: Sequence[str]  # lists, or columns of a compacted index that equal them
+    prompt_ids: Sequence[str]
+    token_lengths: Sequence[int]
     row_count: int  # top-k rows: tokens with the teacher's distribution
     entries: int  # ids stored in all rows
     block_bytes: int  # of the top-k blocks
     tail_mass: float  # sum over rows
     section_tokens: dict[str, int]
     verdicts: dict[str, int]  # traces "correct" and "incorrect"
-    provenance: dict[str, Any]
+    provenance: Mapping[str, Any]
 
     @property
     def number(self) -> int:
         return int(self.name.removeprefix("unit-"))
 
+    @property
+    def compacted(self) -> bool:
+        """Whether it was read from a compacted index."""
+        return isinstance(self.trace_ids, Column)
+
     def to_json(self) -> dict[str, Any]:
-        return {_ON_DISK.get(name, name): value for name, value in asdict(self).items()}
+        return {_ON_DISK.get(f.name, f.name): _plain(getattr(self, f.name)) for f in fields(self)}
 
     @classmethod
     def from_json(cls, found: dict[str, Any]) -> "ShardIndex":
-        names = {_ON_DISK.get(f.name, f.name): f.name for f in fields(cls)}
-        return cls(**{names[name]: value for name, value in found.items()})
+        renamed = {here: found[there] for here, there in _ON_DISK.items()}
+        return cls(**renamed, **{name: value for name, value in found.items() if name not in _NOT_IN_PYTHON})
+
+
+def _plain(value: Any) -> Any:
+    """A list or a dict instead of what only behaves like one."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,6 +99,12 @@ class EncodedTrace:
     row_count: int
     entries: int
     tail_mass: float
+
+    @property
+    def bytes(self) -> int:
+        """About what the trace takes in a shard, before the shard's frequency table makes it smaller."""
+        record = self.record
+        return len(record["topk"]) + 4 * len(record["token_ids"]) + 8 * self.row_count + len(record["text"])
 
     @classmethod
     def of(cls, trace: Trace, identity: Identity) -> "EncodedTrace":
@@ -171,23 +192,34 @@ class Shard:
             raise kind(f"{self.place}: trace {self.batch.column('trace_id')[row]}: {what}") from e
 
 
+def name_of(number: int) -> str:
+    return f"unit-{number:06d}"
+
+
 def write(
-    directory: Path, number: int, traces: list[EncodedTrace], identity: Identity, provenance: dict[str, Any]
+    directory: Path, number: int, traces: list[EncodedTrace], identity: Identity, provenance: Mapping[str, Any]
 ) -> ShardIndex:
     """Writes shard ``number``: the Arrow file first, then its index.
 
     Raises: WriteError; the shard is then ignored, since it has no index.
     """
+    data, index = build(number, traces, identity, provenance)
+    publish(directory / f"{index.name}.arrow", data)
+    publish_index(directory, index)
+    return index
+
+
+def build(
+    number: int, traces: list[EncodedTrace], identity: Identity, provenance: dict[str, Any]
+) -> tuple[memoryview, ShardIndex]:
+    """The Arrow file of shard ``number``, and its index."""
     table = _share_table(traces, identity)
     records = [t.record for t in traces]
     arrow = pa.Table.from_pylist(records, schema=schema_of({name for record in records for name in record}))
     batch = arrow.combine_chunks().to_batches()[0]
     # Base64: strict readers of Arrow expect metadata to be text.
     data = to_bytes(batch, {TABLE_KEY: base64.b64encode(table.to_bytes())} if table else {})
-    index = index_of(number, data, traces, provenance)
-    publish(directory / f"{index.name}.arrow", data)
-    publish_index(directory, index)
-    return index
+    return data, index_of(number, data, traces, provenance)
 
 
 def to_bytes(batch: pa.RecordBatch, metadata: dict[bytes, bytes]) -> memoryview:
@@ -201,11 +233,11 @@ def to_bytes(batch: pa.RecordBatch, metadata: dict[bytes, bytes]) -> memoryview:
 
 
 def index_of(
-    number: int, data: bytes | memoryview, traces: Sequence[EncodedTrace], provenance: dict[str, Any]
+    number: int, data: bytes | memoryview, traces: Sequence[EncodedTrace], provenance: Mapping[str, Any]
 ) -> ShardIndex:
     """The index of shard ``number`` with the Arrow file ``data``."""
     return ShardIndex(
-        name=f"unit-{number:06d}",
+        name=name_of(number),
         trace_count=len(traces),
         bytes=len(data),
         sha256=hashlib.sha256(data).hexdigest(),
@@ -230,7 +262,15 @@ def publish_index(directory: Path, index: ShardIndex) -> None:
 
     Raises: WriteError.
     """
-    publish_json(directory / f"{index.name}.json", {"format": FORMAT_VERSION} | index.to_json())
+    publish(directory / f"{index.name}.json", index_bytes(index))
+
+
+def index_bytes(index: ShardIndex) -> bytes:
+    """The file of an index.
+
+    Raises: WriteError for an index that is too large.
+    """
+    return to_json_bytes(index.name, {"format": FORMAT_VERSION} | index.to_json())
 
 
 def _share_table(traces: list[EncodedTrace], identity: Identity) -> FrequencyTable | None:
@@ -352,6 +392,19 @@ def checksum_faults(opened: Shard) -> Iterator[str]:
     own = (opened.batch.schema.metadata or {}).get(SHA256_KEY)
     if own is not None and own != hashlib.sha256(opened.message).hexdigest().encode():
         yield "its traces do not match the checksum in its schema"
+
+
+def indexed(directory: Path) -> list[str]:
+    """Names of the shards in CACHE/shards that have an index, in order.
+
+    Raises: UnreadableError.
+    """
+    try:
+        with reading(directory):
+            names = os.listdir(directory)  # faster than a glob: a cache may have 100,000
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return sorted(n.removesuffix(".json") for n in names if n.startswith("unit-") and n.endswith(".json"))
 
 
 def place_of(location: Location, name: str) -> str:

@@ -30,6 +30,11 @@ class ShardFiles(Protocol):
         """The directory with the manifest and the indexes; of a cache in an object store, a copy of them."""
         ...
 
+    @property
+    def compacted(self) -> str | None:
+        """The compacted index whose shards all exist, although their own indexes are not in ``path``."""
+        ...
+
     def open(self, index: "ShardIndex") -> BinaryIO:
         """The Arrow file of a shard, from this disk or downloaded first. Its bytes are checked by whoever reads them.
 
@@ -59,6 +64,10 @@ class LocalFiles:
     @property
     def location(self) -> Path:
         return self.path
+
+    @property
+    def compacted(self) -> None:
+        return None
 
     def open(self, index: "ShardIndex") -> BinaryIO:
         return open_regular(self.path / DIRECTORY / f"{index.name}.arrow")

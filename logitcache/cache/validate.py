@@ -100,11 +100,13 @@ _ID = whole(0, MAX_VOCAB - 1)
 
 
 def _matching(what: str, pattern: str) -> Rule:
-    return Rule(what, lambda v: isinstance(v, str) and re.fullmatch(pattern, v, re.ASCII) is not None)
+    matches = re.compile(pattern, re.ASCII).fullmatch
+    return Rule(what, lambda v: isinstance(v, str) and matches(v) is not None)
 
 
 TRACE_ID = _matching("32 hexadecimal digits", "[0-9a-f]{32}")
 UNIT = _matching("unit- and 6 digits or more", r"unit-[0-9]{6,18}")
+COMPACTED = _matching("indexes- and 6 digits or more", r"indexes-[0-9]{6,18}")
 
 MANIFEST = {"format": whole(1, _INT32), "created": TEXT, "logitcache": TEXT, "identity": FREE}
 IDENTITY = {
@@ -127,12 +129,22 @@ IDENTITY = {
     "exact": Rule(FLAG.what, FLAG.holds, optional=True),
     "derived": Rule(TEXTS.what, TEXTS.holds, optional=True),
 }
+_SHA256 = _matching("64 hexadecimal digits", "[0-9a-f]{64}")
+COMPACT = {
+    "format": whole(1, _INT32),
+    "name": COMPACTED,
+    "bytes": whole(1, _INT63),
+    "sha256": _SHA256,
+    "shards": whole(1, _INT32),
+    "traces": whole(1, _INT63),
+    "highest": whole(0, 10**18 - 1),
+}
 INDEX = {
     "format": whole(1, _INT32),
     "name": UNIT,
     "rows": whole(1, _INT32),
     "bytes": whole(1, _INT63),
-    "sha256": _matching("64 hexadecimal digits", "[0-9a-f]{64}"),
+    "sha256": _SHA256,
     "trace_ids": list_of(TRACE_ID, lambda v: _are(str, v) and set(map(len, v)) == {32} and _is_hexadecimal("".join(v))),
     "prompt_ids": TEXTS,
     "token_lengths": list_of(

@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from logitcache.cache import checks, manifest, processes, shard
+from logitcache.cache import checks, compact, manifest, processes, shard
 from logitcache.cache.options import CachePath, Processes
 from logitcache.cache.shard import Shard
 from logitcache.cache.shard_files import LocalFiles, ShardFiles
@@ -122,7 +122,8 @@ def examine(files: ShardFiles, identity: Identity, workers: int | None) -> Findi
     results = (
         list(map(verify_shard, indexes)) if workers == 1 else processes.each(verify_shard, indexes, workers, _died)
     )
-    problems = [*_backup_problems(files, identity), *(problem for found, _ in results for problem in found)]
+    problems = [*_backup_problems(files, identity), *_compact_problems(files)]
+    problems += [problem for found, _ in results for problem in found]
     owners: dict[str, str] = {}
     repeats: set[str] = set()
     for path, (_, trace_ids) in sorted(zip(indexes, results, strict=True), key=lambda each: bool(each[1][0])):
@@ -143,6 +144,15 @@ def _backup_problems(files: ShardFiles, identity: Identity) -> list[Problem]:
     except CacheError as e:
         return [problem_of(manifest.BACKUP, None, e)]
     return [] if found == identity else [Problem(manifest.BACKUP, None, f"differs from {manifest.FILE_NAME}")]
+
+
+def _compact_problems(files: ShardFiles) -> list[Problem]:
+    """A compacted index says nothing that the indexes do not say."""
+    found = [
+        Problem(name, None, what) if isinstance(what, str) else problem_of(name, None, what)
+        for name, what in compact.faults(files.path)
+    ]
+    return [replace(each, what=each.what.replace(str(files.path), str(files.location))) for each in found]
 
 
 def _verify_shard(path: Path, files: ShardFiles, identity: Identity) -> tuple[list[Problem], list[str]]:

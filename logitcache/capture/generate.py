@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from logitcache import prompts
-from logitcache.capture.job import Context, JobOptions, PromptOptions, Request, Tokens, identify
-from logitcache.capture.runner import fill
+from logitcache.capture.job import Context, JobOptions, PromptOptions, Request, Task, Tokens, identify
+from logitcache.capture.runner import run
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import trace_of
 from logitcache.grading import verdicts
@@ -16,7 +16,7 @@ from logitcache.inference import model
 from logitcache.inference.engine import Completion
 from logitcache.inference.model import ModelFacts, Sampling
 from logitcache.inference.rendering import remarks, render
-from logitcache.prompts import Prompt
+from logitcache.prompts import Prompt, SourceCounts
 from logitcache.runtime.options import at_least
 from logitcache.trace import Trace
 
@@ -31,6 +31,17 @@ class GenerateOptions(PromptOptions, JobOptions):
         super().__post_init__()
         at_least("draw", self.draw, 1)
 
+    def task(self, *, reading: bool = True) -> tuple[Task, Identity]:
+        source = prompts.load(self.prompts, self.limit, self.columns) if reading else None
+        if source and self.verifier:
+            verdicts.check_answers(self.verifier, self.source, ((p.answer, p.metadata) for p in source))
+        facts = model.inspect_model(self.spec)
+        identity = identify(self, facts, _recorded(self))
+        if source is None:
+            return _Answers(self, facts, [], SourceCounts()), identity
+        drawn = source.prompts if self.draw is None else sorted(source.prompts, key=_lot)[: self.draw]
+        return _Answers(self, facts, drawn, source.counts), identity
+
 
 def generate(options: GenerateOptions) -> Summary:
     """Generates the missing traces of the cache ``options.out``, which has one trace per prompt and sample.
@@ -38,14 +49,7 @@ def generate(options: GenerateOptions) -> Summary:
     Raises: InputError and CacheError before anything is written; EngineError and WriteError, after which the same call
         resumes.
     """
-    source = prompts.load(options.prompts, options.limit, options.columns)
-    if options.verifier:
-        verdicts.check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in source))
-    facts = model.inspect_model(options.spec)
-    drawn = source.prompts if options.draw is None else sorted(source.prompts, key=_lot)[: options.draw]
-    summary = fill(_Answers(options, facts, drawn), identify(options, facts, _recorded(options)))
-    summary.source = source.counts
-    return summary
+    return run(options)
 
 
 def _recorded(options: GenerateOptions) -> dict[str, Any]:
@@ -64,8 +68,10 @@ class _Answers:
 
     scored = False
 
-    def __init__(self, options: GenerateOptions, facts: ModelFacts, prompts: list[Prompt]) -> None:
-        self.options, self.facts, self.prompts = options, facts, prompts
+    def __init__(
+        self, options: GenerateOptions, facts: ModelFacts, prompts: list[Prompt], counts: SourceCounts
+    ) -> None:
+        self.options, self.facts, self.prompts, self.counts = options, facts, prompts, counts
         self._rendered: tuple[Prompt, Tokens] | None = None
 
     @property

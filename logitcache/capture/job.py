@@ -1,7 +1,8 @@
 """Options and identity of a cache that is filled, and the task that turns requests into traces."""
 
+import re
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, Protocol
@@ -14,13 +15,14 @@ from logitcache.identity import Identity
 from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
 from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Sampling
-from logitcache.prompts import Columns
+from logitcache.prompts import Columns, SourceCounts
 from logitcache.runtime.options import Option, at_least, values_of
 from logitcache.runtime.secrets import without_secrets
 from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
+from logitcache.storage.location import Url, locate
 from logitcache.trace import Trace
 
-ROWS, SHARDS = "Rows", "Shards and workers"  # groups of options
+ROWS, SHARDS, CLUSTER = "Rows", "Shards and workers", "Cluster"  # groups of options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,10 +58,13 @@ class CaptureOptions(ModelOptions):
     exact: Annotated[bool, Option("Store log-probabilities bit for bit, in about 12% more bytes.", ROWS)] = False
     reasoning_markers: ReasoningMarkers = None
     answer_regex: AnswerRegex = None
-    unit_size: Annotated[int, Option("Traces per shard. A kill loses the traces of unfinished shards.", SHARDS)] = 64
+    unit_size: Annotated[
+        int, Option("Traces per shard at most. A kill loses the finished traces of the shard that is open.", SHARDS)
+    ] = 64
+    unit_bytes: Annotated[int, Option("A shard of so many bytes takes no more traces.", SHARDS)] = 16_000_000
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "min_k", "unit_size", "limit"):
+        for name in ("top_k", "min_k", "unit_size", "unit_bytes", "limit"):
             at_least(name, getattr(self, name), 1)
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"`top_p` {self.top_p}: must lie in (0, 1]; it is the share of its mass that a row keeps")
@@ -76,11 +81,37 @@ class CaptureOptions(ModelOptions):
         return ModelSpec(model=self.teacher, option="teacher", **values_of(ModelOptions, self))
 
 
+@dataclass(frozen=True, slots=True)
+class Engines:
+    """How many engines of a cluster to use."""
+
+    least: int
+    most: int
+
+    def __str__(self) -> str:
+        return f"{self.least}" if self.least == self.most else f"{self.least}-{self.most}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Engines":
+        """Parses N or LEAST-MOST.
+
+        Raises: InputError.
+        """
+        match = re.fullmatch(r"(\d+)(?:-(\d+))?", text)
+        found = cls(int(match[1]), int(match[2] or match[1])) if match else cls(0, 0)
+        if not 1 <= found.least <= found.most:
+            raise InputError(f"`engines` {text!r}: write N or LEAST-MOST, such as 8 or 1-8")
+        return found
+
+
 @dataclass(frozen=True, kw_only=True)
 class JobOptions(CaptureOptions):
     """Options of `generate` and `score`: where the cache is written, and this process's share of it."""
 
-    out: Annotated[Path, Option("The cache: a new directory, or one to resume.")]
+    out: Annotated[
+        str | Path | Url,
+        Option("The cache: a new directory, or one to resume. Also s3://, gs:// or az:// BUCKET/NAME.", metavar="PATH"),
+    ]
     worker: Annotated[
         Worker | None,
         Option(
@@ -91,10 +122,71 @@ class JobOptions(CaptureOptions):
         ),
     ] = None
 
+    ray: Annotated[
+        str | None,
+        Option(
+            "Run engines on a Ray cluster: auto, the cluster that this machine belongs to, or the HOST:PORT of its head. "
+            "Alone: auto.",
+            CLUSTER,
+            metavar="[ADDRESS]",
+            default="one engine, in this process",
+            bare="auto",
+            value_pattern=r"auto|ray://\S+|\S+:\d+",
+        ),
+    ] = None
+    engines: Annotated[
+        Engines | None,
+        Option(
+            "Engines on the cluster: N, or LEAST-MOST. MOST are asked for, which makes an autoscaler add machines; below LEAST "
+            "a line says what is missing.",
+            CLUSTER,
+            metavar="N|LEAST-MOST",
+            default="as many as the cluster holds now",
+        ),
+    ] = None
+    nodes_per_engine: Annotated[
+        int, Option("Machines that one engine spreads over, for a teacher that does not fit one.", CLUSTER)
+    ] = 1
+    cpus_per_engine: Annotated[
+        int | None, Option("Run engines on CPUs, with so many cores each.", CLUSTER, default="engines run on GPUs")
+    ] = None
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        object.__setattr__(self, "out", Path(self.out))
-        object.__setattr__(self, "worker", self.worker or Worker.of_environment())
+        object.__setattr__(self, "out", locate(self.out))
+        for name in ("nodes_per_engine", "cpus_per_engine"):
+            at_least(name, getattr(self, name), 1)
+        if self.ray is None:
+            for name, default in (("engines", None), ("nodes_per_engine", 1), ("cpus_per_engine", None)):
+                if getattr(self, name) != default:
+                    raise InputError(f"`{name}`: of the engines of a cluster; give `ray` too")
+        if self.ray is not None and self.worker is not None and self.worker.count > 1:
+            raise InputError("`worker`: with `ray`, engines share the job by themselves; leave it out")
+        if self.ray is not None and self.gpus_per_engine % self.nodes_per_engine:
+            raise InputError(
+                f"`nodes_per_engine` {self.nodes_per_engine}: {self.gpus_per_engine} GPUs do not divide into as many nodes"
+            )
+        object.__setattr__(self, "worker", Worker() if self.ray is not None else self.worker or Worker.of_environment())
+
+    @property
+    def spec(self) -> ModelSpec:
+        spec = super().spec
+        if self.nodes_per_engine == 1:
+            return spec
+        return replace(spec, engine_args=spec.engine_args | {"distributed_executor_backend": "ray"})
+
+    @property
+    def gpus_per_engine(self) -> int:
+        return self.tensor_parallel_size * int(self.engine_args.get("pipeline_parallel_size", 1))
+
+    def task(self, *, reading: bool = True) -> "tuple[Task, Identity]":
+        """The task, and the identity of the cache that it fills.
+
+        Args:
+            reading: False leaves the source unread: for an engine that is given its requests.
+        Raises: InputError, ModelError.
+        """
+        raise NotImplementedError
 
     @property
     def place(self) -> Worker:
@@ -182,6 +274,11 @@ class Task(Protocol):
     @property
     def scored(self) -> bool:
         """Whether existing text is scored. Otherwise the teacher writes completions."""
+        ...
+
+    @property
+    def counts(self) -> SourceCounts:
+        """What was read of the source, once `requests` has yielded all."""
         ...
 
     def requests(self, identity: Identity) -> Iterable[Request]:

@@ -12,8 +12,8 @@ import numpy as np
 
 from logitcache import prompts
 from logitcache.cache.reader import Cache
-from logitcache.capture.job import Context, JobOptions, Request, Tokens, identify
-from logitcache.capture.runner import fill
+from logitcache.capture.job import Context, JobOptions, Request, Task, Tokens, identify
+from logitcache.capture.runner import run
 from logitcache.capture.summary import Summary
 from logitcache.capture.traces import rows_of, trace_of
 from logitcache.errors import InputError, PromptsError
@@ -122,35 +122,39 @@ class ScoreOptions(JobOptions):
     def source(self) -> str:
         return str(self.from_cache or self.traces)
 
+    def task(self, *, reading: bool = True) -> tuple[Task, Identity]:
+        # The identity's sampling is empty: nothing was sampled from this teacher.
+        cache = Cache.open(self.from_cache) if self.from_cache else None
+        facts = model.inspect_model(self.spec)
+        if cache is not None:
+            return self._task_of_cache(cache, facts, reading)
+        end = _end(self, facts)
+        identity = identify(self, _ending(facts, end), {}, (_words(facts, end),))
+        texts = _Texts(self, facts, end, identity.markers.pair)
+        if reading and self.verifier:
+            asked = (request.content.prompt for request in texts.requests(identity))
+            check_answers(self.verifier, self.source, ((p.answer, p.metadata) for p in asked))
+        return texts, identity
+
+    def _task_of_cache(self, cache: Cache, facts: ModelFacts, reading: bool) -> tuple[Task, Identity]:
+        if reading and self.verifier:
+            check_answers(self.verifier, self.source, ((a, {}) for a in cache.column("answer").to_pylist()))
+        words = f"score --from-cache {cache.identity.digest}" + (f" --crop {self.crop}" if self.crop else "")
+        identity = replace(
+            identify(self, facts, {}, (*cache.identity.derived, words)),
+            chat_template_hash=cache.identity.chat_template_hash,
+            reasoning_markers=cache.identity.reasoning_markers,
+            answer_regex=cache.identity.answer_regex,
+        )
+        return _Traces(self, facts, cache), identity
+
 
 def score(options: ScoreOptions) -> Summary:
     """Scores existing text with the teacher, and writes the missing traces to the cache ``options.out``.
 
     Raises: as `generate`.
     """
-    cache = Cache.open(options.from_cache) if options.from_cache else None
-    facts = model.inspect_model(options.spec)
-    # The identity's sampling is empty: nothing was sampled from this teacher.
-    if cache is None:
-        end = _end(options, facts)
-        identity = identify(options, _ending(facts, end), {}, (_words(facts, end),))
-        texts = _Texts(options, facts, end, identity.markers.pair)
-        if options.verifier:
-            asked = (request.content.prompt for request in texts.requests(identity))
-            check_answers(options.verifier, options.source, ((p.answer, p.metadata) for p in asked))
-        summary = fill(texts, identity)
-        summary.source = texts.counts
-        return summary
-    if options.verifier:
-        check_answers(options.verifier, options.source, ((a, {}) for a in cache.column("answer").to_pylist()))
-    words = f"score --from-cache {cache.identity.digest}" + (f" --crop {options.crop}" if options.crop else "")
-    identity = replace(
-        identify(options, facts, {}, (*cache.identity.derived, words)),
-        chat_template_hash=cache.identity.chat_template_hash,
-        reasoning_markers=cache.identity.reasoning_markers,
-        answer_regex=cache.identity.answer_regex,
-    )
-    return fill(_Traces(options, facts, cache), identity)
+    return run(options)
 
 
 def _end(options: ScoreOptions, facts: ModelFacts) -> list[int]:
@@ -271,9 +275,9 @@ class _Traces:
     scored, sampling = True, Sampling()
 
     def __init__(self, options: ScoreOptions, facts: ModelFacts, cache: Cache) -> None:
-        self.options, self.facts, self.cache = options, facts, cache
+        self.options, self.facts, self.cache, self.counts = options, facts, cache, SourceCounts()
         self.crop = options.crop or Crop()
-        if options.out.resolve() == cache.path.resolve():
+        if isinstance(options.out, Path) and options.out.resolve() == cache.path.resolve():
             raise InputError(f"`out` {options.out} is the cache to score; give a new directory")
         if (there := cache.identity.tokenizer_hash) != facts.tokenizer_hash:
             raise InputError(

@@ -28,6 +28,7 @@ COMMANDS = {
     "experiment": Entry("experiments", _STUDENT, "Train the variants of an experiment and write a report."),
     "info": Entry("caches", _CACHES, "Show what a cache holds."),
     "verify": Entry("caches", _CACHES, "Check all of a cache, and repair it."),
+    "compact": Entry("caches", _CACHES, "Put the indexes of all shards into one file, to open a large cache fast."),
     "slice": Entry("caches", _CACHES, "Make a smaller cache: fewer ids, sections or traces."),
     "merge": Entry("caches", _CACHES, "Join several caches into one."),
     "split": Entry("caches", _CACHES, "Split a cache by prompt, such as into training and test."),

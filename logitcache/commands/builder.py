@@ -10,8 +10,9 @@ the result of a library function. Keywords of the command itself become options 
 import inspect
 import re
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, is_dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
@@ -128,6 +129,16 @@ class Command:
         known = {p.name for p in (*parameters(declared), *self.own())}
         values.refuse([p.name for p in options if p.name not in known], why)
         return declared
+
+    def spelled_out(self, words: Sequence[str]) -> list[str]:
+        """A command line in which every flag that may stand alone has its value."""
+        bare = {p.flag: p.option for p in self.parameters() if p.option.bare is not None}
+        found = []
+        for word, following in zip_longest(words, words[1:], fillvalue=""):
+            option = bare.get(word)
+            alone = option is not None and re.fullmatch(option.value_pattern, following) is None
+            found.append(f"{word}={option.bare}" if option and alone else word)
+        return found
 
     def callback(self) -> Any:
         """The function that Typer registers. Its signature has all options."""

@@ -1,11 +1,14 @@
-"""info, verify, slice, merge, split."""
+"""info, verify, compact, slice, merge, split."""
 
 from logitcache.cache import reader
+from logitcache.cache.compact import CompactReport
+from logitcache.cache.compact import compact as compact_cache
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.verify import VerifyReport, verify_cache
 from logitcache.commands.builder import command
 from logitcache.commands.results import Json, show, show_json
 from logitcache.commands.text_caches import (
+    describe_compact,
     describe_info,
     describe_merge,
     describe_slice,
@@ -41,6 +44,21 @@ def verify(report: VerifyReport, json: Json = False) -> int:
     else:
         show(describe_verify, report)
     return 2 if report.problems else 0
+
+
+@command(compact_cache)
+def compact(report: CompactReport, json: Json = False) -> None:
+    """Write one file with the indexes of all shards of CACHE, so that a cache of many shards opens fast.
+
+    The indexes stay, and shards made later are read beside it: run it again when there are many. A cache that another
+    process writes to is refused.
+
+    Example: logitcache compact math-cache
+    """
+    if json:
+        show_json(report.to_json())
+    else:
+        show(describe_compact, report)
 
 
 @command(slice_cache)

@@ -1,7 +1,5 @@
 """generate, plan, score."""
 
-from pathlib import Path
-
 from logitcache.capture import generate as generating
 from logitcache.capture import plan as planning
 from logitcache.capture import score as scoring
@@ -52,7 +50,7 @@ def score(options: ScoreOptions) -> int:
     return _finished(scoring.score(options), options.out)
 
 
-def _finished(summary: Summary, out: Path) -> int:
-    """Prints the summary. Returns: the exit code, which is 1 if traces failed, or that of the signal that stopped the call."""
+def _finished(summary: Summary, out: object) -> int:
+    """Prints the summary. Returns: the exit code, which is 1 if traces were lost, or that of the signal that stopped the call."""
     show(describe_summary, summary, out)
-    return signal_code(summary.stopped) or int(bool(summary.failed))
+    return signal_code(summary.stopped) or int(bool(summary.failed or summary.deadly))

@@ -1,5 +1,6 @@
-"""The text of commands on caches: info, verify, slice, merge, split, export, import, push and pull."""
+"""The text of commands on caches: info, verify, compact, slice, merge, split, export, import, push and pull."""
 
+from logitcache.cache.compact import CompactReport
 from logitcache.cache.info import CacheInfo
 from logitcache.cache.verify import VerifyReport
 from logitcache.interop.formats import ExportReport, ImportReport
@@ -8,6 +9,8 @@ from logitcache.transform.merge import MergeReport
 from logitcache.transform.slice import SliceReport
 from logitcache.transform.source import CacheSize
 from logitcache.transform.split import SplitReport
+
+_MANY = 2000  # indexes in files of their own: opening takes long
 
 
 def describe_info(info: CacheInfo) -> str:
@@ -27,11 +30,28 @@ def describe_info(info: CacheInfo) -> str:
         "rows": f"{info.rows:,} (tokens with the teacher's distribution)",
         "size": f"{info.bytes:,} bytes; {info.bytes_per_row:.1f} per row, {info.block_bytes_per_row:.1f} of them top-k",
     }
+    if apart := _indexes(info):
+        lines["indexes"] = apart
     if graded:
         lines["verdicts"] = f"{info.verdicts['correct']:,} of {graded:,} graded answers are correct"
     if identity.derived:
         lines["derived"] = ", then ".join(identity.derived)
     return "\n".join([f"{info.path}", *(f"  {name:<9}{text}" for name, text in lines.items())])
+
+
+def _indexes(info: CacheInfo) -> str:
+    apart = info.shards - info.compacted
+    parts = [f"of {info.compacted:,} shards in one file"] if info.compacted else []
+    if apart > _MANY:
+        parts.append(f"{apart:,} in files of their own; `logitcache compact {info.path}` makes one file of them")
+    elif info.compacted and apart:
+        parts.append(f"{apart:,} in files of their own")
+    return ", ".join(parts)
+
+
+def describe_compact(report: CompactReport) -> str:
+    counts = f"{report.shards:,} shards, {report.traces:,} traces, {report.bytes:,} bytes"
+    return f"{report.path}: {counts}"
 
 
 def describe_verify(report: VerifyReport) -> str:

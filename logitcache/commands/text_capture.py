@@ -1,7 +1,6 @@
 """Text of `generate`, `score` and `plan`."""
 
 import shlex
-from pathlib import Path
 
 from logitcache.capture.plan import Estimate, JobEstimate
 from logitcache.capture.summary import SectionCounts, Summary
@@ -10,7 +9,7 @@ from logitcache.grading.verdicts import listed
 from logitcache.runtime.units import BYTES, COUNTS, HOURS, Units, in_bytes, in_units
 
 
-def describe_summary(summary: Summary, out: Path) -> str:
+def describe_summary(summary: Summary, out: object) -> str:
     """The closing lines of `generate` and `score`."""
     lines = describe_source(summary.source)
     if summary.completed:
@@ -18,6 +17,16 @@ def describe_summary(summary: Summary, out: Path) -> str:
     lines += _listed("damaged shards without an index moved", summary.set_aside)
     lines += _listed("prompts skipped", [f"{prompt}: {why}" for prompt, why in summary.skipped.items()])
     lines += _listed("traces lost", list(summary.failed.values()))
+    if summary.deaths:
+        lines.append(f"{summary.deaths} engines died or were lost; others made their traces")
+    lines += _listed(
+        "requests set aside: three engines died while they worked on them", list(map(str, summary.deadly.values()))
+    )
+    if summary.ignored:
+        lines.append(
+            f"{len(summary.ignored)} shards without an index are left from killed calls: readers ignore them, and their "
+            "traces were made again"
+        )
     lines += [f"{count} {remark}" for remark, count in summary.remarks.items()]
     lines += describe_sections(summary.sections)
     if summary.no_verdict:

@@ -1,7 +1,7 @@
 """One vLLM engine from start to end: its log, its queue, its progress, and what happens when it dies or is stopped.
 
     with Session(spec, sampling, out=out, name="generate", first=trace_id, kept="every published shard") as session:
-        session.run(requests, on_completion, total=1000)
+        session.run(pulled_from(requests), on_completion, total=1000)
 
 `generate`, `score` and the accuracy evaluation are clients of this class.
 """
@@ -11,11 +11,12 @@ import os
 import secrets
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 from typing import Any, Self
 
@@ -38,6 +39,17 @@ class EngineRequest:
     key: str
     token_ids: list[int]
     max_tokens: int | None = None  # None: as in the session's Sampling
+
+
+# Called with the number of requests that the engine can take now. Returns next ones, rather more than that number than to
+# divide what belongs together; an empty list if there is none now, None if nothing is left.
+Pull = Callable[[int], Sequence[EngineRequest] | None]
+
+
+def pulled_from(requests: Iterable[EngineRequest]) -> Pull:
+    """Pulls from ``requests``, which is read as the engine's queue drains."""
+    waiting = iter(requests)
+    return lambda count: list(islice(waiting, count)) or None
 
 
 class Session:
@@ -67,9 +79,7 @@ class Session:
         greeting: str,
         rows: Rows | None = None,
     ) -> None:
-        stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
-        unique = f"{secrets.token_hex(3)}-{os.getpid()}"  # several machines may write to one directory
-        self.log = out / LOGS / f"{name}-{stamp}-{unique}.log"
+        self.log = log_in(out, name)
         self._spec, self._sampling, self._rows = spec, sampling, rows
         self._seed, self._kept, self._greeting = engine_seed(sampling.seed, first), kept, greeting
         self._stack, self._stop = ExitStack(), Stop()
@@ -118,38 +128,49 @@ class Session:
         """Name of the signal that ended the session early."""
         return self._stop.signal
 
+    def stop(self, why: str) -> None:
+        """Ends the session early, as a signal of that name would."""
+        self._stop.signal = self._stop.signal or why
+
     def run(
         self,
-        requests: Iterable[EngineRequest],
+        pull: Pull,
         on_completion: Callable[[Completion], int],
         *,
         total: int,
         what: str = "traces",
         on_refused: Callable[[str, InputError], None] | None = None,
+        pulse: Callable[[], None] = lambda: None,
     ) -> None:
-        """Runs all requests, keeping a queue behind what the engine works on; ``requests`` is read as it drains.
+        """Runs requests until none is left, keeping a queue behind what the engine works on.
 
         Args:
             on_completion: returns the number of tokens to count for the progress display.
             total, what: how many results to expect, and what the progress display calls them.
             on_refused: called with the key of a request that vLLM refuses; None raises.
+            pulse: called about once a second.
         Raises: EngineError if the engine dies, with the cause found in its log; whatever a background task raised.
         """
         window = self._engine.max_num_seqs + max(8, self._engine.max_num_seqs // 4)
-        waiting, exhausted, in_flight = iter(requests), False, 0
+        exhausted, in_flight, beat = False, 0, time.monotonic()
         with Progress(self._terminal, total, what) as self.progress:
             try:
                 while not self.stopped:
                     while not exhausted and in_flight < window and not self.stopped:
-                        request = next(waiting, None)
-                        exhausted = request is None
-                        in_flight += request is not None and self._submit(request, on_refused)
+                        asked = pull(window - in_flight)
+                        exhausted = asked is None
+                        if not asked:
+                            break
+                        in_flight += sum(self._submit(request, on_refused) for request in asked)
                     if not in_flight:
                         return
                     for completion in self._engine.step():
                         in_flight -= 1
                         self.progress.add(1, on_completion(completion))
                     self.progress.tick()
+                    if time.monotonic() - beat >= 1:
+                        beat = time.monotonic()
+                        pulse()
             except EngineError as e:
                 if not self.stopped:  # a Ctrl-C reaches the engine's processes too
                     raise self._explained(e) from e
@@ -191,6 +212,12 @@ class Session:
         return EngineError(
             f"{what}; {self._kept} is safe: fix the cause, then run the same command to resume ({self.log})"
         )
+
+
+def log_in(out: Path, name: str) -> Path:
+    """A new name for a log of the command ``name`` in the directory ``out``, to which several machines may write."""
+    stamp = datetime.now(UTC).strftime("%Y%m%dT%H%M%SZ")
+    return out / LOGS / f"{name}-{stamp}-{secrets.token_hex(3)}-{os.getpid()}.log"
 
 
 def engine_seed(seed: int, first: str) -> int:

@@ -15,6 +15,7 @@ from typing import Any
 PARENT = "LOGITCACHE_ENGINE_PARENT"
 PINNED = "LOGITCACHE_PINNED"
 START_METHOD = "VLLM_WORKER_MULTIPROC_METHOD"
+COPIED = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # to the processes of an engine on several machines
 
 _until_the_end = ExitStack()  # hooks of a process that is an engine's
 
@@ -24,6 +25,7 @@ def marked_environment(pinned: tuple[int, ...]) -> Iterator[None]:
     """Marks the processes that start during the block as those of our engine; the environment is then as before."""
     # spawn: a forked process would not load plugins again, such as `prepare_process`.
     ours = {PARENT: str(os.getpid()), PINNED: ",".join(map(str, pinned)), START_METHOD: "spawn"}
+    ours[COPIED] = ",".join(filter(None, (os.environ.get(COPIED), "LOGITCACHE_")))
     before = {name: os.environ.get(name) for name in ours}
     os.environ.update(ours)
     try:

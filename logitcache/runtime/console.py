@@ -101,6 +101,7 @@ class Progress:
     def __init__(self, out: TextIO, total: int, what: str = "traces", every: float = 10.0) -> None:
         self.out, self.total, self.what, self.every = out, total, what, every
         self.done = self.tokens = 0
+        self.note = ""  # shown behind the speed
         self._began = self._last = time.monotonic()
         self._bar: Any = None
 
@@ -134,7 +135,7 @@ class Progress:
         self.done += done
         self.tokens += tokens
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, speed=f"{self.speed:,.0f} tokens/s")
+            self._bar.update(self._task, completed=self.done, speed=self._shown_speed())
         self.tick()
 
     def drop(self) -> None:
@@ -164,10 +165,13 @@ class Progress:
         else:
             say(text, self.out)
 
+    def _shown_speed(self) -> str:
+        return f"{self.speed:,.0f} tokens/s" + (f", {self.note}" if self.note else "")
+
     def _line(self) -> None:
         self._last = time.monotonic()
         left = _duration((self.total - self.done) * self.seconds / self.done) if self.done else "?"
-        self.print(f"{self.done}/{self.total} {self.what}, {self.speed:,.0f} tokens/s, {left} left")
+        self.print(f"{self.done}/{self.total} {self.what}, {self._shown_speed()}, {left} left")
 
 
 def _duration(seconds: float) -> str:

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -56,7 +57,37 @@ def publish(path: Path, data: bytes | memoryview) -> None:
 
     Raises: WriteError if it cannot be written; the hidden file is removed.
     """
-    part, made = part_of(path), False
+    with _written(path, part_of(path), data) as part:
+        part.rename(path)
+
+
+def create(path: Path, data: bytes | memoryview) -> bool:
+    """Writes ``path`` as ``publish`` does, but never over another file. False if one is there, which stays as it is.
+
+    Raises: WriteError.
+    """
+    unique = path.with_name(f".{path.name}.{secrets.token_hex(6)}{PART}")  # another process may write the same path
+    made = True
+    with _written(path, unique, data) as part:
+        try:
+            os.link(part, path)
+            part.unlink()
+        except FileExistsError:
+            made = False
+            part.unlink()
+        except OSError:  # a file system without hard links
+            made = not os.path.lexists(path)
+            part.rename(path) if made else part.unlink()
+    return made
+
+
+@contextlib.contextmanager
+def _written(path: Path, part: Path, data: bytes | memoryview) -> Iterator[Path]:
+    """Yields the hidden file ``part`` with the data, for the block to put it at ``path``.
+
+    Raises: WriteError if that fails, in the block too; the hidden file is removed.
+    """
+    made = False
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if is_part(part):  # left from a killed process
@@ -66,7 +97,7 @@ def publish(path: Path, data: bytes | memoryview) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        part.rename(path)
+        yield part
         sync_directory(path.parent)
     except OSError as e:
         if made:
@@ -96,10 +127,20 @@ def publish_json(path: Path, fields: dict[str, Any]) -> None:
 
     Raises: WriteError, also for more bytes than ``read_json`` takes.
     """
-    data = _render(fields)
+    publish(path, to_json_bytes(str(path), fields))
+
+
+def to_json_bytes(name: str, fields: dict[str, Any]) -> bytes:
+    """The bytes that ``publish_json`` writes.
+
+    Args:
+        name: of the file, for the message.
+    Raises: WriteError for more bytes than ``read_json`` takes.
+    """
+    data = json_bytes(fields)
     if len(data) > MAX_JSON:
-        raise WriteError(f"{path}: {len(data):,} bytes, at most {MAX_JSON:,}; make smaller units with `unit_size`")
-    publish(path, data)
+        raise WriteError(f"{name}: {len(data):,} bytes, at most {MAX_JSON:,}; make smaller units with `unit_size`")
+    return data
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -118,16 +159,16 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path}: does not match its checksum; restore it from a copy, or run `logitcache verify --repair`"
         )
     try:
-        fields = json.loads(
-            data.decode(),
-            object_pairs_hook=_distinct,
-            parse_float=_finite,
-            parse_constant=_finite,
-        )
+        fields = plain_json(data.decode())
     except (ValueError, RecursionError) as e:
         raise ShardCorruptError(f"{path}: is not plain JSON ({e})") from None
     del fields["check"]
     return fields
+
+
+def plain_json(text: str) -> Any:
+    """Raises: ValueError or RecursionError for JSON with a key twice or a number that is not finite, and for other text."""
+    return json.loads(text, object_pairs_hook=_distinct, parse_float=_finite, parse_constant=_finite)
 
 
 def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -143,7 +184,8 @@ def _finite(text: str) -> float:
     return value
 
 
-def _render(fields: dict[str, Any]) -> bytes:
+def json_bytes(fields: dict[str, Any]) -> bytes:
+    """What ``publish_json`` writes."""
     lines = (
         f" {json.dumps(k)}: {json.dumps(v, ensure_ascii=False, separators=(',', ':'))},\n" for k, v in fields.items()
     )

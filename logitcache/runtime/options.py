@@ -18,7 +18,7 @@ from typing import Any, Literal
 from logitcache.errors import InputError
 
 EVERYDAY = "Options"  # the group that --help shows first
-LAST_GROUPS = ("Engine", "Shards and workers", "Output")  # those that it shows last
+LAST_GROUPS = ("Engine", "Shards and workers", "Cluster", "Output")  # those that it shows last
 REQUIRED: Any = inspect.Parameter.empty  # the default of an option that must be given
 NATIVE = (str, int, float, bool)  # types that Typer parses
 
@@ -34,6 +34,8 @@ class Option:
     metavar: str | None = None  # None: from the type
     default: str | None = None  # what --help says where the default is None or is decided later
     positional: bool = False  # an argument instead of a flag
+    bare: str | None = None  # the value of the flag where none follows: the next word does not match ``value_pattern``
+    value_pattern: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from tests.storage.fixtures import s3, s3_server  # noqa: F401
 
 @pytest.fixture
 def options(tmp_path, monkeypatch) -> GenerateOptions:
-    fake_engine.install(monkeypatch)
+    fake_engine.install(monkeypatch).max_num_seqs = 1  # traces finish in the order of the prompts
     (tmp_path / "p.jsonl").write_text("\n".join(f'{{"id": "p{i}", "prompt": "question {i}"}}' for i in range(9)))
     return GenerateOptions(prompts=str(tmp_path / "p.jsonl"), out=tmp_path / "c", teacher="fake", top_k=8, unit_size=3)
 

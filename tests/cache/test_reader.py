@@ -16,7 +16,7 @@ from tests import fake_engine
 @pytest.fixture
 def path(tmp_path, monkeypatch) -> Path:
     """A cache of 9 traces in 3 shards."""
-    fake_engine.install(monkeypatch)
+    fake_engine.install(monkeypatch).max_num_seqs = 1  # traces finish in the order of the prompts
     (tmp_path / "p.jsonl").write_text(
         "\n".join(f'{{"id": "p{i}", "prompt": "question {i}", "answer": "{i}"}}' for i in range(9))
     )

@@ -16,6 +16,7 @@ from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.capture.job import identify
 from logitcache.commands.text_capture import describe_summary
 from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, ModelError, WriteError
+from logitcache.inference import session
 from logitcache.sections import Markers
 from tests import fake_engine
 
@@ -86,6 +87,38 @@ def test_the_engine_always_has_a_queue_until_the_prompts_run_out(engine, prompts
     started_all = next(i for i, (_, waiting) in enumerate(engine.last.queue_at_step) if waiting == 0)
     assert all(running == 4 and waiting > 0 for running, waiting in engine.last.queue_at_step[:started_all])
     assert sum(1 for r, _ in engine.last.queue_at_step[started_all:]) < 20, "only the last few run without a queue"
+
+
+def test_no_finished_trace_waits_for_a_longer_one(engine, prompts, tmp_path, monkeypatch) -> None:
+    """The first prompt never ends; what ends meanwhile is published when a shard is full."""
+    published = []
+
+    class Straggler(engine):
+        def step(self):
+            for state in self.running.values():
+                if state[0][1] == first:
+                    state[1] = 0
+            published.append(len(list((tmp_path / "c" / "shards").glob("*.json"))))
+            if published[-1] == 3:  # 9 of the other 9
+                first.clear()
+            return super().step()
+
+    first = [fake_engine.token_id(word) for word in ["question", "0", "is", "odd"]]
+    monkeypatch.setattr(session, "Engine", Straggler)
+    summary = generate(options(prompts(10), tmp_path / "c"))
+    assert summary.made == 10
+    cache = Cache.open(tmp_path / "c")
+    assert [s.trace_count for s in cache.shards] == [3, 3, 3, 1]
+    assert cache.prompt_ids[-1] == "p0"
+
+
+def test_a_shard_of_enough_bytes_takes_no_more_traces(engine, prompts, tmp_path) -> None:
+    generate(options(prompts(10), tmp_path / "c", unit_size=64, unit_bytes=1))
+    assert [s.trace_count for s in Cache.open(tmp_path / "c").shards] == [1] * 10
+    generate(options(prompts(10), tmp_path / "d", unit_size=64, unit_bytes=2000))
+    shards = Cache.open(tmp_path / "d").shards
+    assert 1 < len(shards) < 10
+    assert all(s.block_bytes < 4000 for s in shards)
 
 
 def test_a_dead_engine_loses_nothing_that_finished(engine, prompts, tmp_path) -> None:

@@ -9,7 +9,7 @@ import pytest
 from logitcache.errors import EngineError, InputError, WriteError
 from logitcache.inference.engine import Rows
 from logitcache.inference.model import ModelSpec, Sampling
-from logitcache.inference.session import EngineRequest, Session, engine_seed
+from logitcache.inference.session import EngineRequest, Session, engine_seed, pulled_from
 from tests import fake_engine
 
 
@@ -43,7 +43,7 @@ def test_every_request_is_delivered_once_under_its_key_and_tokens_are_counted(en
         return completion.made
 
     with session(tmp_path) as running:
-        running.run(requests(20), finish, total=20)
+        running.run(pulled_from(requests(20)), finish, total=20)
     assert sorted(done) == sorted(f"r{i}" for i in range(20))
     assert running.progress is not None
     assert (running.progress.done, running.progress.tokens) == (20, sum(done.values()))
@@ -67,7 +67,7 @@ def test_the_queue_is_kept_full_and_requests_are_read_only_as_it_drains(engine, 
         return 1
 
     with session(tmp_path) as running:
-        running.run(source(), finish, total=60)
+        running.run(pulled_from(source()), finish, total=60)
     assert max(ahead) == 12
     early = [sum(pair) for pair in engine.last.queue_at_step if pair[1]][:20]
     assert set(early) == {12}
@@ -85,7 +85,7 @@ def test_a_refused_request_is_reported_and_the_others_run(engine, tmp_path, monk
     refused, done = {}, []
     with session(tmp_path) as running:
         running.run(
-            requests(6),
+            pulled_from(requests(6)),
             lambda c: len(done.append(c.key) or "x"),
             total=6,
             on_refused=lambda key, e: refused.update({key: str(e)}),
@@ -93,7 +93,7 @@ def test_a_refused_request_is_reported_and_the_others_run(engine, tmp_path, monk
     assert refused == {"r3": "too long"}
     assert sorted(done) == ["r0", "r1", "r2", "r4", "r5"]
     with session(tmp_path) as running, pytest.raises(InputError, match="too long"):
-        running.run(requests(6), lambda _: 1, total=6)
+        running.run(pulled_from(requests(6)), lambda _: 1, total=6)
 
 
 def test_a_signal_ends_the_run_and_what_was_finished_is_delivered(engine, tmp_path) -> None:
@@ -106,7 +106,7 @@ def test_a_signal_ends_the_run_and_what_was_finished_is_delivered(engine, tmp_pa
         return 1
 
     with session(tmp_path) as running:
-        running.run(requests(40), finish, total=40)
+        running.run(pulled_from(requests(40)), finish, total=40)
     assert running.stopped == "SIGTERM"
     assert 5 <= len(done) < 40
 
@@ -114,7 +114,7 @@ def test_a_signal_ends_the_run_and_what_was_finished_is_delivered(engine, tmp_pa
 def test_a_dead_engine_says_what_is_safe_and_where_the_log_is(engine, tmp_path) -> None:
     engine.steps_before_failure, engine.failure = 3, EngineError("the engine died")
     with session(tmp_path) as running, pytest.raises(EngineError) as caught:
-        running.run(requests(40), lambda _: 1, total=40)
+        running.run(pulled_from(requests(40)), lambda _: 1, total=40)
     assert str(caught.value) == (
         f"the engine died; every result is safe: fix the cause, then run the same command to resume ({running.log})"
     )

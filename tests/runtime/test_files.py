@@ -7,6 +7,7 @@ import signal
 import stat
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ import pytest
 from logitcache.accuracy import budgets
 from logitcache.cache import manifest
 from logitcache.errors import CacheBusyError, NotACacheError, ShardCorruptError, WriteError
-from logitcache.runtime.files import atomic_directory, is_leftover, publish, publish_json, read_json
+from logitcache.runtime.files import atomic_directory, create, is_leftover, publish, publish_json, read_json
 from logitcache.runtime.locks import exclusive, holder
 from logitcache.runtime.regular_files import open_regular
 from logitcache.student.training import run_settings
@@ -88,6 +89,19 @@ def test_json_without_end_is_not_read(tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(WriteError, match=r"bytes, at most 100; make smaller units with `unit_size`"):
         publish_json(tmp_path / "n.json", {"a": "x" * 100})
     assert not (tmp_path / "n.json").exists()
+
+
+def test_a_file_is_created_by_one_of_several_and_never_replaced(tmp_path: Path, monkeypatch) -> None:
+    path = tmp_path / "f" / "x"
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda i: create(path, bytes([i]) * 100), range(8)))
+    assert made.count(True) == 1
+    assert path.read_bytes() == bytes([made.index(True)]) * 100
+    monkeypatch.setattr(os, "link", lambda *_: (_ for _ in ()).throw(PermissionError(1, "no links here")))
+    assert not create(path, b"other")
+    assert create(path.with_name("y"), b"new")
+    assert path.with_name("y").read_bytes() == b"new"
+    assert sorted(p.name for p in path.parent.iterdir()) == ["x", "y"], "nothing else is left"
 
 
 def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
@@ -225,6 +239,7 @@ def test_a_file_in_place_of_an_unfinished_directory_is_left(tmp_path: Path) -> N
 
 KILLED = """
 import os, shutil, signal, sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from logitcache.runtime.files import atomic_directory
 left = int(sys.argv[1])

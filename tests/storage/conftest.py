@@ -1,1 +1,1 @@
-from tests.storage.fixtures import s3, s3_server  # noqa: F401
+from tests.storage.fixtures import proxy, s3, s3_server  # noqa: F401

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from tests.storage.faulty_proxy import Proxy, faulty_proxy
 from tests.storage.s3_server import S3Server, serve_s3, use
 
 
@@ -20,3 +21,11 @@ def s3(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> S3Server:
     """The server; s3:// URLs lead to it during the test."""
     use(monkeypatch, s3_server.endpoint)
     return s3_server
+
+
+@pytest.fixture
+def proxy(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Iterator[Proxy]:
+    """A proxy with faults before the server; s3:// URLs lead to it during the test."""
+    with faulty_proxy(s3_server.port) as proxy:
+        use(monkeypatch, proxy.endpoint)
+        yield proxy

@@ -1,0 +1,176 @@
+"""Who makes which trace: engines pull requests, and a trace belongs to one of them until it is published."""
+
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from logitcache.cache.shard import ShardIndex
+from logitcache.capture.job import Request
+from logitcache.capture.summary import Counts, Summary
+
+DEADLY = 3  # engines that died with a request before it is set aside
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A job while it runs; counts are of traces."""
+
+    made: int
+    waiting: int  # nobody holds them
+    held: int  # engines work on them
+    tokens: int  # made by all engines, published or not
+    working: int  # engines that have taken requests and still hold some
+    joined: frozenset[int]  # engines that have taken requests
+
+
+class Ledger:
+    """Hands out requests and publishes the indexes of finished shards; safe in threads.
+
+    A holder is one engine, under a number that is never used again. After ``revoke`` nothing it sends is accepted, so what
+    it wrote is no part of the cache, and no trace is published twice.
+
+    Args:
+        requests: the missing ones, read as they are handed out.
+        waiting: how many there are.
+        publish: makes a shard part of the cache.
+        next_number: shard numbers, ascending.
+    """
+
+    def __init__(
+        self,
+        requests: Iterator[Request],
+        waiting: int,
+        summary: Summary,
+        publish: Callable[[ShardIndex], None],
+        next_number: Callable[[], int],
+    ) -> None:
+        self.summary, self._next_number = summary, next_number
+        self._requests, self._unread, self._publish = requests, waiting, publish
+        self._ahead: Request | None = None  # read, not handed out
+        self._returned: deque[Request] = deque()
+        self._suspects: deque[Request] = deque()  # one more death and they are set aside
+        self._deaths: Counter[str] = Counter()  # engines that died while they held the trace
+        self._held: dict[int, dict[str, Request]] = {}
+        self._joined: set[int] = set()
+        self._tokens: Counter[int] = Counter()
+        self._stopping = False
+        self._lock = threading.RLock()
+
+    def join(self, holder: int) -> None:
+        """Lets an engine take requests."""
+        self._held[holder] = {}
+
+    def take(self, holder: int, most: int) -> list[Request] | None:
+        """The next requests for an engine: about ``most``, and all samples of a prompt together, since they share a prefix.
+
+        Returns: an empty list if there is none now, None if the engine shall take no more.
+        """
+        with self._lock:
+            mine = self._held.get(holder)
+            if mine is None or self._stopping:
+                return None
+            self._joined.add(holder)
+            given: list[Request] = []
+            while len(given) < most and (request := self._next()):
+                given.append(request)
+                while self._ahead_or_read() and self._ahead and self._ahead.prompt_id == request.prompt_id:
+                    given.append(self._read())
+            # An engine gets one suspect at a time, so that its death tells which of them it was.
+            if self._suspects and not any(self._deaths[t] >= DEADLY - 1 for t in mine):
+                given.append(self._suspects.popleft())
+            mine |= {request.trace_id: request for request in given}
+            return given or ([] if self._suspects else None)
+
+    def _next(self) -> Request | None:
+        if self._returned:
+            return self._returned.popleft()
+        return self._read() if self._ahead_or_read() else None
+
+    def _ahead_or_read(self) -> bool:
+        """Whether a request is left in the source."""
+        if self._ahead is None:
+            self._ahead = next(self._requests, None)
+        return self._ahead is not None
+
+    def _read(self) -> Request:
+        request, self._ahead = self._ahead, None
+        assert request is not None
+        self._unread -= 1
+        return request
+
+    def number(self, holder: int) -> int:
+        """A number for a shard that no other shard has."""
+        with self._lock:
+            return self._next_number()
+
+    def commit(self, holder: int, index: ShardIndex, counts: Counts) -> bool:
+        """Makes a shard part of the cache whose Arrow file ``holder`` has written. False if its traces are not its own.
+
+        Raises: WriteError.
+        """
+        with self._lock:
+            mine = self._held.get(holder)
+            if mine is None or not mine.keys() >= set(index.trace_ids):
+                return False
+            self._publish(index)
+            for trace_id in index.trace_ids:
+                del mine[trace_id]
+            self.summary.add(counts)
+            return True
+
+    def skip(self, holder: int, trace_id: str, prompt_id: str, why: str) -> None:
+        """Counts a trace that the teacher cannot take."""
+        with self._lock:
+            if self._held.get(holder, {}).pop(trace_id, None):
+                self.summary.skip(trace_id, prompt_id, why)
+
+    def fail(self, holder: int, trace_id: str, why: str) -> None:
+        """Counts a trace that cannot be stored."""
+        with self._lock:
+            if self._held.get(holder, {}).pop(trace_id, None):
+                self.summary.failed[trace_id] = why
+
+    def report(self, holder: int, tokens: int) -> bool:
+        """Records how many tokens an engine has made. Returns: whether it shall go on."""
+        self._tokens[holder] = tokens
+        return holder in self._held and not self._stopping
+
+    def revoke(self, holder: int, *, blamed: bool) -> int:
+        """Takes back what an engine holds that has died or cannot be reached; nothing it sends is accepted any more.
+
+        Args:
+            blamed: whether a request may have caused its death, which a lost machine rules out.
+        Returns: how many traces wait again.
+        """
+        with self._lock:
+            mine = list(self._held.pop(holder, {}).values())
+            back = []
+            for request in mine:
+                self._deaths[request.trace_id] += blamed
+                deaths = self._deaths[request.trace_id]
+                if deaths >= DEADLY:
+                    self.summary.deadly[request.trace_id] = request.prompt_id
+                elif deaths == DEADLY - 1:
+                    self._suspects.append(request)
+                else:
+                    back.append(request)
+            self._returned.extendleft(reversed(back))
+            return len(mine)
+
+    def stop(self) -> None:
+        """From now on no request is handed out; engines publish what they have finished and end."""
+        self._stopping = True
+
+    def finish(self, seconds: float, load_seconds: float, stopped: str | None, engines: int, deaths: int) -> Summary:
+        """The summary, once the engines have ended."""
+        summary = self.summary
+        summary.seconds, summary.load_seconds, summary.stopped = seconds, load_seconds, stopped
+        summary.engines, summary.deaths = engines, deaths
+        return summary
+
+    def status(self) -> Status:
+        held = [len(mine) for mine in self._held.values()]
+        waiting = self._unread + len(self._returned) + len(self._suspects)
+        tokens = sum(self._tokens.values())
+        return Status(self.summary.made, waiting, sum(held), tokens, sum(map(bool, held)), frozenset(self._joined))
