@@ -16,7 +16,7 @@ a real store; what can be compared are the variants, which take turns.
 The loader has one process. There is no model: after each batch the process sleeps as long as a GPU would take that trains
 on 200,000 tokens a second (`--speed`). Each round is an epoch in the order by shards, beginning with the opened cache; `waits`
 is the share of the time that is not slept: reading, decoding, collating, and waiting for downloads. Opening reads the
-manifest and all indexes; `again` finds them in the mirror.
+manifest and all indexes; `again` finds them in the mirror; `compacted` is after `logitcache compact`.
 """
 
 import argparse
@@ -42,6 +42,7 @@ from torch.utils.data import DataLoader
 from benchmarks.bench_cache import make
 from benchmarks.bench_divergence import say, stamp
 from benchmarks.slow_store import SlowStore, slow_store
+from logitcache.cache.compact import compact
 from logitcache.cache.reader import Cache
 from logitcache.storage.connect import connect
 from logitcache.storage.location import Url
@@ -53,8 +54,10 @@ TOKENS, WINDOW = 32_768, 16  # of a batch; shards mixed at a time
 Case = dict[str, Any]
 
 
-def upload(cache: Path, url: str, arrow: bool = True) -> str:
-    store, wanted = connect(Url(url)), [p for p in cache.rglob("*") if p.is_file() and (arrow or p.suffix == ".json")]
+def upload(cache: Path, url: str, data: bool = True) -> str:
+    """Copies a cache into the store. data: also the Arrow files of its shards."""
+    store, wanted = connect(Url(url)), [p for p in cache.rglob("*") if p.is_file()]
+    wanted = [p for p in wanted if data or not (p.name.startswith("unit-") and p.suffix == ".arrow")]
     with ThreadPoolExecutor(16) as pool:
         made = pool.map(lambda path: store.create(path.relative_to(cache).as_posix(), path.read_bytes()), wanted)
         assert all(made), f"{url} exists"
@@ -113,12 +116,15 @@ def loaders(local: Path, store: SlowStore, mirrors: Path, rounds: int, speed: fl
 
 
 def opened(local: Path, store: SlowStore, mirrors: Path, rounds: int) -> Iterator[Case]:
-    """Opening the cache: from the directory, for the first time from the store, and again."""
-    url = upload(local, store.url(local.name), arrow=False)
+    """Opening the cache, with an index a shard and with a compacted one."""
+    compacted = compact_copy(local)
+    urls = [upload(path, store.url(path.name), data=False) for path in (local, compacted)]
     variants: dict[str, tuple[Path | str, bool]] = {
         "open, directory": (local, False),
-        "open, mirror, first": (url, True),
-        "open, mirror, again": (url, False),
+        "open, mirror, first": (urls[0], True),
+        "open, mirror, again": (urls[0], False),
+        "open, directory, compacted": (compacted, False),
+        "open, mirror, compacted": (urls[1], True),
     }
     found: dict[str, list[Case]] = {name: [] for name in variants}
     for _ in range(rounds):
@@ -131,6 +137,15 @@ def opened(local: Path, store: SlowStore, mirrors: Path, rounds: int) -> Iterato
     facts = {"shards": len(cache.shards), "traces": len(cache)}
     for name, each in found.items():
         yield facts | {"case": name, **spread("open_s", each), **requests(each)}
+
+
+def compact_copy(local: Path) -> Path:
+    """A copy of a cache without its data, compacted."""
+    path = local.with_name(f"{local.name}-compacted")
+    if not path.exists():
+        shutil.copytree(local, path, ignore=shutil.ignore_patterns("*.arrow"))
+        compact(path)
+    return path
 
 
 def spread(name: str, rounds: list[Case]) -> Case:
