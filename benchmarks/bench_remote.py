@@ -15,7 +15,7 @@ a real store; what can be compared are the variants, which take turns.
 
 The loader has one process. There is no model: after each batch the process sleeps as long as a GPU would take that trains
 on 200,000 tokens a second (`--speed`). Each round is an epoch in the order by shards, beginning with the opened cache; `waits`
-is the share of the time that is not slept: reading, decoding, collating, and waiting for downloads. Opening reads the
+are the seconds of it in which a trace had to wait for its shard to be downloaded. Opening reads the
 manifest and all indexes; `again` finds them in the mirror; `compacted` is after `logitcache compact`.
 """
 
@@ -34,7 +34,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import obstore
 from torch.utils.data import DataLoader
@@ -44,6 +44,7 @@ from benchmarks.bench_divergence import say, stamp
 from benchmarks.slow_store import SlowStore, slow_store
 from logitcache.cache.compact import compact
 from logitcache.cache.reader import Cache
+from logitcache.cache.shard import ShardIndex
 from logitcache.storage.connect import connect
 from logitcache.storage.location import Url
 from logitcache.student.data.collate import collate, loader
@@ -65,17 +66,26 @@ def upload(cache: Path, url: str, data: bool = True) -> str:
 
 
 def epoch(cache: Cache, ahead: bool, speed: float = math.inf) -> tuple[int, float]:
-    """Reads every trace once, as training at `speed` tokens a second does. Returns: traces, and seconds slept."""
-    data = TraceDataset(cache)
+    """Reads every trace once, as training at `speed` tokens a second does. Returns: traces, and seconds of waiting."""
+    data, waited = TraceDataset(cache), 0.0
     batches = StepSampler(data.pool, TOKENS, window=WINDOW)
+    if (mirror := cache.mirror) is not None:
+        open_shard = mirror.open
+
+        def timed(index: ShardIndex) -> BinaryIO:
+            nonlocal waited
+            began = time.perf_counter()
+            file = open_shard(index)
+            waited += time.perf_counter() - began
+            return file
+
+        mirror.open = timed
     plain = DataLoader(data, batch_sampler=batches, collate_fn=collate)  # pyright: ignore[reportArgumentType]
-    traces, slept = 0, 0.0
+    traces = 0
     for batch in loader(data, batches) if ahead else plain:
-        began = time.perf_counter()
         time.sleep(batch.tokens / speed)
-        slept += time.perf_counter() - began
         traces += len(batch.trace_ids)
-    return traces, slept
+    return traces, waited
 
 
 def emptied(mirrors: Path) -> None:
@@ -101,11 +111,11 @@ def loaders(local: Path, store: SlowStore, mirrors: Path, rounds: int, speed: fl
                 epoch(Cache.open(url), True)
             cache, before = Cache.open(place), store.requests
             began = time.perf_counter()
-            traces, slept = epoch(cache, ahead, speed)
+            traces, waited = epoch(cache, ahead, speed)
             seconds = time.perf_counter() - began
             round_ = {
                 "traces_per_s": traces / seconds,
-                "waits": 1 - slept / seconds,
+                "waits": waited,
                 "requests": store.requests - before,
             }
             found[name].append(round_)
@@ -131,10 +141,10 @@ def opened(local: Path, store: SlowStore, mirrors: Path, rounds: int) -> Iterato
         for name, (place, first) in variants.items():
             shutil.rmtree(mirrors, ignore_errors=True) if first else None
             before, began = store.requests, time.perf_counter()
-            cache = Cache.open(place)
+            Cache.open(place)
             seconds = time.perf_counter() - began
             found[name].append({"open_s": seconds, "requests": store.requests - before})
-    facts = {"shards": len(cache.shards), "traces": len(cache)}
+    facts = {"shards": len(Cache.open(local).shards), "traces": len(Cache.open(local))}
     for name, each in found.items():
         yield facts | {"case": name, **spread("open_s", each), **requests(each)}
 
@@ -182,7 +192,7 @@ def line(case: Case) -> str:
     unit = "traces/s" if name == "traces_per_s" else "s"
     digits = 0 if name == "traces_per_s" else 3
     size = f" of {case['mb']:.0f} MB" if "mb" in case else ""
-    waits = f", waits {case['waits_median']:.0%}" if "waits_median" in case else ""
+    waits = f", waits {case['waits_median']:.2f} s" if "waits_median" in case else ""
     return (
         f"{case['case']:<28} {case['shards']:>6,} shards{size}: {value:,.{digits}f} {unit} ({low:,.{digits}f} - "
         f"{high:,.{digits}f}){waits}, {case['requests']:,} requests"
