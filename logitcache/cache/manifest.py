@@ -3,12 +3,13 @@
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import logitcache
 from logitcache.cache.validate import MANIFEST, check, check_identity, reading
 from logitcache.errors import CacheError, FormatVersionError, IdentityError, NotACacheError
 from logitcache.identity import Identity, as_json, first_difference
-from logitcache.runtime.files import LOCK, is_leftover, is_occupied, publish_json, read_json
+from logitcache.runtime.files import LOCK, is_leftover, is_occupied, parse_json, publish, read_json, to_json_bytes
 from logitcache.runtime.locks import exclusive
 
 FORMAT_VERSION = 1
@@ -53,7 +54,20 @@ def read_file(path: Path) -> Identity:
     Raises: FileNotFoundError, FormatVersionError, ShardCorruptError, UnreadableError.
     """
     with reading(path):
-        found = read_json(path)
+        return _identity(read_json(path), str(path))
+
+
+def parse(data: bytes, path: str) -> Identity:
+    """The identity in a manifest's bytes.
+
+    Args:
+        path: of the manifest, for messages.
+    Raises: as ``read_file``.
+    """
+    return _identity(parse_json(data, path), path)
+
+
+def _identity(found: dict[str, Any], path: str) -> Identity:
     if type(version := found.get("format")) is not int or version > FORMAT_VERSION:
         raise FormatVersionError(
             f"{path}: format version {version}, this logitcache {logitcache.__version__} reads "
@@ -97,10 +111,16 @@ def create_or_match(cache: Path, identity: Identity) -> Identity:
 
 def write(cache: Path, identity: Identity) -> None:
     """Writes the manifest of a new cache, and its second copy."""
+    data = content(identity)
+    for name in (FILE_NAME, BACKUP):
+        publish(cache / name, data)
+
+
+def content(identity: Identity) -> bytes:
+    """The file of a new manifest."""
     created = datetime.now(UTC).isoformat(timespec="seconds")
     facts = {"format": FORMAT_VERSION, "created": created, "logitcache": logitcache.__version__}
-    for name in (FILE_NAME, BACKUP):
-        publish_json(cache / name, facts | {"identity": asdict(identity)})
+    return to_json_bytes(FILE_NAME, facts | {"identity": asdict(identity)})
 
 
 def refuse_difference(cache: Path | str, found: Identity, wanted: Identity) -> None:

@@ -68,7 +68,7 @@ class ShardIndex:
 
     @property
     def number(self) -> int:
-        return int(self.name.removeprefix("unit-"))
+        return number_of(self.name)
 
     @property
     def compacted(self) -> bool:
@@ -194,6 +194,10 @@ class Shard:
 
 def name_of(number: int) -> str:
     return f"unit-{number:06d}"
+
+
+def number_of(name: str) -> int:
+    return int(name.removeprefix("unit-"))
 
 
 def write(

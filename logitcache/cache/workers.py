@@ -3,14 +3,18 @@
 import hashlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from logitcache.errors import CacheBusyError, InputError
+from logitcache.runtime.console import say
 from logitcache.runtime.files import LOCK
 from logitcache.runtime.locks import exclusive, holder
+from logitcache.storage.lease import Lease, holders, lease
+from logitcache.storage.store import Store
 
 _LOCK = re.compile(re.escape(LOCK) + r"-(\d+)-of-(\d+)")
 
@@ -83,8 +87,27 @@ class Worker:
             for path in cache.glob(f"{LOCK}-*"):
                 match = _LOCK.fullmatch(path.name)
                 if match and int(match[2]) != self.count and (who := holder(path)):
-                    raise CacheBusyError(
-                        f"{cache}: worker {match[1]}/{match[2]} is running ({who}), and worker {self} would generate the same "
-                        "prompts; stop all workers before you change N"
-                    )
+                    raise self._other_count(str(cache), f"{match[1]}/{match[2]}", who)
             yield
+
+    @contextmanager
+    def alone_in(self, store: Store) -> Iterator[Lease]:
+        """Locks a cache in an object store for this worker during the block. Waits where a killed worker may still run.
+
+        Raises: as ``alone``; what the store raises.
+        """
+
+        def tell(line: str) -> None:
+            say(line, sys.stderr)
+
+        with lease(store, f"{self.index}-of-{self.count}", f"{store.url}, worker {self},", say=tell) as held:
+            others = holders(store, lambda name: name.rpartition("-")[2] != str(self.count), say=tell)
+            for name, who in others.items():
+                raise self._other_count(str(store.url), name.replace("-of-", "/"), who)
+            yield held
+
+    def _other_count(self, cache: str, other: str, who: str) -> CacheBusyError:
+        return CacheBusyError(
+            f"{cache}: worker {other} is running ({who}), and worker {self} would generate the same prompts; stop all workers "
+            "before you change N"
+        )

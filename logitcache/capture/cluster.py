@@ -6,6 +6,7 @@ cannot be reached is revoked at the ledger, and another is started while request
 
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -37,15 +38,15 @@ def fill(options: JobOptions) -> Summary:
     Raises: as `runner.fill`; InputError where there is no cluster and for a machine that differs from this one.
     """
     place = place_of(options.out)
-    with connected(options.ray or "auto"), place.alone(Worker()):
-        return _Job(options, place).run()
+    with connected(options.ray or "auto"), place.alone(Worker(), 2) as check_lock:
+        return _Job(options, place, check_lock).run()
 
 
 class _Job:
     """The driver: starts engines, and takes back what dead ones held."""
 
-    def __init__(self, options: JobOptions, place: Place) -> None:
-        self.options, self.place = options, place
+    def __init__(self, options: JobOptions, place: Place, check_lock: Callable[[], None]) -> None:
+        self.options, self.place, self.check_lock = options, place, check_lock
         wanted = options.engines
         self.least, self.most = (wanted.least, wanted.most) if wanted else (1, holds(options))
         self.engines: dict[Any, _Engine] = {}  # by the reference of its work
@@ -97,6 +98,7 @@ class _Job:
 
         deadline = None
         while True:
+            self.check_lock()
             status = self._status()
             if (stop.signal or self.fatal) and deadline is None:
                 deadline = time.monotonic() + _PATIENCE if self.fatal else float("inf")

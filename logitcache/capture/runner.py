@@ -1,19 +1,11 @@
 """Fills a cache with a task: what is missing, and one engine that makes it. With Ray, `cluster` runs several."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-<<<<<<< HEAD
 from logitcache.cache.place import Existing, Place, place_of
-=======
-import logitcache
-from logitcache.cache import compact, manifest, shard
-from logitcache.cache.claim import claim
-from logitcache.cache.reader import Cache
-from logitcache.cache.repair import adopt, set_aside
-from logitcache.cache.shard import EncodedTrace, ShardIndex
->>>>>>> work-c
+from logitcache.cache.shard import ShardIndex
 from logitcache.cache.workers import Worker
 from logitcache.capture.filling import Filling
 from logitcache.capture.job import JobOptions, Task
@@ -48,40 +40,14 @@ def fill(task: Task, identity: Identity) -> Summary:
     Raises: InputError for a task without requests, CacheError before anything is written; EngineError and WriteError,
         after which the same call resumes.
     """
-<<<<<<< HEAD
     place, worker = place_of(task.options.out), task.options.place
     check(task, identity, place)
-    with place.alone(worker), place.claim(worker, identity):
-        ledger, first = open_ledger(task, identity, place)
+    with place.alone(worker, worker.count) as check_lock, place.claim(worker, identity):
+        ledger, first = open_ledger(task, identity, place, check_lock)
         summary = ledger.summary
         if first is not None:
             ledger.join(_ONLY)
             _run_one(task, identity, place, ledger, first)
-=======
-    out, worker = task.options.out, task.options.place
-    manifest.match(out, identity)
-    _refuse_unanswerable(task, identity)
-    with worker.alone(out), claim(out, worker, identity) as found:
-        summary, missing = Summary(), {}  # ids only, since a source may be larger than memory
-        shards = _existing(out, found, worker, summary) if found else []
-        present, skipped = {t for s in shards for t in s.trace_ids}, _skipped_before(out)
-        for request in task.requests(identity):
-            if not worker.owns(request.prompt_id):
-                summary.others += 1
-                continue
-            summary.wanted += 1
-            if request.trace_id in present:
-                summary.before += 1
-            elif why := skipped.get(request.trace_id):
-                summary.skip(request.trace_id, request.prompt_id, why)
-            else:
-                missing[request.trace_id] = None
-        if task.options.verifier:
-            summary.unjudged = sum(s.trace_count for s in shards if not any(s.verdicts.values()))
-        if missing:
-            number = worker.number_after(max(compact.highest(out), *(s.number for s in shards), -1))
-            _Filling(task, identity, summary, missing, number).run()
->>>>>>> work-c
         return summary
 
 
@@ -129,8 +95,19 @@ def check(task: Task, identity: Identity, place: Place) -> None:
     raise type(refused[0])(f"{every}{refused[0]}")
 
 
-def open_ledger(task: Task, identity: Identity, place: Place) -> tuple[Ledger, str | None]:
-    """The ledger of what is missing from this worker's share, and the first missing trace id; None if nothing is missing."""
+def open_ledger(
+    task: Task, identity: Identity, place: Place, check_lock: Callable[[], None] = lambda: None
+) -> tuple[Ledger, str | None]:
+    """The ledger of what is missing from this worker's share, and the first missing trace id; None if nothing is missing.
+
+    Args:
+        check_lock: called before a shard is published; raises once another process has the cache.
+    """
+
+    def publish(index: ShardIndex) -> None:
+        check_lock()
+        place.create_index(index)
+
     worker, summary, missing = (
         task.options.place,
         Summary(),
@@ -157,7 +134,7 @@ def open_ledger(task: Task, identity: Identity, place: Place) -> tuple[Ledger, s
     summary.source = task.counts
     requests = (r for r in task.requests(identity) if bytes.fromhex(r.trace_id) in missing)
     numbers = _numbers(worker, existing.highest)
-    return Ledger(requests, len(missing), summary, place.create_index, lambda: next(numbers)), first
+    return Ledger(requests, len(missing), summary, publish, lambda: next(numbers)), first
 
 
 def _numbers(worker: Worker, after: int) -> Iterator[int]:

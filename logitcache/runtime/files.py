@@ -150,7 +150,16 @@ def read_json(path: Path) -> dict[str, Any]:
         finite, more than ``MAX_JSON`` bytes. OSError, as ``open_regular``.
     """
     with open_regular(path) as file:
-        data = file.read(MAX_JSON + 1)
+        return parse_json(file.read(MAX_JSON + 1), str(path))
+
+
+def parse_json(data: bytes, path: str) -> dict[str, Any]:
+    """The fields of a file that ``publish_json`` wrote.
+
+    Args:
+        path: of the file, for messages.
+    Raises: ShardCorruptError, as ``read_json``.
+    """
     if len(data) > MAX_JSON:
         raise ShardCorruptError(f"{path}: more than {MAX_JSON:,} bytes")
     body = data[: data.rfind(b' "check"')]

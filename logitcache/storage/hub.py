@@ -48,10 +48,11 @@ class HubStore:
         return f"HubStore({self.url}, {self.commit})"
 
     def list(self, folder: str, after: str = "") -> list[Entry]:
-        if self._files is None:  # a commit does not change
-            self._files = self._persist(self._tree, "")
+        files: Any = self._files
+        if files is None:  # a commit does not change
+            files = self._files = self._persist(self._tree, "")
         within = f"{folder}/" if folder else ""
-        return [each for each in self._files if each.name.startswith(within) and each.name > after]
+        return [each for each in files if each.name.startswith(within) and each.name > after]
 
     def get(self, name: str) -> bytes:
         return self._persist(lambda: self._download(name), name)

@@ -18,8 +18,8 @@ from logitcache.storage.parallel import in_parallel
 from logitcache.storage.patience import FIRST_PATIENCE, PATIENCE, Passing, persist
 from logitcache.storage.store import Entry, Tag
 
-_STALL = 60  # seconds without a byte, after which a connection is given up
-_UPLOADED_IN_A_STALL = 64 << 20  # bytes, at least; what uploads slower is given up
+_STALL = 30  # seconds without a byte, after which a connection is given up; Ctrl-C waits for that too
+_UPLOADED_IN_A_STALL = 16 << 20  # bytes, at least; what uploads slower is given up
 _CHUNK = 4 << 20  # bytes; a cut download goes on after the last whole chunk
 
 T = TypeVar("T")
@@ -56,6 +56,7 @@ class ObjectStore:
         self._root, self._prefix = f"{url.scheme}://{bucket}", f"{prefix}/" if prefix else ""
         self._clients: dict[int | None, Any] = {}
         self._answered = False
+        self._unquoted = False  # Ceph's gateway wants e_tags without quotes in the condition of a PUT
         self._client()  # a wrong URL is refused here
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -120,25 +121,32 @@ class ObjectStore:
 
     def replace(self, name: str, data: bytes, tag: Tag) -> Tag | None:
         client = self._client(uploads=len(data))
-        version = {k: v for k, v in (("e_tag", tag.e_tag), ("version", tag.version)) if v is not None}
 
         def attempt() -> Tag | None:
             try:
-                return _tag(_obstore().put(client, self._key(name), data, mode=version, use_multipart=False))
+                mode = self._condition(tag)
+                return _tag(_obstore().put(client, self._key(name), data, mode=mode, use_multipart=False))
             except (_exceptions().PreconditionError, _exceptions().AlreadyExistsError, FileNotFoundError):
                 try:
                     found, now = self.get_tagged(name)
                 except FileNotFoundError:
                     return None
-                if now == tag:  # a conflict with another request
-                    raise OSError("Server returned non-2xx status code: 409 Conflict") from None
-                return now if found == data else None  # ours, where the reply was lost
+                if found == data:
+                    return now  # ours, where the reply was lost
+                if now != tag:
+                    return None
+            self._unquoted = not self._unquoted
+            raise OSError("Server returned non-2xx status code: 409 Conflict")
 
         return self._persist(attempt, name, WriteError)
 
     def delete(self, name: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._persist(lambda: _obstore().delete(self._client(), self._key(name)), name, WriteError)
+
+    def _condition(self, tag: Tag) -> dict[str, str]:
+        e_tag = tag.e_tag and (tag.e_tag.strip('"') if self._unquoted else tag.e_tag)
+        return {k: v for k, v in (("e_tag", e_tag), ("version", tag.version)) if v}
 
     def _key(self, name: str) -> str:
         return (self._prefix + name).rstrip("/")

@@ -82,7 +82,7 @@ async def _connection(client: asyncio.StreamReader, reply: asyncio.StreamWriter,
         up.cancel()
         down.cancel()
         await asyncio.gather(up, down, return_exceptions=True)
-    except OSError:
+    except (OSError, asyncio.CancelledError):
         pass
     finally:
         for writer in writers:

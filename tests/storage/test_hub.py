@@ -11,7 +11,7 @@ from logitcache.storage.hub import HubStore
 from logitcache.storage.lease import overwrites
 from logitcache.storage.location import Url
 from logitcache.storage.store import Entry
-from tests.interop.test_hub import TOKEN, ask, commit_of, hub  # noqa: F401
+from tests.interop.hub_server import TOKEN, ask, commit_of
 
 pytest.importorskip("huggingface_hub")
 URL = Url("hf://datasets/me/traces")
@@ -19,7 +19,7 @@ FILES = {"manifest.json": b"{}", "shards/unit-000001.arrow": bytes(5000), "shard
 
 
 @pytest.fixture
-def traces(hub, monkeypatch):  # noqa: F811
+def traces(hub, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(patience, "_PAUSES", (0.02, 0.1))
     hub.repos["me/traces"] = {"main": [dict(FILES)], "v2": [dict(FILES) | {"manifest.json": b"{2}"}]}

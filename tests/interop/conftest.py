@@ -1,0 +1,1 @@
+from tests.interop.hub_server import hub  # noqa: F401
