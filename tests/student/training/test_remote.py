@@ -1,5 +1,6 @@
 """Training from a cache in an object store gives what training from a directory gives."""
 
+import json
 import time
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.storage.connect import connect
 from logitcache.storage.location import Url
-from logitcache.student.data import fetch_ahead
+from logitcache.student.data import fetch_ahead, sampler
 from logitcache.student.data.collate import loader
 from logitcache.student.data.dataset import TraceDataset
 from logitcache.student.data.fetch_ahead import FetchAhead
@@ -105,6 +106,17 @@ def test_batches_that_a_resumed_run_skips_are_not_downloaded(url, local, monkeyp
         time.sleep(0.05)
     time.sleep(0.3)
     assert 1 <= data.cache.mirror.downloads < SHARDS, "what had begun, and the last ones"
+
+
+def test_an_evaluation_at_a_url_gives_what_one_of_the_directory_gives(url, local, home, run, monkeypatch):
+    monkeypatch.setenv("LOGITCACHE_CACHE_BYTES", str(2 * max(shard_bytes(local))))
+    monkeypatch.setattr(sampler, "EVALUATED_AT_ONCE", 2)
+    results = [run("eval", cache, "--student", home / "model", "--all", "--json") for cache in (url, local)]
+    assert [code for code, _, _ in results] == [0, 0]
+    there, here = (json.loads(out) for _, out, _ in results)
+    assert (there["cache"], here["cache"]) == (url, str(local))
+    assert there["kl"] == pytest.approx(here["kl"], rel=1e-6)
+    assert there["rows"] == here["rows"] > 0
 
 
 @pytest.mark.slow
