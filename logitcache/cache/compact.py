@@ -57,7 +57,7 @@ class CompactReport:
 
 
 def compact(cache: CachePath) -> CompactReport:
-    """Writes the compacted index of a cache, and removes older ones. No process may write to a cache at a URL meanwhile.
+    """Writes the compacted index of a cache, and removes older ones.
 
     Raises: CacheBusyError while another process writes to the cache; InputError for a cache without shards; WriteError;
         ShardCorruptError, FormatVersionError and UnreadableError for a damaged index.
@@ -83,7 +83,7 @@ def _compact_stored(url: Url) -> CompactReport:
     from logitcache.cache.mirror import Streaming  # which imports this module
 
     mirror = Streaming(url)
-    with mirror.naming():
+    with Worker().alone_in(mirror.store), mirror.naming():
         path = mirror.refresh()  # all indexes are here now
         manifest.read(path)
         old = in_store(mirror.store)

@@ -139,7 +139,7 @@ class Filling:
         counts.tokens += made
         counts.sections.add(trace, self.identity.markers)
         counts.remark(tokens.remarks, request.prompt_id)
-        if len(self.open.traces) >= self.options.unit_size or self.open.bytes >= self.options.unit_bytes:
+        if len(self.open.traces) >= self.options.unit_size or self.open.bytes >= self.options.shard_bytes:
             self._publish()
 
     def _publish(self) -> None:

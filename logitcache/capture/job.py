@@ -18,6 +18,7 @@ from logitcache.inference.model import ModelFacts, ModelOptions, ModelSpec, Samp
 from logitcache.prompts import Columns, SourceCounts
 from logitcache.runtime.options import Option, at_least, values_of
 from logitcache.runtime.secrets import without_secrets
+from logitcache.runtime.units import parse_bytes
 from logitcache.sections import AnswerRegex, Markers, ReasoningMarkers
 from logitcache.storage.location import Url, locate
 from logitcache.trace import Trace
@@ -61,11 +62,14 @@ class CaptureOptions(ModelOptions):
     unit_size: Annotated[
         int, Option("Traces per shard at most. A kill loses the finished traces of the shard that is open.", SHARDS)
     ] = 64
-    unit_bytes: Annotated[int, Option("A shard of so many bytes takes no more traces.", SHARDS)] = 16_000_000
+    unit_bytes: Annotated[
+        str | int, Option("A shard of so many bytes takes no more traces.", SHARDS, metavar="BYTES")
+    ] = "16MB"
 
     def __post_init__(self) -> None:
-        for name in ("top_k", "min_k", "unit_size", "unit_bytes", "limit"):
+        for name in ("top_k", "min_k", "unit_size", "limit"):
             at_least(name, getattr(self, name), 1)
+        _ = self.shard_bytes
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"`top_p` {self.top_p}: must lie in (0, 1]; it is the share of its mass that a row keeps")
         if self.min_k > self.top_k:
@@ -74,6 +78,11 @@ class CaptureOptions(ModelOptions):
         if self.verifier is not None:
             verdicts.check(self.verifier)
         _ = self.spec
+
+    @property
+    def shard_bytes(self) -> int:
+        """`unit_bytes` as a number."""
+        return parse_bytes(str(self.unit_bytes), "unit_bytes")
 
     @property
     def spec(self) -> ModelSpec:

@@ -22,7 +22,7 @@ from logitcache.runtime.units import in_bytes
 
 _DRAWS = 2000  # of the bootstrap
 _CUT_SHARE = 0.05  # of traces cut by max_tokens: warn above it
-_SMALL, _LARGE, _WELL = 1e6, 2e9, 100e6  # bytes of a shard: too small, too large, and the size that a warning suggests
+_SMALL, _LARGE, _WELL = 1e6, 2e9, 16e6  # bytes of a shard: too small, too large, and the size that a warning suggests
 _TABLE_SAVES = 0.14  # of the top-k block, by the frequency table, which shards below 4,096 rows do not have
 
 
@@ -57,6 +57,7 @@ class JobEstimate:
     hours: Estimate
     warnings: list[str]
     source: SourceCounts | None = None  # of the prompts
+    pulling: bool = False  # the workers are engines of one cluster that pull requests, so none waits for another
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +65,8 @@ class PlanOptions(PromptOptions):
     """Options of one call of `plan`."""
 
     try_prompts: Annotated[int, Option("Prompts to try, drawn from the whole source.")] = 16
-    workers: Annotated[int, Option("Workers that will share the job.")] = 1
+    workers: Annotated[int | None, Option("Workers that will share the job.", default="1")] = None
+    engines: Annotated[int | None, Option("Engines of a Ray cluster that will share the job.", default="none")] = None
     out: Annotated[
         Path | None, Option("Keep the traces in this cache; generate resumes it.", default="they are deleted")
     ] = None
@@ -73,6 +75,9 @@ class PlanOptions(PromptOptions):
         super().__post_init__()
         at_least("try_prompts", self.try_prompts, 1)
         at_least("workers", self.workers, 1)
+        at_least("engines", self.engines, 1)
+        if self.workers is not None and self.engines is not None:
+            raise InputError("give either `workers` or `engines`: a cluster needs no workers")
 
     def job(self, out: Path) -> GenerateOptions:
         """The options of the sample: some of the prompts, one worker."""
@@ -102,9 +107,11 @@ def plan(options: PlanOptions) -> JobEstimate:
             prompts=len(source),
             samples=options.samples,
             tokens_per_s=tokens / seconds,
-            workers=options.workers,
+            workers=options.workers or options.engines or 1,
+            pulling=options.engines is not None,
             max_tokens=options.max_tokens,
             unit_size=options.unit_size,
+            unit_bytes=options.shard_bytes,
         )
     for what, lost in (("skipped", summary.skipped), ("lost", summary.failed)):
         if lost:
@@ -119,8 +126,10 @@ def extrapolate(
     samples: int,
     tokens_per_s: float,
     workers: int = 1,
+    pulling: bool = False,
     max_tokens: int,
     unit_size: int = 64,
+    unit_bytes: int = 16_000_000,
 ) -> JobEstimate:
     """Estimates a job from ``cache``, a sample made with the same options.
 
@@ -132,9 +141,10 @@ def extrapolate(
         cache: the sample, some traces of some of the prompts.
         prompts: of the whole job; ``samples`` traces each.
         tokens_per_s: speed of one worker on the sample, without loading; ``Summary.tokens_per_s``.
-        workers: number of workers that share the job, each as fast.
+        workers: number of workers or engines that share the job, each as fast.
+        pulling: whether they are engines of a cluster.
         max_tokens: the limit of a completion, in the sample and in the job.
-        unit_size: traces that become one shard.
+        unit_size, unit_bytes: traces and bytes after which a shard is closed.
     Raises: InputError for counts below 1 or an empty sample; ShardCorruptError.
     """
     if min(prompts, samples, workers, max_tokens, unit_size) < 1 or not tokens_per_s > 0:
@@ -149,6 +159,7 @@ def extrapolate(
     )  # no completion is longer, and bytes are proportional to tokens
     tokens, size = (Estimate(e.mean, e.low, min(e.high, e.mean * longest)) for e in (tokens, size))
     rows = facts["rows"].sum() or 1
+    per_shard = min(unit_size, ceil(unit_bytes / max(size.mean, 1.0)), traces)
     return JobEstimate(
         prompts=prompts,
         samples=samples,
@@ -159,11 +170,12 @@ def extrapolate(
         bytes_per_token=float(facts["bytes"].sum() / rows),
         block_bytes_per_token=float(facts["block"].sum() / rows),
         disk_bytes=size.times(traces),
-        shard_bytes=size.mean * min(unit_size, traces),
+        shard_bytes=size.mean * per_shard,
         tokens_per_s=tokens_per_s,
         workers=workers,
+        pulling=pulling,
         hours=tokens.times(traces / (tokens_per_s * workers * 3600)),
-        warnings=_warnings(facts, tokens, size, prompts, traces, max_tokens, unit_size),
+        warnings=_warnings(facts, tokens, size, prompts, traces, max_tokens, per_shard),
     )
 
 
@@ -220,7 +232,7 @@ def _warnings(
     prompts: int,
     traces: int,
     max_tokens: int,
-    unit_size: int,
+    per_shard: int,
 ) -> list[str]:
     found: list[str] = []
     cut, n = float(facts["cut"].mean()), int(facts["prompt"].max()) + 1
@@ -234,15 +246,17 @@ def _warnings(
         found.append(
             f"a sample of {n:,} prompt{'s'[: n > 1]} says little about {traces:,} traces; try `try_prompts` {wanted}"
         )
-    shard_bytes = size.mean * min(unit_size, traces)
-    if shard_bytes > _LARGE or (shard_bytes < _SMALL and traces > unit_size):
-        what = "hard to hold in memory" if shard_bytes > _LARGE else "many small files"
+    shard_bytes = size.mean * per_shard
+    if shard_bytes > _LARGE:
+        found.append(f"shards of {in_bytes(shard_bytes)} are hard to hold in memory; give a smaller `unit_bytes`")
+    if shard_bytes < _SMALL and traces > per_shard:
+        better = _unit_size(size.mean, traces)
         found.append(
-            f"shards of {in_bytes(shard_bytes)} are {what}; `unit_size` {_unit_size(size.mean, traces)} makes them about "
-            f"{in_bytes(size.mean * _unit_size(size.mean, traces))}"
+            f"shards of {in_bytes(shard_bytes)} are many small files; `unit_size` {better} makes them about "
+            f"{in_bytes(size.mean * better)}"
         )
     missing = facts["block"][~facts["table"]].sum() / max(facts["block"].sum(), 1)
-    if missing > 0.1 and facts["rows"].mean() * min(unit_size, traces) >= shard._TABLE_ROWS:
+    if missing > 0.1 and facts["rows"].mean() * per_shard >= shard._TABLE_ROWS:
         found.append(
             f"the job's shards will be large enough for a table of frequent ids, the sample's were not: expect about "
             f"{_TABLE_SAVES * missing:.0%} fewer top-k bytes"
@@ -251,6 +265,6 @@ def _warnings(
 
 
 def _unit_size(trace_bytes: float, traces: int) -> int:
-    """A power of two that makes shards of about 100 MB, or smaller ones for a small job."""
+    """A power of two that makes shards of about 16 MB, or smaller ones for a small job."""
     wanted = min(_WELL / max(trace_bytes, 1.0), max(traces, 1))
     return max(1, 2 ** round(log2(max(wanted, 1.0))))

@@ -82,7 +82,8 @@ def _listed(what: str, found: list[str]) -> list[str]:
 
 def describe_estimate(job: JobEstimate) -> str:
     """The text of `plan`."""
-    tokens, workers = job.tokens_per_trace, "1 worker" if job.workers == 1 else f"each of {job.workers} workers"
+    tokens, one = job.tokens_per_trace, "engine" if job.pulling else "worker"
+    workers = f"1 {one}" if job.workers == 1 else f"each of {job.workers} {one}s"
     lines = {
         "job": f"{job.traces:,} traces of {job.prompts:,} prompts",
         "sample": f"{job.sample_traces:,} traces of {job.sample_prompts:,} prompts; ranges are 95% intervals",
@@ -94,6 +95,8 @@ def describe_estimate(job: JobEstimate) -> str:
         "": "the engine partly idle at its end",
         "time": f"{_range(job.hours, HOURS)}, without loading the teacher",
     }
+    if job.workers > 1 and not job.pulling:
+        lines["time"] += "; shares differ in length, so the last worker may take longer: `--ray` shares as they go"
     notes = [*(describe_source(job.source) if job.source else []), *(f"warning: {text}" for text in job.warnings)]
     return "\n".join([*(f"{name:<8}{text}" for name, text in lines.items()), *notes])
 

@@ -1,6 +1,7 @@
 """logitcache.capture.plan: the arithmetic from a few traces to a whole job."""
 
 import json
+import re
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 
 from logitcache.cache import shard
 from logitcache.cache.reader import Cache
-from logitcache.capture.plan import Estimate, JobEstimate, extrapolate
+from logitcache.capture.plan import Estimate, JobEstimate, PlanOptions, extrapolate
 from logitcache.commands.text_capture import describe_estimate
 from logitcache.errors import InputError
 from logitcache.trace import Trace
@@ -96,9 +97,11 @@ def test_a_sample_that_is_too_small_asks_for_more(cache, tmp_path):
 
 
 def test_a_unit_size_that_makes_poor_shards_is_met_with_a_better_one(cache):
-    assert any("shards of" in w and "`unit_size` 2048" in w for w in plan(cache, unit_size=2).warnings)
-    huge = plan(cache, prompts=10**9, unit_size=10**8).warnings
-    assert any("hard to hold in memory" in w and "`unit_size`" in w for w in huge)
+    warnings = plan(cache, unit_size=2).warnings
+    assert any("shards of" in w and re.search(r"`unit_size` (1024|2048|4096) makes them about", w) for w in warnings)
+    huge = plan(cache, prompts=10**9, unit_size=10**8, unit_bytes=10**10).warnings
+    assert any("hard to hold in memory" in w and "`unit_bytes`" in w for w in huge)
+    assert not any("memory" in w for w in plan(cache, prompts=10**9, unit_size=10**8).warnings)
     assert not any("`unit_size`" in w for w in plan(cache, prompts=10, samples=1).warnings)  # one shard, however small
 
 
@@ -124,7 +127,8 @@ def test_the_text_is_one_aligned_screen_in_units_of_people():
         "disk    6.12 GB (5.20 to 7.31)",
         "speed   8,123 tokens/s, each of 4 workers; a long run is faster, because a small sample leaves",
         "        the engine partly idle at its end",
-        "time    5.42 days (4.62 to 6.46), without loading the teacher",
+        "time    5.42 days (4.62 to 6.46), without loading the teacher; shares differ in length, so the last worker may take "
+        "longer: `--ray` shares as they go",
         "warning: take care",
     ]
 
@@ -142,3 +146,13 @@ def test_what_cannot_be_planned_is_refused(cache, tmp_path: Path):
     tiny.write_cache(tmp_path / "empty", shards=0)
     with pytest.raises(InputError, match="no traces to plan from"):
         plan(Cache.open(tmp_path / "empty"))
+
+
+def test_engines_of_a_cluster_share_as_workers_do_and_are_called_engines(cache):
+    job = plan(cache, workers=8, pulling=True)
+    assert "each of 8 engines" in describe_estimate(job)
+    assert "--ray" not in describe_estimate(job)
+    given = {"prompts": "p.jsonl", "teacher": "t"}
+    assert PlanOptions(**given, engines=8).engines == 8
+    with pytest.raises(InputError, match="either `workers` or `engines`"):
+        PlanOptions(**given, engines=8, workers=2)
