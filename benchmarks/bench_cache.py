@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from logitcache.cache import manifest, shard
+from logitcache.cache import compact, manifest, shard
 from logitcache.cache.reader import Cache
 from logitcache.cache.shard import EncodedTrace
 from logitcache.cache.shard_files import LocalFiles
@@ -164,6 +164,7 @@ def measure_touch(path: Path) -> Case:
 
 MEASURES: dict[str, Callable[[Path], Case]] = {
     "logitcache": measure_cache,
+    "compacted": measure_cache,
     "pyarrow.dataset": measure_dataset,
     "first touch": measure_touch,
 }
@@ -212,7 +213,10 @@ def in_a_fresh_process(what: str, path: Path) -> Case:
 def cases(root: Path, sizes: list[int], traces: int, large: bool) -> Iterator[Case]:
     for shards in sizes:
         path = make(root / f"{shards}x{traces}", shards, traces)
-        for what in ("logitcache", "pyarrow.dataset"):
+        for what in ("logitcache", "compacted", "pyarrow.dataset"):
+            shutil.rmtree(path / compact.DIRECTORY, ignore_errors=True)
+            if what == "compacted":
+                compact.compact(path)
             yield {"case": what, "shards": shards, "traces": shards * traces} | in_a_fresh_process(what, path)
     if large:
         path = make(root / "large", 1, 64, rows=4096, k=64)

@@ -1,9 +1,14 @@
 """An engine without a model, for the logic around it; test_engine.py runs the same through real vLLM."""
 
+import os
+import signal
 import time
+from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 
+from logitcache.errors import InputError
 from logitcache.inference import model
 from logitcache.inference.engine import Completion, Rows
 from logitcache.inference.model import ModelFacts, ModelSpec, Sampling
@@ -110,17 +115,60 @@ def facts(spec: ModelSpec) -> ModelFacts:
 
 
 def patch() -> None:
-    """Puts a slow engine in place of vLLM, in a process that is not a test's."""
+    """Puts a slow engine in place of vLLM, in a process of a cluster. Environment variables make it fail:
+
+    FAKE_DIES_AT: before or after its first shard is published, once for the file FAKE_DIED.
+    FAKE_POISON: a word; the process dies when it is in a prompt.
+    FAKE_REFUSES: the engine refuses its settings.
+    FAKE_REVISION: what this machine's teacher is.
+    """
+    from logitcache.capture.filling import Filling
     from logitcache.inference import session
 
-    session.Engine = type("Engine", (FakeEngine,), {"step": _slow_step})  # type: ignore[misc]
-    model.inspect_model = facts
+    class Slow(FakeEngine):
+        def __init__(self, *args) -> None:
+            if why := os.environ.get("FAKE_REFUSES"):
+                raise InputError(why)
+            super().__init__(*args)
+
+        def submit(self, key, prompt_ids, *rest) -> None:
+            if (word := os.environ.get("FAKE_POISON")) and token_id(word) in prompt_ids:
+                time.sleep(0.3)
+                os.kill(os.getpid(), signal.SIGKILL)
+            super().submit(key, prompt_ids, *rest)
+
+        def step(self) -> list[Completion]:
+            time.sleep(0.02)
+            return super().step()
+
+    class Dying(Filling):
+        def __init__(self, *args) -> None:
+            super().__init__(*args)
+            ask = self.ask
+
+            def asked(method, *rest):
+                if method == "commit":
+                    die_once("before")
+                    answer = ask(method, *rest)
+                    die_once("after")
+                    return answer
+                return ask(method, *rest)
+
+            self.ask = asked
+
+    def die_once(when: str) -> None:
+        if os.environ.get("FAKE_DIES_AT") == when:
+            with suppress(FileExistsError):
+                os.close(os.open(os.environ["FAKE_DIED"], os.O_CREAT | os.O_EXCL))
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    from logitcache.capture import actors
+
+    actors.Filling = Dying  # type: ignore[misc]
+    session.Engine = Slow  # type: ignore[misc]
+    revision = os.environ.get("FAKE_REVISION", "r1")
+    model.inspect_model = lambda spec: replace(facts(spec), revision=revision)
     model.engine_version = lambda: "fake 1"
-
-
-def _slow_step(self) -> list[Completion]:
-    time.sleep(0.02)
-    return FakeEngine.step(self)
 
 
 def install(monkeypatch) -> type[FakeEngine]:

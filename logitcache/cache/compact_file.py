@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from logitcache.cache import arrow_file
-from logitcache.cache.columns import Numbers, Texts, TraceIds
+from logitcache.cache.columns import Column, Numbers, Texts, TraceIds
 from logitcache.cache.shard import ShardIndex
 from logitcache.cache.validate import FREE, UNIT
 from logitcache.errors import ShardCorruptError
@@ -21,6 +21,7 @@ from logitcache.sections import SPANS
 # S shards; N traces of all shards.
 
 _COUNTS = ("bytes", "taught_rows", "entries", "block_bytes")
+LISTS = ("trace_ids", "prompt_ids", "token_lengths")
 _VERDICTS = ("correct", "incorrect")
 
 
@@ -84,12 +85,17 @@ class Compacted:
         """Raises: ShardCorruptError."""
         self.batch = batch
         self.names: list[str] = batch.column("name").to_pylist()
-        lists = [batch.column(name) for name in ("trace_ids", "prompt_ids", "token_lengths")]
+        lists = [batch.column(name) for name in LISTS]
         ids, prompts, lengths = (each.values for each in lists)
         self.ids_N16 = np.frombuffer(ids.buffers()[1] or b"", np.uint8, 16 * len(ids), 16 * ids.offset).reshape(-1, 16)
         self.prompts, self.lengths_N = prompts, lengths.to_numpy()
         self.bounds = [each.offsets.to_numpy() for each in lists]  # where each shard begins, and where the last ends
         self.counts_S = np.diff(self.bounds[0])  # traces
+        self._lists: dict[str, tuple[type[Column[Any]], Any, np.ndarray]] = {
+            "trace_ids": (TraceIds, self.ids_N16, self.bounds[0]),
+            "prompt_ids": (Texts, self.prompts, self.bounds[1]),
+            "token_lengths": (Numbers, self.lengths_N, self.bounds[2]),
+        }
         self._check()
 
     def _check(self) -> None:
@@ -141,11 +147,10 @@ class Compacted:
         """SHA-256 of the file of each index, in hexadecimal."""
         return [each.hex() for each in self.batch.column("index_sha256").to_pylist()]
 
-    def id_bytes(self, kept: Sequence[int]) -> np.ndarray:
-        """The trace ids of the shards at these places, uint8 [N, 16]."""
-        kept_S = np.zeros(len(self.names), bool)
-        kept_S[kept] = True
-        return self.ids_N16[self.bounds[0][0] : self.bounds[0][-1]][np.repeat(kept_S, self.counts_S)]
+    def column(self, name: str, first: int, last: int) -> Column[Any]:
+        """The trace ids, prompt ids or token lengths of the shards at the places from ``first`` to ``last``."""
+        make, whole, bounds = self._lists[name]
+        return make(whole, int(bounds[first]), int(bounds[last + 1]))
 
     def indexes(self) -> list[ShardIndex]:
         """Makes the indexes, in the order of their names."""
@@ -156,11 +161,7 @@ class Compacted:
         columns["rows"] = self.counts_S.tolist()
         columns["sha256"] = [each.hex() for each in columns["sha256"]]
         columns["provenance"] = list(map(Provenance, self.names, columns["provenance"]))
-        for name, make, whole, bounds in (
-            ("trace_ids", TraceIds, self.ids_N16, self.bounds[0]),
-            ("prompt_ids", Texts, self.prompts, self.bounds[1]),
-            ("token_lengths", Numbers, self.lengths_N, self.bounds[2]),
-        ):
+        for name, (make, whole, bounds) in self._lists.items():
             columns[name] = [make(whole, start, stop) for start, stop in pairwise(bounds.tolist())]
         rows = zip(*columns.values(), strict=True)
         return [ShardIndex.from_json(dict(zip(columns, row, strict=True))) for row in rows]

@@ -1,6 +1,6 @@
 """The indexes of a cache's shards: each in its own file, and most of them in a compacted index if there is one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, overload
@@ -57,11 +57,22 @@ class Indexes(Sequence[ShardIndex]):
 
     @property
     def id_bytes(self) -> np.ndarray:
-        """The ids of all traces, uint8 [N, 16], in any order."""
-        parts = [id_bytes(row.trace_ids for row in self._rows if not isinstance(row, int))]
-        if self._compacted:
-            parts.append(self._compacted.id_bytes([row for row in self._rows if isinstance(row, int)]))
-        return np.concatenate(parts)
+        """The ids of all traces, uint8 [N, 16]."""
+        return id_bytes(self.column("trace_ids"))
+
+    def column(self, name: str) -> Iterator[Sequence[Any]]:
+        """The trace ids, prompt ids or token lengths of all shards, in order, in parts of any length."""
+        start, rows = 0, self._rows
+        while start < len(rows):
+            row, stop = rows[start], start + 1
+            if isinstance(row, int):
+                while stop < len(rows) and rows[stop] == row + stop - start:
+                    stop += 1
+                assert self._compacted is not None
+                yield self._compacted.column(name, row, row + stop - start - 1)
+            else:
+                yield getattr(row, name)
+            start = stop
 
 
 def read_indexes(directory: Path, mirrored: str | None = None) -> Indexes:

@@ -57,7 +57,6 @@ class CacheInfo:
             "path": str(self.path),
             "identity": asdict(self.identity),
             "shards": self.shards,
-            "compacted": self.compacted,
             "traces": self.traces,
             "prompts": self.prompts,
             "tokens": self.tokens,
@@ -69,4 +68,5 @@ class CacheInfo:
             "mean_support": self.mean_support,
             "mean_tail_mass": self.mean_tail_mass,
             "verdicts": self.verdicts,
+            "compacted": self.compacted,
         }

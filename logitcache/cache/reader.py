@@ -122,7 +122,9 @@ class Cache:
     @cached_property
     def lengths(self) -> np.ndarray:
         """int32 [len(self)], tokens of each trace, prompt included."""
-        return np.concatenate([np.zeros(0, np.int32), *(np.array(s.token_lengths, np.int32) for s in self.shards)])
+        return np.concatenate(
+            [np.zeros(0, np.int32), *(np.array(part, np.int32) for part in self.shards.column("token_lengths"))]
+        )
 
     @cached_property
     def shard_numbers(self) -> np.ndarray:
@@ -131,11 +133,11 @@ class Cache:
 
     @cached_property
     def trace_ids(self) -> list[str]:
-        return [t for s in self.shards for t in s.trace_ids]
+        return [t for part in self.shards.column("trace_ids") for t in part]
 
     @cached_property
     def prompt_ids(self) -> list[str]:
-        return [p for s in self.shards for p in s.prompt_ids]
+        return [p for part in self.shards.column("prompt_ids") for p in part]
 
     @cached_property
     def traces_digest(self) -> str:

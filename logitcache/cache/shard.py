@@ -214,7 +214,7 @@ def write(
 
 
 def build(
-    number: int, traces: list[EncodedTrace], identity: Identity, provenance: dict[str, Any]
+    number: int, traces: list[EncodedTrace], identity: Identity, provenance: Mapping[str, Any]
 ) -> tuple[memoryview, ShardIndex]:
     """The Arrow file of shard ``number``, and its index."""
     table = _share_table(traces, identity)

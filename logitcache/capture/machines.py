@@ -1,8 +1,11 @@
 """Ray as logitcache uses it: the connection, the machines that engines need, and what its errors say."""
 
 import logging
+import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from logitcache.capture.job import JobOptions
@@ -51,6 +54,9 @@ def waiting_for(options: JobOptions) -> str:
     return f"waiting for a machine with {what}; the largest has {largest or 'none'}{hint}"
 
 
+_START = "start one with `ray start --head`, and `ray start --address HOST:6379` on every other machine"
+
+
 @contextmanager
 def connected(address: str) -> Iterator[None]:
     """Connects this process to a cluster during the block, unless it is connected.
@@ -71,6 +77,7 @@ def connected(address: str) -> Iterator[None]:
             f"`ray` {address}: the command must run on a machine of the cluster, for example with `ray job submit`; then give "
             "`ray` auto"
         )
+    _refuse_silence(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except AuthenticationError as e:
@@ -79,12 +86,29 @@ def connected(address: str) -> Iterator[None]:
             "RAY_AUTH_TOKEN_PATH to the one it was started with"
         ) from e
     except (ConnectionError, ValueError, RuntimeError, RayError) as e:
-        start = "start one with `ray start --head`, and `ray start --address HOST:6379` on every other machine"
-        raise InputError(f"`ray` {address}: no Ray cluster can be reached ({first_line(e)}); {start}") from e
+        raise InputError(f"`ray` {address}: Ray cannot connect ({first_line(e)}); {_START}") from e
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _refuse_silence(address: str) -> None:
+    """Raises: InputError where nothing answers at the address: Ray would try for minutes, or for ever."""
+    found = address
+    if address == "auto":
+        found = os.environ.get("RAY_ADDRESS", "")
+        current = Path("/tmp/ray/ray_current_cluster")  # where Ray notes the cluster that this machine joined
+        if not found and current.exists():
+            found = current.read_text().strip()
+        if not found:
+            raise InputError(f"`ray`: no Ray cluster runs on this machine; {_START}")
+    host, _, port = found.rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, ValueError) as e:
+        what = f"the cluster that this machine joined ({found})" if found != address else "no Ray cluster"
+        raise InputError(f"`ray` {address}: {what} cannot be reached ({first_line(e)}); {_START}") from None
 
 
 def get(reference: Any) -> Any:

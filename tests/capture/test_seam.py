@@ -6,7 +6,6 @@ import pytest
 
 from logitcache.capture import score as module
 from logitcache.capture.score import ScoreOptions, score
-from logitcache.capture.summary import Summary
 from logitcache.errors import IdentityError, InputError
 from logitcache.inference import model
 from logitcache.prompts import Prompt
@@ -96,10 +95,8 @@ def test_the_identity_says_with_what_texts_end(tmp_path, monkeypatch) -> None:
 def test_the_templates_end_is_pinned_and_cut_from_the_text(monkeypatch) -> None:
     facts = byte_level(eos="</s>")
     monkeypatch.setattr(model, "engine_version", lambda: "fake 1")
-    made = {}
-    monkeypatch.setattr(module, "fill", lambda task, identity: made.update(task=task, identity=identity) or Summary())
     monkeypatch.setattr(model, "inspect_model", lambda spec: facts)
-    score(ScoreOptions(traces="t.jsonl", out="o", teacher="t", top_k=4))  # type: ignore[arg-type]
+    task, identity = ScoreOptions(traces="t.jsonl", out="o", teacher="t", top_k=4).task(reading=False)
     ids = {facts.tokenizer.convert_tokens_to_ids(t) for t in ("</s>", "<|im_end|>")}
-    assert set(made["identity"].pin_tokens) == ids == made["task"].ends.eos_ids
-    assert made["identity"].derived == ["score --eos <|im_end|>"]
+    assert set(identity.pin_tokens) == ids == task.ends.eos_ids
+    assert identity.derived == ["score --eos <|im_end|>"]

@@ -27,6 +27,7 @@ ARGUMENTS = [
     "experiment lsp --cache c --student s --out o --prompts p --column prompt=q",
     "info c --json",
     "verify c",
+    "compact c",
     "slice c --out o --where tokens<=9 --sections answer",
     "merge a b --out o",
     "split c --into a=0.5 --into b=0.5",

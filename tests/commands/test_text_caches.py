@@ -53,7 +53,7 @@ def test_info_says_what_a_cache_contains() -> None:
 def test_the_json_of_info_has_the_names_it_always_had() -> None:
     assert list(INFO.to_json()) == [
         *("path", "identity", "shards", "traces", "prompts", "tokens", "section_tokens", "taught_rows", "bytes"),
-        *("bytes_per_token", "block_bytes_per_token", "mean_support", "mean_tail_mass", "verdicts"),
+        *("bytes_per_token", "block_bytes_per_token", "mean_support", "mean_tail_mass", "verdicts", "compacted"),
     ]
     assert INFO.to_json()["taught_rows"] == 40_000
     assert INFO.to_json()["bytes_per_token"] == 100.0

@@ -124,7 +124,7 @@ def test_a_second_writer_is_refused_and_the_lock_dies_with_its_process(tmp_path:
         assert lock.read_text().startswith(f"pid {os.getpid()} on ")
 
 
-RUN = RunRecord(status="running", settings={"seed": 0})
+RUN = RunRecord(status="running", settings={"shuffle": "full", "seed": 0})
 SETTINGS = {"settings": {"model": "m"}, "delimiters": {"open": [1], "close": [2]}}
 RECORDS = {  # of a directory that a command makes: its name, what publishes it, what looks for it, and what that finds
     "cache": (
@@ -142,7 +142,7 @@ RECORDS = {  # of a directory that a command makes: its name, what publishes it,
     "run": (
         RUN_FILE,
         lambda out: run_settings.write(out, RUN),
-        lambda out: run_settings.claim(out, {"seed": 0}),
+        lambda out: run_settings.claim(out, {"shuffle": "full", "seed": 0}),
         RUN,
     ),
 }
