@@ -18,7 +18,9 @@ from logitcache.errors import IdentityError, InputError, LogitcacheError, NotACa
 from logitcache.interop import hub as module
 from logitcache.interop.hub import PullReport, PushReport, _reaching, card, pull
 from tests import tiny
+from tests.cache.remote import upload
 from tests.interop.hub_server import TOKEN, ask
+from tests.storage.fixtures import s3, s3_server  # noqa: F401
 
 pytest.importorskip("huggingface_hub")
 push = functools.partial(module.push, workers=1)
@@ -45,6 +47,18 @@ def test_what_was_pushed_is_pulled_byte_for_byte(hub, cache, tmp_path) -> None:
     before.pop(manifest.BACKUP)  # the hub has versions instead of second copies
     assert contents(tmp_path / "out") == before | {"README.md": card(cache, "me/traces").encode()}
     assert sorted(p.name for p in tmp_path.iterdir()) == ["cache", "out"]
+
+
+@pytest.mark.slow
+def test_a_cache_in_an_object_store_is_pushed_byte_for_byte(hub, s3, cache, tmp_path, monkeypatch) -> None:  # noqa: F811
+    monkeypatch.setenv("LOGITCACHE_CACHE_DIR", str(tmp_path / "mirrors"))
+    monkeypatch.setenv("LOGITCACHE_CACHE_BYTES", "1")  # one shard at a time
+    upload(cache.path, url := s3.url())
+    assert push(url, "me/traces", token=TOKEN).traces == 24
+    sent = hub.tree("me/traces", "main")[1]
+    mine = {n: d for n, d in contents(cache.path).items() if n.startswith("shards/") or n == manifest.FILE_NAME}
+    assert {name: sent[name] for name in mine} == mine
+    assert not list((tmp_path / "mirrors").glob("*-copy"))
 
 
 @pytest.mark.slow
