@@ -18,7 +18,8 @@ class EvaluationOptions:
     """
 
     cache: Annotated[
-        str | Location, Option("Cache with the teacher's distributions: a directory or a URL.", positional=True)
+        str | Location,
+        Option("Cache with the teacher's distributions: a directory or a URL.", metavar="CACHE", positional=True),
     ]
     student: Annotated[str, Option("A run, one of its checkpoints, a model folder, a LoRA adapter or a hub id.")]
     held_out: Annotated[
@@ -54,4 +55,4 @@ class EvaluationOptions:
     dtype: Annotated[str | None, Option("bf16 or fp32.", group=_GROUP, default="bf16 on CUDA")] = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cache", locate(self.cache))
+        object.__setattr__(self, "cache", locate(self.cache))  # a script may give text

@@ -59,8 +59,8 @@ class ExperimentOptions:
     answers: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cache", locate(self.cache))
-        object.__setattr__(self, "out", Path(self.out))  # a script may give text
+        object.__setattr__(self, "cache", locate(self.cache))  # a script may give text
+        object.__setattr__(self, "out", Path(self.out))
 
     @property
     def held_out(self) -> float:
