@@ -20,6 +20,7 @@ from logitcache.runtime.pictures import is_ours, label, png
 from logitcache.student.model.measures import Measures
 from logitcache.student.training.checkpoint_files import SPENT_FILE
 from logitcache.student.training.checkpoints import RUN_FILE, find_run, newest_checkpoint, run_status
+from logitcache.student.training.run_record import OLDER
 
 CURVES_FILE = "curves.png"
 SMOOTHED = 50  # the running mean drawn over a loss curve spans a 50th of its points
@@ -109,7 +110,7 @@ def compare(
     if curves and os.path.lexists(curves) and not is_ours(curves):
         raise StudentError(f"{curves} was not drawn by logitcache; move it away, or give `out` another directory")
     read = [_checked(path, name) for path, name in zip(runs, _names(runs), strict=True)]
-    compared, settings = [run for run, _ in read], [_flat(found) for _, found in read]
+    compared, settings = [run for run, _ in read], [_flat(OLDER | found) for _, found in read]
     keys = dict.fromkeys(key for each in settings for key in each)
     values = {key: [each.get(key) for each in settings] for key in keys}
     differs = {key: v for key, v in values.items() if any(value != v[0] for value in v)}

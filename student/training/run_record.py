@@ -59,6 +59,9 @@ _SPENT = ("tokens_fed", "tokens_taught", "seconds", "tokens_per_second", "cost")
 _OWN = {"status", "signal", "again", "eval_before", "eval_after", "history", "steps", "versions", *_SPENT}
 
 
+OLDER: dict[str, Any] = {"shuffle": "full"}  # settings that runs of older versions had without recording them
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunRecord:
     """run.json: what a run was set to and what it has found. None: not known yet."""

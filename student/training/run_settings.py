@@ -21,8 +21,8 @@ from logitcache.student.data.views import View
 from logitcache.student.training.checkpoints import RUN_FILE, checkpoints, find_run
 from logitcache.student.training.config import DistillConfig
 from logitcache.student.training.options import TrainOptions
-from logitcache.student.training.run_record import RunRecord
-from logitcache.student.training.shuffle import FULL, choose_window, window_name
+from logitcache.student.training.run_record import OLDER, RunRecord
+from logitcache.student.training.shuffle import choose_window, window_name
 
 # Settings that do not change a run's weights: it may be resumed with others.
 _FREE = {"tokens_per_batch", "gradient_accumulation_steps", "gradient_checkpointing", "packing", "compile", "report_to"}
@@ -82,7 +82,7 @@ def window_of_run(options: TrainOptions, caches: Sequence[Cache]) -> int | None:
     Raises: StudentError for an invalid `shuffle`.
     """
     _, found = find_run(options.out)
-    return choose_window(options.shuffle, caches, found.get("shuffle", FULL) if found else None)
+    return choose_window(options.shuffle, caches, (OLDER | found)["shuffle"] if found else None)
 
 
 def claim(out: Path, wanted: dict[str, Any]) -> RunRecord | None:
@@ -96,8 +96,7 @@ def claim(out: Path, wanted: dict[str, Any]) -> RunRecord | None:
         if foreign:
             raise StudentError(f"{out} exists and is not a run; give `out` an empty or a new directory")
         return None
-    found = {"shuffle": FULL} | found  # the only order of earlier versions
-    if difference := first_difference(found, json.loads(json.dumps(wanted, default=str))):
+    if difference := first_difference(OLDER | found, json.loads(json.dumps(wanted, default=str))):
         if found["status"] != "finished" and not checkpoints(out):
             return None
         name, there, here = difference

@@ -67,7 +67,7 @@ def test_loader_processes_read_from_the_store_too(url, local, monkeypatch):
 
 
 def test_an_order_by_shards_downloads_a_cache_once_that_a_mirror_does_not_hold(url, local, monkeypatch):
-    monkeypatch.setenv("LOGITCACHE_CACHE_BYTES", str(2 * max(shard_bytes(local))))
+    monkeypatch.setenv("LOGITCACHE_CACHE_BYTES", str(4 * max(shard_bytes(local))))
     cache = Cache.open(url)
     assert seen(cache, window=1) == seen(Cache.open(local), window=1)
     assert cache.mirror.downloads == SHARDS
