@@ -17,11 +17,12 @@ demo: $(VENV)/.ready
 	$(BIN)/python -m benchmarks.demo $(DEMO)
 
 test: $(VENV)/.ready
-	$(BIN)/pytest -n 2 -m "not engine"
+	$(BIN)/pytest -n 2 -m "not engine and not cluster"
+	$(BIN)/pytest -m "cluster and not engine"  # tests of one file share a cluster
 	$(BIN)/pytest -n 2 --dist loadfile -m engine  # tests of one file share their engines
 
 fast: $(VENV)/.ready
-	$(BIN)/pytest -n 2 -m "not slow and not engine"
+	$(BIN)/pytest -n 2 -m "not slow and not engine and not cluster"
 
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .

@@ -107,8 +107,9 @@ def _refuse_silence(address: str) -> None:
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, ValueError) as e:
-        what = f"the cluster that this machine joined ({found})" if found != address else "no Ray cluster"
-        raise InputError(f"`ray` {address}: {what} cannot be reached ({first_line(e)}); {_START}") from None
+        joined = f"the cluster that this machine joined, {found}, cannot be reached"
+        what = joined if found != address else "no Ray cluster can be reached"
+        raise InputError(f"`ray` {address}: {what} ({first_line(e)}); {_START}") from None
 
 
 def get(reference: Any) -> Any:

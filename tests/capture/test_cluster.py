@@ -195,3 +195,58 @@ def test_too_few_gpus_are_said_while_the_job_waits(cluster, start) -> None:
         process.send_signal(signal.SIGINT)
         assert ended(process)[0] == 130
         cluster.remove_node(machine, allow_graceful=False)
+
+
+def test_a_machine_with_another_teacher_ends_the_job_with_the_field(cluster, start) -> None:
+    machine = add_machine(cluster, env_vars={"FAKE_REVISION": "r2"})
+    try:
+        code, said = ended(start("--cpus-per-engine", "1", "--engines", "3"))
+        assert code == 2
+        assert "differs from the one where the command runs" in said
+        assert "teacher_revision = 'r1', this run has 'r2'" in said
+    finally:
+        cluster.remove_node(machine, allow_graceful=False)
+
+
+def test_a_dead_ledger_ends_the_command_and_its_engines(start, tmp_path) -> None:
+    process = start()
+    wait_for(lambda: shards(tmp_path / "c") >= 1)
+    for found in psutil.process_iter(["cmdline"]):
+        if "LedgerActor" in " ".join(found.info["cmdline"] or []):
+            found.kill()
+    code, said = ended(process)
+    assert code == 1
+    assert "the ledger of the job died" in said
+    wait_for(lambda: not engines(), 30)
+    assert ended(start())[0] == 0
+    assert complete(tmp_path / "c")
+
+
+@pytest.mark.engine
+@pytest.mark.timeout(600)
+def test_real_engines_on_a_cluster_one_of_them_killed(cluster, tmp_path) -> None:
+    """Two machines, vLLM with a tiny model, and a SIGKILL of one engine's actor after the first shards."""
+    from tests import tiny
+
+    teacher = tiny.save_model(tmp_path / "teacher", hidden_size=64, num_key_value_heads=2)
+    rows = [{"id": f"p{i}", "prompt": f"w{3 + i % 60} w{3 + i % 7}"} for i in range(600)]
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    settings = (
+        "--max-tokens 16 --unit-size 8 --top-k 16 --engine-arg max_num_seqs=4 --engine-arg max_model_len=64 "
+        "--dtype float32 --engine-arg enforce_eager=true --engine-arg kv_cache_memory_bytes=50000000"
+    )
+    command = [str(Path(sys.executable).with_name("logitcache")), "generate", str(tmp_path / "p.jsonl")]
+    command += ["--teacher", str(teacher), "--out", str(tmp_path / "c"), *settings.split()]
+    command += ["--ray", cluster.address, "--cpus-per-engine", "1"]
+    given = os.environ | {LOOPBACK: "0", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+    process = subprocess.Popen(command, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    try:
+        wait_for(lambda: shards(tmp_path / "c") >= 2, 400)
+        engines()[0].kill()
+        code, said = ended(process)
+    finally:
+        process.kill()
+    assert code == 0, said
+    assert "traces wait again" in said
+    assert complete(tmp_path / "c", 600)
+    wait_for(lambda: not engines(), 30)
