@@ -37,17 +37,7 @@ class Existing:
     completed: int = 0  # traces of shards whose missing index was made
     set_aside: list[str] = field(default_factory=list)  # damaged shards without an index, where they are now
     ignored: list[str] = field(default_factory=list)  # shards without an index that stay where they are
-<<<<<<< HEAD
     highest: int = -1  # number of a shard, whether it is part of the cache or not
-=======
-
-    covered: int = -1  # the highest number in a compacted index; the shard may be gone
-
-    @property
-    def highest(self) -> int:
-        """The number above which new shards are numbered, -1 for none."""
-        return max(self.covered, *(index.number for index in self.shards), -1)
->>>>>>> work-c
 
 
 class Place(Protocol):
@@ -147,14 +137,9 @@ class Directory:
         remove_parts(folder, mine)
         adopted = adopt(cache, identity, (t for s in shards for t in s.trace_ids), mine)
         damaged = [set_aside(cache, folder / f"{name}.arrow") for name in filter(mine, shard.unindexed(folder))]
-<<<<<<< HEAD
         shards = [*shards, *adopted]
         highest = max(compact.highest(cache), *(s.number for s in shards), -1)
         return Existing(shards, sum(s.trace_count for s in adopted), list(map(str, damaged)), highest=highest)
-=======
-        completed = sum(s.trace_count for s in adopted)
-        return Existing([*shards, *adopted], completed, list(map(str, damaged)), covered=compact.highest(cache))
->>>>>>> work-c
 
     def create_data(self, name: str, data: memoryview) -> bool:
         return create(self.location / shard.DIRECTORY / f"{name}.arrow", data)

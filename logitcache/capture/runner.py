@@ -5,10 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from logitcache.cache.place import Existing, Place, place_of
-<<<<<<< HEAD
 from logitcache.cache.shard import ShardIndex
-=======
->>>>>>> work-c
 from logitcache.cache.workers import Worker
 from logitcache.capture.filling import Filling
 from logitcache.capture.job import JobOptions, Task
