@@ -86,7 +86,7 @@ def _compact_stored(url: Url) -> CompactReport:
     with mirror.naming():
         path = mirror.refresh()  # all indexes are here now
         manifest.read(path)
-        old = _in_store(mirror.store)
+        old = in_store(mirror.store)
         head, data = _compacted(url, path, max(map(_number, old), default=0) + 1)
         for suffix, content in ((".arrow", data), (".json", json_bytes(head))):
             name = f"{DIRECTORY}/{head['name']}{suffix}"
@@ -136,7 +136,7 @@ def download(store: Store, mirror: Path) -> str | None:
 
     Raises: WriteError; as ``Store.get``.
     """
-    names = [path.stem for path in reversed(_in_store(store)) if path.suffix == ".json"]
+    names = [path.stem for path in reversed(in_store(store)) if path.suffix == ".json"]
     for path in files(mirror):
         if path.stem not in names:
             path.unlink(missing_ok=True)
@@ -166,7 +166,7 @@ def download_all(store: Store, mirror: Path) -> None:
     """
     for path in files(mirror):
         path.unlink(missing_ok=True)
-    for name in _in_store(store):
+    for name in in_store(store):
         with suppress(FileNotFoundError):  # removed since
             publish(mirror / name, store.get(str(name)))
 
@@ -180,7 +180,7 @@ def is_whole(cache: Path, name: str) -> bool:
     return True
 
 
-def _in_store(store: Store) -> list[PurePosixPath]:
+def in_store(store: Store) -> list[PurePosixPath]:
     """The files of all compacted indexes in an object store, heads first, the newest last."""
     paths = [PurePosixPath(entry.name) for entry in store.list(DIRECTORY)]
     return sorted((path for path in paths if _FILE.fullmatch(path.name)), key=_heads_first)

@@ -15,20 +15,21 @@ from tempfile import TemporaryFile
 from typing import Any, BinaryIO
 
 from logitcache.cache import compact, manifest
+from logitcache.cache.options import CACHE_BYTES, CACHE_DIR
 from logitcache.cache.shard import OTHER_BYTES, ShardIndex, place_of, read_index, way_out
-from logitcache.cache.shard_files import DIRECTORY, renamed
+from logitcache.cache.shard_files import DIRECTORY, place, renamed
 from logitcache.errors import CacheError, LogitcacheError, NotACacheError, ShardCorruptError, WriteError
+from logitcache.runtime.files import scratch_directory
 from logitcache.runtime.regular_files import open_regular
 from logitcache.runtime.units import parse_bytes
 from logitcache.storage.location import Url
 from logitcache.storage.store import Store
 
-CACHE_DIR, CACHE_BYTES = "LOGITCACHE_CACHE_DIR", "LOGITCACHE_CACHE_BYTES"  # in the environment
 _MOST = 100 * 10**9  # bytes of shards, unless the user says otherwise; and at most half of the disk
 _AHEAD = 4  # downloads at once in the background
 _STRIPES = 64  # locks of downloads, by the shard's number
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_INDEX = re.compile(rf"{DIRECTORY}/unit-\d{{6,}}\.json")
+INDEX = re.compile(rf"{DIRECTORY}/unit-\d{{6,}}\.json")
 _ARROW = re.compile(rf"{DIRECTORY}/(unit-\d{{6,}})\.arrow")
 _TRIES = 5  # of a download whose file another process removes at once
 
@@ -88,6 +89,10 @@ class Mirror:
             self._store = connect(self.location)
         return self._store
 
+    @property
+    def most_mapped(self) -> int:
+        return self.room.most // 4
+
     def naming(self) -> AbstractContextManager[None]:
         return renamed(self.path, self.location)
 
@@ -113,7 +118,7 @@ class Mirror:
                 _replace(self.path / manifest.FILE_NAME, found)
             (self.path / DIRECTORY).mkdir(exist_ok=True)
             covered, after = self._refresh_compacted()
-            sizes = {e.name: e.size for e in self.store.list(DIRECTORY, after) if _INDEX.fullmatch(e.name)}
+            sizes = {e.name: e.size for e in self.store.list(DIRECTORY, after) if INDEX.fullmatch(e.name)}
             for path in (self.path / DIRECTORY).glob("unit-*.json"):
                 if path.stem in covered:
                     continue
@@ -230,6 +235,25 @@ class Mirror:
         self.downloads += 1
         self.downloaded_bytes += len(data)
         return data
+
+    @contextmanager
+    def copied(self, indexes: Iterable[ShardIndex]) -> Iterator[Path]:
+        """A directory with the manifest and all files of these shards, for the time of the block.
+
+        Raises: as ``fetch``.
+        """
+        copy = self.path.with_name(f"{self.path.name}-copy")
+        with scratch_directory(copy, f"a copy of {self.location}") as directory:
+            (directory / DIRECTORY).mkdir()
+            (directory / manifest.FILE_NAME).write_bytes(self._manifest())
+            names = []
+            for index in indexes:
+                with self.open(index) as file:
+                    place(file, directory / DIRECTORY / f"{index.name}.arrow")
+                names.append(f"{DIRECTORY}/{index.name}.json")
+            for name, data in self.store.get_each(names):
+                (directory / name).write_bytes(data)
+            yield directory
 
     def renew(self, index: ShardIndex) -> bool:
         """Downloads a shard again whose copy is damaged. Returns: whether it was. Raises: as ``fetch``."""

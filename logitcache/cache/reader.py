@@ -17,7 +17,7 @@ from logitcache.cache.info import CacheInfo
 from logitcache.cache.options import CachePath
 from logitcache.cache.shard import Shard, ShardIndex
 from logitcache.cache.shard_files import LocalFiles, ShardFiles
-from logitcache.errors import ShardCorruptError
+from logitcache.errors import ShardCorruptError, WriteError
 from logitcache.identity import Identity
 from logitcache.sections import Sections
 from logitcache.storage.location import Location, locate
@@ -154,15 +154,35 @@ class Cache:
     def shard(self, number: int) -> Shard:
         """Shard ``number`` of ``shards``, mapped into memory; its checksum is verified the first time.
 
-        A mapped shard takes 0.3 MB with its frequency table; at most 256 stay mapped.
+        A mapped shard takes 0.3 MB with its frequency table; at most 256 stay mapped. Of a cache in an object store the shard
+        is downloaded, if the mirror does not have it.
         """
         if number not in self._mapped:
-            self._mapped[number] = shard.read(self.files, self.shards[number], self.identity, self._valid.get(number))
+            self._mapped[number] = self._read_shard(number)
             self._valid[number] = self._mapped[number].valid
-            if len(self._mapped) > _MAPPED:
+            while len(self._mapped) > 1 and not self._may_map():
                 self._mapped.popitem(last=False)
         self._mapped.move_to_end(number)
         return self._mapped[number]
+
+    def _read_shard(self, number: int) -> Shard:
+        wanted = (self.files, self.shards[number], self.identity, self._valid.get(number))
+        try:
+            return shard.read(*wanted)
+        except (
+            WriteError
+        ):  # the mirror's disk is full, and shards that it removed take space as long as they are mapped
+            if not self._mapped:
+                raise
+            self._mapped.clear()
+        return shard.read(*wanted)
+
+    def _may_map(self) -> bool:
+        """Whether no more shards are mapped than may be."""
+        most = self.files.most_mapped
+        return len(self._mapped) <= _MAPPED and (
+            most is None or sum(self.shards[n].bytes for n in self._mapped) <= most
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         # Mappings cannot be pickled; they are made again when needed.

@@ -14,7 +14,7 @@ from typing import Any, cast
 import logitcache
 from logitcache.cache import compact, manifest, shard
 from logitcache.cache.shard import ShardIndex
-from logitcache.cache.shard_files import LocalFiles
+from logitcache.cache.shard_files import LocalFiles, ShardFiles
 from logitcache.cache.validate import COMPACTED, FREE, reading
 from logitcache.cache.verify import Problem, VerifyReport, examine, problem_of
 from logitcache.cache.workers import Worker
@@ -28,13 +28,14 @@ from logitcache.errors import (
 from logitcache.identity import Identity
 from logitcache.runtime.files import MAX_JSON, publish, read_json
 from logitcache.runtime.regular_files import open_regular
+from logitcache.storage.location import Location, Url
 
 SET_ASIDE = "set-aside"
 _NOT_DAMAGE = (UnreadableError, FormatVersionError)
 _CHECKSUM = re.compile(rb'"sha256": ?"([0-9a-f]{64})"')
 
 
-def repair(cache: Path, workers: int | None = None) -> VerifyReport:
+def repair(location: Location, workers: int | None = None) -> VerifyReport:
     """Verifies a cache and repairs what it can.
 
     A damaged manifest is restored from its second copy. A missing or damaged index of a whole shard is made again from the
@@ -43,46 +44,64 @@ def repair(cache: Path, workers: int | None = None) -> VerifyReport:
     Raises: CacheBusyError while another process writes to the cache; WriteError; ShardCorruptError for a damaged manifest
         without a second copy; as ``verify``.
     """
+    if isinstance(location, Url):
+        from logitcache.cache.repair_stored import repair_stored  # which imports this module
+
+        return repair_stored(location, workers)
+    cache = location
     if not any((cache / name).exists() for name in (manifest.FILE_NAME, manifest.BACKUP)):
         manifest.read(cache)  # says what is missing; a lock would make the directory
     with Worker().alone(cache):
-        repairs = _Repairs(cache)
-        repairs.restore_manifest()
-        identity = manifest.read(cache)
-        found = examine(LocalFiles(cache), identity, workers)
-        repairs.problems += found.problems
-        repairs.restore_backup(found.problems)
-        directory = cache / shard.DIRECTORY
-        owners = found.owners
-        damaged = {p.shard for p in found.problems if p.damaged and p.shard != manifest.BACKUP}
-        if damaged:  # before an index changes; it is only a copy
-            repairs.moved += set_compacted_aside(cache)
-        for name in sorted(name for name in damaged if not COMPACTED.holds(name)):
-            others = {t for t, owner in owners.items() if owner != name}
-            try:
-                index = None if name in found.repeats else _remade(directory, name, identity, others)
-            except _NOT_DAMAGE as e:  # a damaged index, and a shard of which nothing is proven
-                repairs.problems.append(problem_of(name, None, e))
-                continue
-            owners = {t: owner for t, owner in owners.items() if owner != name}
-            # The index first: a shard without an index is ignored, even if this is interrupted.
-            repairs.set_aside(directory / f"{name}.json")
-            if index is None:
-                repairs.set_aside(directory / f"{name}.arrow")
-                continue
-            shard.publish_index(directory, index)
+        return repaired(LocalFiles(cache), lambda _: None, workers)
+
+
+def repaired(files: ShardFiles, bring: Callable[[Iterable[str]], None], workers: int | None) -> VerifyReport:
+    """Repairs the files in ``files.path``, which no other process writes.
+
+    Args:
+        bring: puts the Arrow files of these shards there, as they are.
+    Raises: as ``repair``.
+    """
+    cache = files.path
+    repairs = _Repairs(cache)
+    repairs.restore_manifest()
+    identity = manifest.read(cache)
+    found = examine(files, identity, workers)
+    repairs.problems += found.problems
+    repairs.restore_backup(found.problems)
+    directory = cache / shard.DIRECTORY
+    owners = found.owners
+    damaged = {p.shard for p in found.problems if p.damaged and p.shard != manifest.BACKUP}
+    if damaged:  # before an index changes; it is only a copy
+        repairs.moved += set_compacted_aside(cache)
+    shards = sorted(name for name in damaged if not COMPACTED.holds(name))
+    bring(shards)
+    for name in shards:
+        others = {t for t, owner in owners.items() if owner != name}
+        try:
+            index = None if name in found.repeats else _remade(directory, name, identity, others)
+        except _NOT_DAMAGE as e:  # a damaged index, and a shard of which nothing is proven
+            repairs.problems.append(problem_of(name, None, e))
+            continue
+        owners = {t: owner for t, owner in owners.items() if owner != name}
+        # The index first: a shard without an index is ignored, even if this is interrupted.
+        repairs.set_aside(directory / f"{name}.json")
+        if index is None:
+            repairs.set_aside(directory / f"{name}.arrow")
+            continue
+        shard.publish_index(directory, index)
+        repairs.restored.append(directory / f"{name}.json")
+        owners |= dict.fromkeys(index.trace_ids, name)
+    for name in shard.unindexed(directory):
+        try:
+            index = _adopt(directory, name, identity, set(owners))
+        except _NOT_DAMAGE as e:
+            repairs.problems.append(problem_of(name, None, e))
+            continue
+        if index is not None:
             repairs.restored.append(directory / f"{name}.json")
             owners |= dict.fromkeys(index.trace_ids, name)
-        for name in shard.unindexed(directory):
-            try:
-                index = _adopt(directory, name, identity, set(owners))
-            except _NOT_DAMAGE as e:
-                repairs.problems.append(problem_of(name, None, e))
-                continue
-            if index is not None:
-                repairs.restored.append(directory / f"{name}.json")
-                owners |= dict.fromkeys(index.trace_ids, name)
-        unindexed = shard.unindexed(directory)
+    unindexed = shard.unindexed(directory)
     return VerifyReport(cache, repairs.problems, repairs.moved, repairs.restored, unindexed)
 
 
@@ -118,8 +137,8 @@ class _Repairs:
     def __init__(self, cache: Path) -> None:
         self.cache = cache
         self.problems: list[Problem] = []
-        self.moved: list[Path] = []
-        self.restored: list[Path] = []
+        self.moved: list[Location] = []
+        self.restored: list[Location] = []
 
     def set_aside(self, path: Path) -> None:
         if path.exists():

@@ -1,5 +1,6 @@
 """The files of a cache, wherever it is: in a directory, or in an object store with a mirror on this disk."""
 
+import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 from logitcache.cache.validate import UNIT
 from logitcache.errors import LogitcacheError
+from logitcache.runtime.files import publish
 from logitcache.runtime.regular_files import open_regular
 from logitcache.storage.location import Location
 
@@ -28,6 +30,11 @@ class ShardFiles(Protocol):
     @property
     def path(self) -> Path:
         """The directory with the manifest and the indexes; of a cache in an object store, a copy of them."""
+        ...
+
+    @property
+    def most_mapped(self) -> int | None:
+        """Bytes of shards that a process may keep mapped: they take space when the mirror has removed them. None: any."""
         ...
 
     @property
@@ -66,6 +73,10 @@ class LocalFiles:
         return self.path
 
     @property
+    def most_mapped(self) -> None:
+        return None
+
+    @property
     def compacted(self) -> None:
         return None
 
@@ -80,6 +91,18 @@ class LocalFiles:
 
     def naming(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+def place(file: BinaryIO, target: Path) -> None:
+    """Puts an open file at ``target``: a hard link where both are on one file system, else a copy.
+
+    Raises: WriteError.
+    """
+    try:
+        # The open file itself, since a mirror may have removed its name. A descriptor makes Python follow the link.
+        os.link(f"/proc/self/fd/{file.fileno()}", target, src_dir_fd=file.fileno(), follow_symlinks=True)
+    except OSError:  # another file system, or one without links
+        publish(target, file.read())
 
 
 def unindexed(directory: Path) -> list[str]:

@@ -1,7 +1,6 @@
 """Writes a new cache from existing traces, atomically."""
 
 import contextlib
-import os
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -11,9 +10,10 @@ from typing import Any
 import logitcache
 from logitcache.cache import manifest, shard
 from logitcache.cache.shard import EncodedTrace, ShardIndex
-from logitcache.cache.shard_files import ShardFiles
+from logitcache.cache.shard_files import ShardFiles, place
 from logitcache.identity import Identity
-from logitcache.runtime.files import atomic_directory, publish
+from logitcache.runtime.files import atomic_directory
+from logitcache.storage.location import Location, locate
 from logitcache.trace import Trace
 
 
@@ -48,13 +48,8 @@ class CacheWriter:
         self.flush()
         name = f"unit-{self.shards:06d}"
         self.directory.mkdir(exist_ok=True)
-        target = self.directory / f"{name}.arrow"
         with files.open(index) as file:
-            try:
-                # The open file itself, since a mirror may have removed its name. A descriptor makes Python follow the link.
-                os.link(f"/proc/self/fd/{file.fileno()}", target, src_dir_fd=file.fileno(), follow_symlinks=True)
-            except OSError:  # another file system, or one without links
-                publish(target, file.read())
+            place(file, self.directory / f"{name}.arrow")
         shard.publish_index(self.directory, replace(index, name=name))
         self._count(index.trace_count)
 
@@ -64,16 +59,28 @@ class CacheWriter:
 
 
 @contextlib.contextmanager
-def new_cache(out: Path, identity: Identity, source: str, traces_per_shard: int = 64) -> Iterator[CacheWriter]:
-    """A writer of the new cache ``out``, which is written atomically when the block ends without an error.
+def new_cache(
+    out: str | Location, identity: Identity, source: str, traces_per_shard: int = 64
+) -> Iterator[CacheWriter]:
+    """A writer of the new cache ``out``, which is written atomically when the block ends without an error: at a URL, its
+    manifest is uploaded last.
 
     Args:
         source: where the traces come from, in words, for the provenance in each index.
-    Raises: NotACacheError if ``out`` is not an empty directory; CacheBusyError if another process is writing it.
+    Raises: NotACacheError if ``out`` is not an empty directory, or a URL with nothing behind it; CacheBusyError if another
+        process is writing it; WriteError.
     """
-    with atomic_directory(out) as part:
+    with _new(locate(out)) as part:
         manifest.write(part, identity)
         writer = CacheWriter(part / shard.DIRECTORY, identity, source, traces_per_shard)
         yield writer
         writer.flush()
         writer.directory.mkdir(exist_ok=True)
+
+
+def _new(location: Location) -> contextlib.AbstractContextManager[Path]:
+    if isinstance(location, Path):
+        return atomic_directory(location)
+    from logitcache.cache.upload import new_objects
+
+    return new_objects(location)

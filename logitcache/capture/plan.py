@@ -140,7 +140,7 @@ def extrapolate(
     if min(prompts, samples, workers, max_tokens, unit_size) < 1 or not tokens_per_s > 0:
         raise InputError("an estimate needs prompts, samples, workers, tokens/s, `max_tokens` and `unit_size` above 0")
     if not len(cache):
-        raise InputError(f"{cache.path}: no traces to plan from; make some with `logitcache plan`")
+        raise InputError(f"{cache.location}: no traces to plan from; make some with `logitcache plan`")
     facts = _facts(cache)
     traces = prompts * samples
     tokens, size = (_per_trace(facts[name], facts["prompt"]) for name in ("tokens", "bytes"))

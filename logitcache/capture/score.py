@@ -35,6 +35,7 @@ from logitcache.inference.transcript import transcript
 from logitcache.prompts import Messages, Prompt, Reading, SourceCounts
 from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS_GROUP, Sections, answer_text
+from logitcache.storage.location import Location, locate
 from logitcache.trace import Trace
 
 _TAIL = 32  # tokens at the end of a prompt that may hold a section marker
@@ -82,7 +83,8 @@ class ScoreOptions(JobOptions):
         ),
     ] = None
     from_cache: Annotated[
-        Path | None, Option("Score the tokens of this cache's traces instead of the text of a file.")
+        str | Location | None,
+        Option("Score the tokens of this cache's traces instead of the text of a file.", metavar="PATH|URL"),
     ] = None
     crop: Annotated[
         Crop | None,
@@ -111,7 +113,7 @@ class ScoreOptions(JobOptions):
             if self.crop:
                 raise InputError("`crop` cuts the traces of a cache; give `from_cache`")
             return
-        object.__setattr__(self, "from_cache", Path(self.from_cache))
+        object.__setattr__(self, "from_cache", locate(self.from_cache))
         for name in ("reasoning_markers", "answer_regex", "template_args", "columns"):
             if getattr(self, name):
                 raise InputError(f"`{name}`: `from_cache` takes tokens and sections as they are; leave it out")
@@ -281,7 +283,7 @@ class _Traces:
             raise InputError(f"`out` {options.out} is the cache to score; give a new directory")
         if (there := cache.identity.tokenizer_hash) != facts.tokenizer_hash:
             raise InputError(
-                f"{cache.path} was made with tokenizer {there[:12]}, `teacher` {options.teacher} has "
+                f"{cache.location} was made with tokenizer {there[:12]}, `teacher` {options.teacher} has "
                 f"{facts.tokenizer_hash[:12]}: its token ids mean other tokens; score the text instead (a .jsonl file)"
             )
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 import typer
 
+from logitcache.cache.options import use_mirrors
 from logitcache.commands.config import CONFIG, PRINT_CONFIG, dump, read_config
 from logitcache.errors import InputError, use_flags
 from logitcache.runtime.options import EVERYDAY, LAST_GROUPS, NATIVE, REQUIRED, Parameter, parameters
@@ -89,7 +90,8 @@ class Command:
     def own(self) -> list[Parameter]:
         """The options that the command has besides those of its declarations."""
         taken = [p for declared, names in self.also for p in parameters(declared) if p.name in names]
-        return [*taken, *parameters(self.handler)]
+        remote = any(p.is_location for declared in self.declared for p in parameters(declared))
+        return [*taken, *parameters(self.handler), *(parameters(use_mirrors) if remote else [])]
 
     def run(self, context: typer.Context) -> int | None:
         """Calls the handler with the values of the command line and the ``--config`` file.
@@ -104,6 +106,7 @@ class Command:
         if context.params[PRINT_CONFIG]:
             typer.echo(dump(without_secrets(self._settings(declared, values))))
             return 0
+        use_mirrors(given.get("cache_dir"), given.get("cache_bytes"))
         own = {p.name: given.get(p.name, p.default) for p in parameters(self.handler)}
         extra = {"values": values} if "values" in inspect.signature(self.handler).parameters else {}
         return self.handler(values.make(declared), **own, **extra)

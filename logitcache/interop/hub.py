@@ -99,14 +99,13 @@ def push(
         InputError for a cache without traces, where ``public`` disagrees and where the hub refuses, LogitcacheError where
         it cannot be reached.
     """
-    cache = Path(cache)  # a script may give text
     opened = Cache.open(cache)
     if not len(opened):
         raise InputError(f"{cache} has no traces yet; run `logitcache generate` first")
     if problems := verify(cache, workers):
         raise ShardCorruptError(f"{cache}: {problems[0]}; nothing was sent. `logitcache verify` lists all problems")
     api = _api(token)
-    with _reaching(repo):
+    with _on_this_disk(opened) as directory, _reaching(repo):
         url = api.create_repo(repo, repo_type="dataset", private=not public, exist_ok=True)
         _refuse_visibility(api, url.repo_id, public)
         where: dict[str, Any] = {"repo_id": url.repo_id, "repo_type": "dataset", "revision": revision}
@@ -115,15 +114,15 @@ def push(
         _refuse_another(api, where, opened)
         # By index: a shard without an index is left from a crash, or not finished yet by a running `generate`.
         names = [manifest.FILE_NAME, *(name for index in opened.shards for name in _files_of(index.name))]
-        sent: dict[str, Path | bytes] = {name: cache / name for name in names}
-        if _is_written(cache / CARD):
-            sent[CARD] = cache / CARD
+        sent: dict[str, Path | bytes] = {name: directory / name for name in names}
+        if _is_written(directory / CARD):
+            sent[CARD] = directory / CARD
         elif _MARK.encode() in (_read(api, where, CARD) or _MARK.encode()):
             sent[CARD] = card(opened, url.repo_id).encode()
         there = api.list_repo_files(**where)
         gone = [name for name in there if name.startswith(f"{shard.DIRECTORY}/") and name not in sent]
         message = f"{len(opened):,} traces of {opened.identity.teacher}"
-        api.create_commit(**where, operations=_operations(cache, sent, gone), commit_message=message)
+        api.create_commit(**where, operations=_operations(directory, sent, gone), commit_message=message)
     return PushReport(f"{url}/tree/{revision}" if revision else str(url), len(opened))
 
 
@@ -265,6 +264,11 @@ def _cell(text: str) -> str:
     return code_span(text, in_table=True)
 
 
+def _on_this_disk(cache: Cache) -> contextlib.AbstractContextManager[Path]:
+    """A directory with the files of a cache; of one behind a URL, copies for the time of the block."""
+    return cache.mirror.copied(cache.shards) if cache.mirror else contextlib.nullcontext(cache.path)
+
+
 def _api(token: str | None) -> Any:
     try:
         from huggingface_hub import HfApi
@@ -378,7 +382,7 @@ def _refuse_another(api: Any, where: dict[str, Any], cache: Cache) -> None:
     if difference := first_difference(asdict(there), asdict(cache.identity)):
         name, theirs, ours = difference
         raise IdentityError(
-            f"{repo} holds a cache with {name} = {theirs!r}, {cache.path} has {ours!r}; give another repository"
+            f"{repo} holds a cache with {name} = {theirs!r}, {cache.location} has {ours!r}; give another repository"
         )
 
 

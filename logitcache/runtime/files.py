@@ -249,11 +249,7 @@ def atomic_directory(out: Path, *, resume: bool = False) -> Iterator[Path]:
     place = Path(os.path.realpath(out))
     if os.path.ismount(place):  # nothing can be renamed to it
         raise WriteError(f"{out} is the root of a file system; give `out` a directory below it")
-    work, lock = part_of(place), place.with_name(f".{place.name}.logitcache-lock")
-    with exclusive(lock, str(out)), contextlib.ExitStack() as stack:
-        stack.callback(lock.unlink, missing_ok=True)
-        part = _begin(work, resume)
-        stack.callback(_remove, work, keep=resume)
+    with scratch_directory(place, str(out), resume=resume) as part:
         yield part
         try:
             if place.exists():
@@ -262,6 +258,23 @@ def atomic_directory(out: Path, *, resume: bool = False) -> Iterator[Path]:
             sync_directory(place.parent)
         except OSError as e:
             raise WriteError(f"{out}: {e.strerror or e}; fix the cause, then run the same command again") from e
+
+
+@contextlib.contextmanager
+def scratch_directory(place: Path, what: str, *, resume: bool = False) -> Iterator[Path]:
+    """A directory beside ``place`` for the time of the block.
+
+    Args:
+        what: the name of what is made in it, for messages.
+        resume: as in ``atomic_directory``.
+    Raises: CacheBusyError if another process makes it; WriteError.
+    """
+    work, lock = part_of(place), place.with_name(f".{place.name}.logitcache-lock")
+    with exclusive(lock, what), contextlib.ExitStack() as stack:
+        stack.callback(lock.unlink, missing_ok=True)
+        part = _begin(work, resume)
+        stack.callback(_remove, work, keep=resume)
+        yield part
 
 
 def _begin(work: Path, resume: bool) -> Path:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from logitcache.errors import InputError
 
 EVERYDAY = "Options"  # the group that --help shows first
-LAST_GROUPS = ("Engine", "Shards and workers", "Cluster", "Output")  # those that it shows last
+LAST_GROUPS = ("Engine", "Shards and workers", "Cluster", "Remote caches", "Output")  # those that it shows last
 REQUIRED: Any = inspect.Parameter.empty  # the default of an option that must be given
 NATIVE = (str, int, float, bool)  # types that Typer parses
 

@@ -30,7 +30,7 @@ def parse_bytes(text: str, name: str) -> int:
         name: of the option, for the message.
     Raises: InputError.
     """
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKMGTP]?)[bB]?", text.strip())
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kKmMgGtTpP]?)[bB]?", text.strip())
     if not found or not float(found[1]):
         raise InputError(f"`{name}` {text!r}: write a size above 0, such as 20GB")
     return int(float(found[1]) * 1000 ** " KMGTP".index(found[2].upper() or " "))

@@ -1,11 +1,11 @@
 """Options of `logitcache eval CACHE`."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 from logitcache.runtime.options import Option
 from logitcache.sections import SECTIONS
+from logitcache.storage.location import Location, locate
 
 _GROUP = "Comparison with the teacher"
 
@@ -17,7 +17,10 @@ class EvaluationOptions:
     The view is full by default, whatever view the student was trained on, so that all students are measured alike.
     """
 
-    cache: Annotated[Path, Option("Cache with the teacher's distributions.", positional=True)]
+    cache: Annotated[
+        str | Location,
+        Option("Cache with the teacher's distributions: a directory or a URL.", metavar="CACHE", positional=True),
+    ]
     student: Annotated[str, Option("A run, one of its checkpoints, a model folder, a LoRA adapter or a hub id.")]
     held_out: Annotated[
         float | None,
@@ -52,4 +55,4 @@ class EvaluationOptions:
     dtype: Annotated[str | None, Option("bf16 or fp32.", group=_GROUP, default="bf16 on CUDA")] = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "cache", Path(self.cache))  # a script may give text
+        object.__setattr__(self, "cache", locate(self.cache))  # a script may give text

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 from logitcache.accuracy.options import DEFAULT_BUDGETS
 from logitcache.grading.verdicts import Grading
 from logitcache.runtime.options import Option
+from logitcache.storage.location import Location, locate
 from logitcache.student.experiments.catalog import BEFORE, EXPERIMENTS, Variant
 
 # Options of every run and of its answers, declared by the commands that an experiment calls.
@@ -30,7 +31,9 @@ class ExperimentOptions:
     """One call of ``logitcache experiment``."""
 
     name: Annotated[str, Option(f"The experiment: {', '.join(EXPERIMENTS)}.", positional=True)]
-    cache: Annotated[Path, Option("Cache that all variants learn from.")]
+    cache: Annotated[
+        str | Location, Option("Cache that all variants learn from: a directory or a URL.", metavar="PATH|URL")
+    ]
     student: Annotated[str, Option("Model that every run starts from: a folder or hub id.")]
     out: Annotated[Path, Option("Directory of the experiment: a new one, or one to resume.")]
     seeds: Annotated[int, Option("Runs of each variant.")] = 3
@@ -56,8 +59,8 @@ class ExperimentOptions:
     answers: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("cache", "out"):
-            object.__setattr__(self, name, Path(getattr(self, name)))  # a script may give text
+        object.__setattr__(self, "cache", locate(self.cache))  # a script may give text
+        object.__setattr__(self, "out", Path(self.out))
 
     @property
     def held_out(self) -> float:

@@ -17,6 +17,7 @@ from logitcache.identity import Identity
 from logitcache.runtime.console import Stop
 from logitcache.runtime.options import arguments
 from logitcache.runtime.regular_files import descriptor_of
+from logitcache.storage.location import Location
 from logitcache.student.evaluation.options import EvaluationOptions
 from logitcache.student.training.options import TrainOptions
 
@@ -88,13 +89,13 @@ def check(code: int, what: str, log: Path) -> str | None:
     raise kind(f"{what}: {(own or lines or [f'exit code {code}'])[-1]} (its log: {log})")
 
 
-def train(cache: Path, student: str, out: Path, settings: dict[str, Any]) -> list[str]:
+def train(cache: str | Location, student: str, out: Path, settings: dict[str, Any]) -> list[str]:
     """`logitcache train` with fields of TrainOptions as its options."""
     given = {"caches": [cache], "student": student, "out": out, **settings}
     return ["train", *arguments(TrainOptions, given)]
 
 
-def evaluate(cache: Path, student: str, settings: dict[str, Any]) -> list[str]:
+def evaluate(cache: str | Location, student: str, settings: dict[str, Any]) -> list[str]:
     """`logitcache eval CACHE` with fields of EvaluationOptions as its options."""
     return ["eval", *arguments(EvaluationOptions, {"cache": cache, "student": student, **settings}), "--json"]
 
@@ -106,7 +107,7 @@ def answer(student: str, prompts: str, out: Path, settings: dict[str, Any]) -> l
 
 
 def crop(
-    source: Path, identity: Identity, teacher: str, which: str, out: Path, engine_args: dict[str, Any]
+    source: str | Location, identity: Identity, teacher: str, which: str, out: Path, engine_args: dict[str, Any]
 ) -> list[str]:
     """`logitcache score` of a crop, with rows that are stored like those of the source."""
     revision = identity.teacher_revision

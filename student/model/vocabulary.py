@@ -93,7 +93,7 @@ def find_ids(wanted_V: np.ndarray, traces: Traces) -> HeldIds:
     if not wanted_V.any():
         traces = ()
     for cache, indices in traces:
-        for i in indices:
+        for i in np.sort(indices):  # shard after shard: those of a cache behind a URL are downloaded
             trace = cache[int(i)]
             found_T, found_E = wanted_V[trace.token_ids], wanted_V[trace.rows.ids]
             if not (found_T.any() or found_E.any()):

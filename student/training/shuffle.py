@@ -21,7 +21,7 @@ def choose_window(shuffle: str, caches: Sequence[Cache], recorded: str | None = 
     Raises: StudentError for another `shuffle`.
     """
     if shuffle == AUTO and recorded is None:
-        return _fitting(caches) if _bytes(caches) > _most(caches) else None
+        return _fitting(caches) if _mixed_bytes(math.inf, _sizes(caches)) > _most(caches) else None
     text = recorded or "" if shuffle == AUTO else shuffle
     if text == FULL:
         return None
@@ -41,7 +41,8 @@ def window_name(window: int | None) -> str:
 def describe_order(window: int | None, caches: Sequence[Cache]) -> list[str]:
     """What a user should know of the order: lines to print, none where all traces are mixed and stay on this disk."""
     lines = [f"order of traces: mixed {window:,} shards at a time (`shuffle` {window_name(window)})"] if window else []
-    most, needed = _most(caches), _bytes(caches) if window is None else _window_bytes(window, caches)
+    sizes, most = _sizes(caches), _most(caches)
+    needed = _mixed_bytes(math.inf if window is None else window, sizes)
     if needed > most and window != 1:
         what = "the caches have" if window is None else f"{window:,} shards have"
         lines.append(
@@ -54,24 +55,23 @@ def describe_order(window: int | None, caches: Sequence[Cache]) -> list[str]:
 # Of the caches behind URLs. All mirrors on a machine share one limit of bytes.
 
 
-def _remote(caches: Sequence[Cache]) -> list[Cache]:
-    return [cache for cache in caches if cache.mirror is not None]
-
-
 def _most(caches: Sequence[Cache]) -> float:
-    return min((cache.mirror.room.most for cache in _remote(caches)), default=math.inf)
+    return min((cache.mirror.room.most for cache in caches if cache.mirror is not None), default=math.inf)
 
 
-def _bytes(caches: Sequence[Cache]) -> int:
-    return sum(shard.bytes for cache in _remote(caches) for shard in cache.shards)
+def _sizes(caches: Sequence[Cache]) -> list[tuple[int, int]]:
+    """Shards of each cache, and their bytes."""
+    return [
+        (len(cache.shards), sum(shard.bytes for shard in cache.shards)) for cache in caches if cache.mirror is not None
+    ]
 
 
-def _window_bytes(window: int, caches: Sequence[Cache]) -> float:
-    """At most what the shards have that are mixed at a time: with shares, so many of each cache."""
-    return sum(_bytes([cache]) * min(1, window / max(1, len(cache.shards))) for cache in _remote(caches))
+def _mixed_bytes(window: float, sizes: list[tuple[int, int]]) -> float:
+    """At most what the shards have that are mixed at a time: so many of each cache, as with shares."""
+    return sum(size * min(1, window / max(1, count)) for count, size in sizes)
 
 
 def _fitting(caches: Sequence[Cache]) -> int:
     """Shards, at most WINDOW, that fit half of the mirrors; the other half is for shards fetched ahead."""
-    fit = (n for n in range(WINDOW, 1, -1) if _window_bytes(n, caches) <= _most(caches) / 2)
-    return next(fit, 1)
+    sizes, most = _sizes(caches), _most(caches)
+    return next((n for n in range(WINDOW, 1, -1) if _mixed_bytes(n, sizes) <= most / 2), 1)

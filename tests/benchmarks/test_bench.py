@@ -163,6 +163,7 @@ def test_a_loader_and_an_opening_are_timed_from_a_store_and_from_a_directory(tmp
         assert 0 < case[f"{name}_min"] <= case[f"{name}_median"] <= case[f"{name}_max"]
         assert case["store"] == "moto on loopback"
     assert cases["open, mirror, first"]["requests"] > 20 > cases["open, mirror, again"]["requests"]
+    assert 0 < cases["open, mirror, compacted"]["requests"] < 20
 
 
 def test_an_order_by_shards_is_compared_with_a_shuffle_of_all() -> None:

@@ -1,8 +1,10 @@
 """Caches in a test's object store."""
 
 from pathlib import Path
+from typing import Any
 
 from logitcache.cache import manifest
+from logitcache.cache.reader import Cache
 from logitcache.storage.connect import connect
 from logitcache.storage.location import Url
 from logitcache.storage.store import Store
@@ -28,3 +30,11 @@ def flipped(data: bytes) -> bytes:
     changed = bytearray(data)
     changed[len(data) // 2] ^= 1
     return bytes(changed)
+
+
+def read_all(url: str, results: Any) -> None:
+    """Reads every trace, as a process of its own. Puts how many shards it downloaded, and the trace ids."""
+    cache = Cache.open(url)
+    found = [trace.trace_id for trace in cache]
+    assert cache.mirror
+    results.put((cache.mirror.downloads, found))

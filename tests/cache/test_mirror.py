@@ -5,7 +5,9 @@ import multiprocessing
 import os
 import pickle
 import shutil
+import subprocess
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from logitcache.runtime.files import publish_json, read_json
 from logitcache.storage.location import Url
 from logitcache.storage.objects import ObjectStore
 from tests import tiny
-from tests.cache.remote import flipped, swap, upload
+from tests.cache.remote import flipped, read_all, swap, upload
 
 SHARDS = 6
 
@@ -199,15 +201,10 @@ def test_no_cache_at_the_url_is_said_with_the_url(url, s3) -> None:
         Cache.open(url)
 
 
-def _read_all(url: str, queue) -> None:
-    cache = Cache.open(url)
-    queue.put((cache.mirror.downloads if [*cache] and cache.mirror else -1, cache.trace_ids))
-
-
 def test_processes_share_one_download_of_each_shard(url, local) -> None:
     context = multiprocessing.get_context("spawn")
     queue = context.Queue()
-    readers = [context.Process(target=_read_all, args=(url, queue)) for _ in range(3)]
+    readers = [context.Process(target=read_all, args=(url, queue)) for _ in range(3)]
     for each in readers:
         each.start()
     found = [queue.get(timeout=60) for _ in readers]
@@ -292,26 +289,35 @@ def test_a_full_disk_makes_room_from_the_mirror_itself(url, local, tmp_path, mon
 
 @pytest.mark.skipif(os.geteuid() != 0 or not shutil.which("mount"), reason="mounting needs root")
 def test_a_disk_that_is_really_full(url, local, tmp_path, monkeypatch) -> None:
-    import subprocess
-
     small = tmp_path / "small"
     small.mkdir()
-    size = 2 * sum(s.bytes for s in local.shards) // 4096 * 4096
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(small)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)], capture_output=True)
     if mounted.returncode:
         pytest.skip("a container without mounts")
     try:
-        (small / "others").write_bytes(bytes(size // 2))
         monkeypatch.setenv(CACHE_DIR, str(small / "mirrors"))
-        assert [t.trace_id for t in Cache.open(url)] == local.trace_ids
-        shutil.rmtree(small / "mirrors")
-        opened = Cache.open(url)
-        with pytest.raises(OSError, match="space"):
-            (small / "more").write_bytes(bytes(size))
+        monkeypatch.setenv(CACHE_BYTES, "1GB")
+        cache = Cache.open(url)
+        cache.shard(0)
+        left = 2 * max(s.bytes for s in local.shards)
+        (small / "others").write_bytes(bytes(shutil.disk_usage(small).free - left))
+        assert [t.trace_id for t in cache] == local.trace_ids
+        assert 0 < len(arrows(cache)) < SHARDS
+        for path in cache.path.glob("shards/*.arrow"):
+            path.unlink()
+        del cache
+        _fill(small / "more")
         with pytest.raises(WriteError, match=rf"^{small}.*No space left on device while .*`cache_dir`"):
-            list(opened)
+            list(Cache.open(url))
     finally:
         subprocess.run(["umount", "-l", str(small)], check=True)
+
+
+def _fill(path: Path) -> None:
+    """Writes a file until the disk is full."""
+    with suppress(OSError), path.open("wb", buffering=0) as file:
+        while file.write(bytes(512)):
+            pass
 
 
 def test_a_directory_that_cannot_be_written_names_cache_dir(url, tmp_path, monkeypatch) -> None:

@@ -70,7 +70,8 @@ def test_of_a_mixture_the_caches_behind_urls_are_asked(caches, watched):
 
 def test_reading_all_shards_in_turn_asks_for_the_next_ones(caches, watched, monkeypatch):
     monkeypatch.setattr(fetch_ahead, "AHEAD", 4)
-    assert [shard.path.stem for shard in in_turn(caches[0])] == [index.name for index in caches[0].shards]
+    read = [shard.batch.column("trace_id").to_pylist() for shard in in_turn(caches[0])]
+    assert read == [index.trace_ids for index in caches[0].shards]
     assert watched.lists == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7], [6, 7]]
     assert matching(caches[0], "tokens>0").all()
     assert not TraceDataset(caches[1]).remote

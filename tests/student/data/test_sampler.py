@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from logitcache.student.data.sampler import Pool, StepSampler, cut, evaluation_batches, share, shuffled
@@ -131,6 +131,10 @@ def test_mixed_steps_are_as_many_in_every_epoch():
     assert np.mean(tokens) == pytest.approx(300, rel=0.15)
 
 
+# A busy machine makes no difference.
+patient = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+
 @st.composite
 def sharded(draw) -> Pool:
     """Traces in shards of 1 to 6; from one cache, or in shares from two."""
@@ -153,6 +157,7 @@ def most_open(shards: np.ndarray) -> int:
     return max(sum(first[s] <= i <= last[s] for s in first) for i in range(len(shards)))
 
 
+@patient
 @given(sharded(), windows, seeds, epochs)
 def test_an_order_by_shards_has_the_traces_of_a_full_shuffle_and_is_the_same_each_time(pool, window, seed, epoch):
     order = pool.order(seed, epoch, window)
@@ -164,6 +169,7 @@ def test_an_order_by_shards_has_the_traces_of_a_full_shuffle_and_is_the_same_eac
     assert order.tolist() == pool.order(seed, epoch, window).tolist()
 
 
+@patient
 @given(sharded(), windows, seeds, epochs)
 def test_every_trace_of_a_mixture_comes_in_turn_also_by_shards(pool, window, seed, epoch):
     for part, count in zip(pool.parts, pool.counts, strict=False):
@@ -172,6 +178,7 @@ def test_every_trace_of_a_mixture_comes_in_turn_also_by_shards(pool, window, see
         assert set(range(part.start, part.stop)) <= set(seen.tolist())
 
 
+@patient
 @given(sharded(), windows, seeds, epochs)
 def test_an_order_by_shards_uses_at_most_a_window_of_them_at_a_time(pool, window, seed, epoch):
     whole = replace(pool, shares=None)
@@ -179,12 +186,14 @@ def test_an_order_by_shards_uses_at_most_a_window_of_them_at_a_time(pool, window
     assert most_open(shards) <= window
 
 
+@patient
 @given(sharded(), seeds, epochs)
 def test_one_window_of_all_shards_is_a_full_shuffle(pool, seed, epoch):
     whole = replace(pool, shares=None)
     assert whole.order(seed, epoch, window=20).tolist() == whole.order(seed, epoch).tolist()
 
 
+@patient
 @given(sharded(), windows, seeds, epochs)
 def test_an_order_by_shards_does_not_depend_on_the_places_of_traces_and_shards(pool, window, seed, epoch):
     moved = np.random.default_rng(seed).permutation(len(pool))
@@ -193,6 +202,7 @@ def test_an_order_by_shards_does_not_depend_on_the_places_of_traces_and_shards(p
     assert pool.keys[here.order(seed, epoch, window)].tolist() == there.keys[there.order(seed, epoch, window)].tolist()
 
 
+@patient
 @given(sharded(), windows, seeds, epochs, st.integers(1, 3), st.integers(1, 3))
 def test_ranks_and_accumulation_share_the_steps_of_an_order_by_shards(pool, window, seed, epoch, accumulation, world):
     whole = StepSampler(pool, 60 * accumulation * world, seed=seed, window=window)

@@ -460,7 +460,7 @@ def test_the_command_line_reads_back_every_training_option(monkeypatch):
         here(subcommands.train(Path("c"), "s", Path("o"), settings), Path("log"), Stop())
     (options,) = seen
     assert {name: getattr(options, name) for name in settings} == settings
-    assert (options.caches, options.student, options.out) == ([Path("c")], "s", Path("o"))
+    assert (options.caches, options.student, options.out) == (["c"], "s", Path("o"))
     off = subcommands.train(
         Path("c"), "s", Path("o"), {"compile": False, "gradient_checkpointing": False, "top_k": None}
     )
