@@ -160,7 +160,9 @@ class Outcome:
     deaths: int = 0
     up: float = 0.0  # slot time of engines, until the job's end
     busy: float = 0.0  # slot time in which they worked, on traces that were kept or lost
-    unpublished: float = 0.0  # finished traces that an engine holds, mean when one more is: shards by order of finishing
+    unpublished: float = (
+        0.0  # finished traces that an engine holds, mean when one more is: shards by order of finishing
+    )
     unpublished_units: float = 0.0  # the same, if units of 64 that were taken together waited for their longest trace
     most_unpublished_units: int = 0
 
