@@ -74,6 +74,9 @@ class Filling:
 
     def _pull(self, count: int) -> list[EngineRequest] | None:
         requests = self.ask("take", count)
+        if requests == [] and not self.in_flight:  # what it may take depends on what it has finished and not published
+            self.session.finish([self._publish])
+            requests = self.ask("take", count)
         if requests is None:
             return None
         return [found for request in requests if (found := self._for_engine(request))]

@@ -2,7 +2,7 @@
 
 import threading
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from logitcache.cache.shard import ShardIndex
@@ -10,6 +10,7 @@ from logitcache.capture.job import Request
 from logitcache.capture.summary import Counts, Summary
 
 DEADLY = 3  # engines that died with a request before it is set aside
+_MIXED = 16  # requests of dead engines that an engine gets among others, so that another death accuses few
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +50,8 @@ class Ledger:
         self._requests, self._unread, self._publish = requests, waiting, publish
         self._ahead: Request | None = None  # read, not handed out
         self._returned: deque[Request] = deque()
-        self._suspects: deque[Request] = deque()  # one more death and they are set aside
+        self._suspects: deque[Request] = deque()  # one more death, alone, and they are set aside
+        self._together = 1  # suspects that an engine may hold when nothing else is left
         self._deaths: Counter[str] = Counter()  # engines that died while they held the trace
         self._held: dict[int, dict[str, Request]] = {}
         self._joined: set[int] = set()
@@ -71,21 +73,27 @@ class Ledger:
             if mine is None or self._stopping:
                 return None
             self._joined.add(holder)
-            given: list[Request] = []
-            while len(given) < most and (request := self._next()):
-                given.append(request)
-                while self._ahead_or_read() and self._ahead and self._ahead.prompt_id == request.prompt_id:
-                    given.append(self._read())
-            # An engine gets one suspect at a time, so that its death tells which of them it was.
-            if self._suspects and not any(self._deaths[t] >= DEADLY - 1 for t in mine):
-                given.append(self._suspects.popleft())
+            given = _first(self._returned, min(most, _MIXED - self._accused(mine, 1)))
+            while len(given) < most and self._ahead_or_read():
+                given += self._read_prompt()
+            given += _first(self._returned, most - len(given))
+            # An engine gets one suspect at a time, so that its death tells which of them it was. Where only suspects are left
+            # that would take too long.
+            suspects = self._together if len(given) < most else 1
+            given += _first(self._suspects, suspects - self._accused(mine, DEADLY - 1))
             mine |= {request.trace_id: request for request in given}
             return given or ([] if self._suspects else None)
 
-    def _next(self) -> Request | None:
-        if self._returned:
-            return self._returned.popleft()
-        return self._read() if self._ahead_or_read() else None
+    def _accused(self, held: Iterable[str], deaths: int) -> int:
+        """How many of these traces so many engines died with."""
+        return sum(self._deaths[trace_id] >= deaths for trace_id in held) if self._deaths else 0
+
+    def _read_prompt(self) -> list[Request]:
+        """The next requests of the source that share a prompt."""
+        found = [self._read()]
+        while self._ahead_or_read() and self._ahead and self._ahead.prompt_id == found[0].prompt_id:
+            found.append(self._read())
+        return found
 
     def _ahead_or_read(self) -> bool:
         """Whether a request is left in the source."""
@@ -114,6 +122,8 @@ class Ledger:
             if mine is None or not mine.keys() >= set(index.trace_ids):
                 return False
             self._publish(index)
+            if self._accused(index.trace_ids, DEADLY - 1):
+                self._together *= 2
             for trace_id in index.trace_ids:
                 del mine[trace_id]
             self.summary.add(counts)
@@ -144,19 +154,23 @@ class Ledger:
         Returns: how many traces wait again.
         """
         with self._lock:
-            mine = list(self._held.pop(holder, {}).values())
-            back = []
-            for request in mine:
-                self._deaths[request.trace_id] += blamed
-                deaths = self._deaths[request.trace_id]
-                if deaths >= DEADLY:
-                    self.summary.deadly[request.trace_id] = request.prompt_id
-                elif deaths == DEADLY - 1:
-                    self._suspects.append(request)
-                else:
-                    back.append(request)
-            self._returned.extendleft(reversed(back))
-            return len(mine)
+            mine = self._held.pop(holder, {})
+            suspects = self._take_suspects(mine)
+            if blamed and suspects:
+                self._together = 1
+            if blamed and len(suspects) == 1:
+                found = suspects.pop()
+                self.summary.deadly[found.trace_id] = found.prompt_id
+            self._suspects.extendleft(reversed(suspects))
+            if blamed:
+                self._deaths.update(mine.keys())
+            self._suspects.extend(self._take_suspects(mine))
+            self._returned.extendleft(reversed(mine.values()))
+            return len(mine) + len(suspects)
+
+    def _take_suspects(self, held: dict[str, Request]) -> list[Request]:
+        """Removes those of the requests that one more death will set aside."""
+        return [held.pop(t) for t in [*held] if self._deaths[t] >= DEADLY - 1]
 
     def stop(self) -> None:
         """From now on no request is handed out; engines publish what they have finished and end."""
@@ -174,3 +188,8 @@ class Ledger:
         waiting = self._unread + len(self._returned) + len(self._suspects)
         tokens = sum(self._tokens.values())
         return Status(self.summary.made, waiting, sum(held), tokens, sum(map(bool, held)), frozenset(self._joined))
+
+
+def _first(waiting: deque[Request], count: int) -> list[Request]:
+    """Takes up to ``count`` requests."""
+    return [waiting.popleft() for _ in range(min(count, len(waiting)))]

@@ -113,3 +113,40 @@ def test_after_a_stop_nothing_is_handed_out_and_what_finished_is_published() -> 
     assert not made.report(0, 1)
     assert made.commit(0, index(request(0).trace_id), Counts(traces=1))
     assert len(published) == 1
+
+
+def test_a_second_death_accuses_few_of_those_that_the_first_returned() -> None:
+    made, _ = ledger(1000)
+    for holder in range(2):
+        made.join(holder)
+        made.take(holder, 100)
+        made.revoke(holder, blamed=True)
+    made.join(2)
+    accused = [i for i in ids(made.take(2, 1000)) if i < 100]
+    assert made.status().waiting == 15, "suspects, of which an engine has one"
+    assert accused == [*range(16, 100), 0]
+
+
+def test_where_only_suspects_are_left_an_engine_gets_more_of_them_with_each_shard() -> None:
+    """Otherwise the last hundreds of an unlucky job would be made one after the other."""
+    made, _ = ledger(40)
+    for holder in range(2):
+        made.join(holder)
+        made.take(holder, 40)
+        made.revoke(holder, blamed=True)
+    made.join(2)
+    sizes = []
+    for _ in range(3):
+        taken = made.take(2, 40)
+        assert taken
+        sizes.append(len(taken))
+        assert made.commit(2, index(*(r.trace_id for r in taken)), Counts(traces=len(taken)))
+    assert sizes == [1, 2, 4]
+    assert len(made.take(2, 40) or []) == 8
+    assert made.take(2, 40) == [], "it holds as many as it may"
+    assert made.revoke(2, blamed=True) == 8, "its death does not tell which of them it was"
+    assert not made.summary.deadly
+    made.join(3)
+    assert ids(made.take(3, 40)) == [7], "so they come one by one again, first"
+    made.revoke(3, blamed=True)
+    assert list(made.summary.deadly.values()) == ["p7"]
