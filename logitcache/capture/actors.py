@@ -88,7 +88,8 @@ class EngineActor:
         try:
             filling.run(begun.waiting)
         finally:
-            place.keep(filling.session.log)
+            if filling.session.log.exists():  # the engine began to load
+                place.keep(filling.session.log)
         return filling.session.load_seconds
 
 

@@ -79,7 +79,9 @@ def connected(address: str) -> Iterator[None]:
         )
     _refuse_silence(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        ours = {name: value for name, value in os.environ.items() if name.startswith("LOGITCACHE_")}
+        more = {"runtime_env": {"env_vars": ours}} if ours else {}
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **more)
     except AuthenticationError as e:
         raise InputError(
             f"`ray` {address}: the cluster refuses this process's token ({first_line(e)}); set RAY_AUTH_TOKEN or "
