@@ -200,6 +200,7 @@ def on_a_cluster(traces: int, rounds: int) -> Iterator[Case]:
     import ray
 
     ray.init(
+        address="local",
         num_cpus=1,
         include_dashboard=False,
         log_to_driver=False,
@@ -335,7 +336,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engines", type=int, nargs="*", default=[1, 4, 16, 64])
     parser.add_argument("--traces", type=int, default=10_240, help="of each simulated engine, 40 a slot")
-    parser.add_argument("--calls", type=int, default=20_000, help="requests taken from a measured ledger; 0 leaves it out")
+    parser.add_argument(
+        "--calls", type=int, default=20_000, help="requests taken from a measured ledger; 0 leaves it out"
+    )
     parser.add_argument("--requests", type=int, default=1_000_000, help="of the ledger that is opened; 0 leaves it out")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ray", action=argparse.BooleanOptionalAction, default=True)
