@@ -196,17 +196,16 @@ def as_an_actor(callers: int, traces: int, rounds: int) -> Case:
 
 
 def on_a_cluster(traces: int, rounds: int) -> Iterator[Case]:
-    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray listens on 127.0.0.1
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONPATH": str(ROOT)}  # Ray listens on 127.0.0.1
     import ray
 
     ray.init(
         address="local",
-        num_cpus=1,
+        num_cpus=6,
         include_dashboard=False,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
         object_store_memory=80 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     try:
         for callers in (1, 4):
