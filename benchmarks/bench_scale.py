@@ -143,7 +143,7 @@ def in_this_process(traces: int, rounds: int) -> Iterator[Case]:
 
 
 def rates(where: str, callers: int, found: list[tuple[float, float]]) -> Case:
-    requests, calls = zip(*found, strict=True)
+    requests, calls = [r for r, _ in found], [c for _, c in found]
     return (
         {"case": "ledger", "where": where, "callers": callers}
         | spread("requests_per_s", requests)

@@ -26,7 +26,7 @@ from tests.storage.s3_server import environment, serve_s3
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_DEDUP_LOGS": "0"}  # Ray listens on 127.0.0.1
-MACHINE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+MACHINE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
 @contextlib.contextmanager
