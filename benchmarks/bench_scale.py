@@ -143,7 +143,7 @@ def in_this_process(traces: int, rounds: int) -> Iterator[Case]:
 
 
 def rates(where: str, callers: int, found: list[tuple[float, float]]) -> Case:
-    requests, calls = zip(*found, strict=True)
+    requests, calls = [r for r, _ in found], [c for _, c in found]
     return (
         {"case": "ledger", "where": where, "callers": callers}
         | spread("requests_per_s", requests)
@@ -196,16 +196,16 @@ def as_an_actor(callers: int, traces: int, rounds: int) -> Case:
 
 
 def on_a_cluster(traces: int, rounds: int) -> Iterator[Case]:
-    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}  # Ray listens on 127.0.0.1
+    os.environ |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "PYTHONPATH": str(ROOT)}  # Ray listens on 127.0.0.1
     import ray
 
     ray.init(
-        num_cpus=1,
+        address="local",
+        num_cpus=6,
         include_dashboard=False,
         log_to_driver=False,
         _node_ip_address="127.0.0.1",
         object_store_memory=80 << 20,
-        runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}},
     )
     try:
         for callers in (1, 4):

@@ -26,7 +26,7 @@ from tests.storage.s3_server import environment, serve_s3
 
 ROOT = Path(__file__).parents[1]
 LOOPBACK = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_DEDUP_LOGS": "0"}  # Ray listens on 127.0.0.1
-MACHINE = {"num_cpus": 1, "object_store_memory": 80 << 20}
+MACHINE: dict[str, Any] = {"num_cpus": 1, "object_store_memory": 80 << 20}
 
 
 @contextlib.contextmanager
@@ -89,9 +89,14 @@ def kill(what: str, job: Job, cluster: Any, machines: list[Any], rng: random.Ran
 
 
 def torment(job: Job, cluster: Any, machines: list[Any], args: argparse.Namespace) -> Counter[str]:
-    """Kills until the job has ended, at most so many times. Returns: how often what was killed."""
+    """Kills until the job has ended, at most so many times. Returns: how often what was killed.
+
+    A job gives up after kills that come faster than its shards; then its command is given again, too.
+    """
     rng, killed = random.Random(args.seed), Counter[str]()
-    while job.process.poll() is None and killed.total() < args.kills:
+    while job.process.poll() != 0 and killed.total() < args.kills:
+        if job.process.poll() is not None:
+            job.start()
         time.sleep(rng.uniform(*args.every))
         what = rng.choices(["engine", "machine", "driver"], [6, 2, 2])[0]
         if job.process.poll() is None and kill(what, job, cluster, machines, rng):

@@ -171,3 +171,15 @@ def test_an_order_by_shards_is_compared_with_a_shuffle_of_all() -> None:
     assert cases[None]["siblings"] < cases[1]["siblings"]
     assert cases[1]["downloads"] == pytest.approx(1)
     assert cases[None]["downloads"] > 5
+
+
+def test_engines_that_pull_are_simulated_beside_fixed_shares_and_the_ledger_is_timed() -> None:
+    cases = run("bench_scale", "--quick")
+    simulated = {(c["engines"], c["fate"], c["requests"]): c for c in cases if c["case"] == "simulated"}
+    late = "one late by half the job"
+    pulled, shares = (simulated[4, late, name]["of_ideal_median"] for name in ("pulled", "shares by prompt"))
+    assert 1 < pulled < shares
+    assert simulated[4, "one deadly request", "pulled"]["set_aside_min"] == 1
+    ledger, options, pickled = (c for c in cases if c["case"] != "simulated")
+    assert ledger["requests_per_s_min"] > 2000
+    assert options["requests"] == pickled["requests"] == 4000
