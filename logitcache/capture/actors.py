@@ -1,12 +1,14 @@
 """The actors of a job on a Ray cluster: the ledger, and one for each engine."""
 
 import socket
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from logitcache.cache import manifest
 from logitcache.cache.place import place_of
+from logitcache.cache.workers import Worker
 from logitcache.capture.filling import Filling
 from logitcache.capture.job import JobOptions
 from logitcache.capture.machines import cause_of
@@ -28,14 +30,21 @@ class Begun:
 
 
 class LedgerActor:
-    """The ledger, which reads the source itself: a million requests are not sent."""
+    """The ledger, which reads the source itself: a million requests are not sent.
+
+    It holds the cache's lock too, since it alone publishes: a lock ends with the process that could still write.
+    """
+
+    def __init__(self) -> None:
+        self.stack = ExitStack()
 
     def begin(self, options: JobOptions) -> Begun:
         """Raises: as `runner.fill`, before anything is written."""
         task, identity = options.task()
         place = place_of(options.out)
         check(task, identity, place)
-        self.ledger, first = open_ledger(task, identity, place)
+        check_lock = self.stack.enter_context(place.alone(Worker(), writers=2))
+        self.ledger, first = open_ledger(task, identity, place, check_lock)
         return Begun(identity, self.ledger.summary.before, self.ledger.status().waiting, first)
 
     def call(self, method: str, *args: Any, **more: Any) -> Any:
@@ -43,6 +52,10 @@ class LedgerActor:
 
     def summary(self) -> Summary:
         return self.ledger.summary
+
+    def end(self) -> None:
+        """Gives the lock back."""
+        self.stack.close()
 
 
 class EngineActor:
@@ -58,7 +71,7 @@ class EngineActor:
         """Works until the ledger has no more requests. Returns: seconds of loading.
 
         Args:
-            lock: what the driver wrote into the lock of a directory; this machine must see it too.
+            lock: what the ledger wrote into the lock of a directory; this machine must see it too.
         Raises: InputError for a machine that differs; as `Filling.run`.
         """
         import ray

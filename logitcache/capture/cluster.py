@@ -6,13 +6,11 @@ cannot be reached is revoked at the ledger, and another is started while request
 
 import sys
 import time
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from logitcache.cache.place import Place, place_of
-from logitcache.cache.workers import Worker
 from logitcache.capture.actors import Begun, EngineActor, LedgerActor, lock_in
 from logitcache.capture.job import JobOptions
 from logitcache.capture.ledger import Status
@@ -21,7 +19,7 @@ from logitcache.capture.runner import keep
 from logitcache.capture.summary import Summary
 from logitcache.errors import EngineError
 from logitcache.inference.session import log_in
-from logitcache.runtime.console import Progress, Stop
+from logitcache.runtime.console import Progress, Stop, say
 from logitcache.runtime.secrets import hide
 
 _TRIES = 3  # engines that die before any has taken a request, or between two shards of all engines
@@ -37,16 +35,15 @@ def fill(options: JobOptions) -> Summary:
 
     Raises: as `runner.fill`; InputError where there is no cluster and for a machine that differs from this one.
     """
-    place = place_of(options.out)
-    with connected(options.ray or "auto"), place.alone(Worker(), 2) as check_lock:
-        return _Job(options, place, check_lock).run()
+    with connected(options.ray or "auto"):
+        return _Job(options, place_of(options.out)).run()
 
 
 class _Job:
     """The driver: starts engines, and takes back what dead ones held."""
 
-    def __init__(self, options: JobOptions, place: Place, check_lock: Callable[[], None]) -> None:
-        self.options, self.place, self.check_lock = options, place, check_lock
+    def __init__(self, options: JobOptions, place: Place) -> None:
+        self.options, self.place = options, place
         wanted = options.engines
         self.least, self.most = (wanted.least, wanted.most) if wanted else (1, holds(options))
         self.engines: dict[Any, _Engine] = {}  # by the reference of its work
@@ -64,12 +61,19 @@ class _Job:
         actor: Any = ray.remote(LedgerActor)
         self.ledger = actor.options(num_cpus=0, max_restarts=0, scheduling_strategy=here).remote()
         try:
-            self.begun: Begun = get(self.ledger.begin.remote(self.options))
+            begun = self.ledger.begin.remote(self.options)
+            if not ray.wait([begun], timeout=5)[0]:
+                say(
+                    "reading the prompts and the cache; a lock that a killed command left is watched for 35 s",
+                    sys.stderr,
+                )
+            self.begun: Begun = get(begun)
             self.lock = lock_in(self.options.out)
             if self.begun.waiting:
                 self._work()
             return get(self.ledger.summary.remote())
         finally:
+            ray.wait([self.ledger.end.remote()], timeout=5)  # a dead one has given the lock back
             ray.kill(self.ledger)
 
     def _work(self) -> None:
@@ -98,7 +102,6 @@ class _Job:
 
         deadline = None
         while True:
-            self.check_lock()
             status = self._status()
             if (stop.signal or self.fatal) and deadline is None:
                 deadline = time.monotonic() + _PATIENCE if self.fatal else float("inf")
@@ -143,15 +146,19 @@ class _Job:
         except RayTaskError as e:
             cause = cause_of(e)
             if isinstance(cause, EngineError):
-                self._lost(engine, str(cause))
+                self._lost(engine, str(cause), itself=True)
             else:
                 self.fatal = self.fatal or cause
         except RayError as e:
             self._lost(engine, reason(e))
         self._end(engine)
 
-    def _lost(self, engine: "_Engine", why: str) -> None:
-        """Takes back what a dead engine held."""
+    def _lost(self, engine: "_Engine", why: str, *, itself: bool = False) -> None:
+        """Takes back what a dead engine held.
+
+        Args:
+            itself: it ended with an error of its own, which it will repeat if it could not even load.
+        """
         import ray
 
         before = self._status()
@@ -164,7 +171,7 @@ class _Job:
         self.fruitless, self.seen = (self.fruitless + 1 if progress == self.seen else 1), progress
         where = f" on {machine['NodeManagerHostname']}" if machine else ""
         self.progress.print(f"engine {engine.number}{where} died: {hide(why)}; {waiting} traces wait again")
-        most = _TRIES * (self.most if engine.number in before.joined else 1)
+        most = _TRIES * (1 if itself and engine.number not in before.joined else self.most)
         if self.fruitless >= most:
             self.fatal = self.fatal or EngineError(
                 f"{self.fruitless} engines died without a new shard between them, the last one: {hide(why)}; everything "

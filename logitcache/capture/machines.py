@@ -80,7 +80,7 @@ def connected(address: str) -> Iterator[None]:
     _refuse_silence(address)
     try:
         ours = {name: value for name, value in os.environ.items() if name.startswith("LOGITCACHE_")}
-        more = {"runtime_env": {"env_vars": ours}} if ours else {}
+        more: dict[str, Any] = {"runtime_env": {"env_vars": ours}} if ours else {}
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, **more)
     except AuthenticationError as e:
         raise InputError(
