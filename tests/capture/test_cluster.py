@@ -158,12 +158,17 @@ def test_a_signal_lets_engines_publish_what_they_finished(start, tmp_path) -> No
 
 
 def test_a_second_command_is_refused(start, tmp_path) -> None:
+    rows = [
+        {"id": f"p{i}", "prompt": f"question {i}"} for i in range(4000)
+    ]  # longer than the second one takes to start
+    (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     process = start()
     wait_for(lambda: shards(tmp_path / "c") >= 1)
     code, said = ended(start())
     assert code == 2
     assert "is being written by another process (pid" in said
-    assert ended(process)[0] == 0
+    process.send_signal(signal.SIGINT)
+    assert ended(process)[0] == 130
 
 
 def test_a_request_that_kills_three_engines_is_set_aside_and_named(start, tmp_path) -> None:
