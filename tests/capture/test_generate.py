@@ -9,11 +9,14 @@ import numpy as np
 import pytest
 
 from logitcache.cache.claim import claim
+from logitcache.cache.place import place_of
 from logitcache.cache.reader import Cache
 from logitcache.cache.verify import verify
 from logitcache.cache.workers import Worker
+from logitcache.capture.filling import Filling
 from logitcache.capture.generate import GenerateOptions, generate
 from logitcache.capture.job import identify
+from logitcache.capture.runner import open_ledger
 from logitcache.commands.text_capture import describe_summary
 from logitcache.errors import CacheBusyError, EngineError, IdentityError, InputError, ModelError, WriteError
 from logitcache.inference import session
@@ -110,6 +113,24 @@ def test_no_finished_trace_waits_for_a_longer_one(engine, prompts, tmp_path, mon
     cache = Cache.open(tmp_path / "c")
     assert [s.trace_count for s in cache.shards] == [3, 3, 3, 1]
     assert cache.prompt_ids[-1] == "p0"
+
+
+def test_an_engine_that_gets_nothing_now_publishes_what_it_has_before_it_asks_again(engine, prompts, tmp_path) -> None:
+    """What the ledger of a cluster hands out may depend on what was published."""
+    given = options(prompts(6), tmp_path / "c", unit_size=64)
+    task, identity = given.task()
+    place = place_of(given.out)
+    ledger, first = open_ledger(task, identity, place)
+    ledger.join(0)
+    assert first
+
+    def ask(method, *args):
+        if method == "take" and ledger.status().held:
+            return []
+        return getattr(ledger, method)(0, *((1,) if method == "take" else args))
+
+    Filling(task, identity, place, ask, first, "").run(6)
+    assert [s.trace_count for s in Cache.open(given.out).shards] == [1] * 6
 
 
 def test_a_shard_of_enough_bytes_takes_no_more_traces(engine, prompts, tmp_path) -> None:
