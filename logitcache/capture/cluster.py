@@ -14,7 +14,7 @@ from logitcache.cache.place import Place, place_of
 from logitcache.capture.actors import Begun, EngineActor, LedgerActor, lock_in
 from logitcache.capture.job import JobOptions
 from logitcache.capture.ledger import Status
-from logitcache.capture.machines import cause_of, connected, get, holds, reason, room, waiting_for
+from logitcache.capture.machines import cause_of, connected, get, holding, holds, reason, room, waiting_for
 from logitcache.capture.runner import keep
 from logitcache.capture.summary import Summary
 from logitcache.errors import EngineError
@@ -165,7 +165,7 @@ class _Job:
         node = engine.node()
         machine = next((n for n in ray.nodes() if n["NodeID"] == node), None)
         there = machine is None or machine["Alive"]
-        waiting = self._ask("revoke", engine.number, blamed=there)
+        waiting = self._ask("revoke", engine.number, blamed=there, machine=node if holding(self.options) > 1 else None)
         self.deaths += 1
         progress = before.made, len(before.joined)
         self.fruitless, self.seen = (self.fruitless + 1 if progress == self.seen else 1), progress

@@ -1,7 +1,7 @@
 """Who makes which trace: engines pull requests, and a trace belongs to one of them until it is published."""
 
 import threading
-from collections import Counter, deque
+from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -53,6 +53,7 @@ class Ledger:
         self._suspects: deque[Request] = deque()  # one more death, alone, and they are set aside
         self._together = 1  # suspects that an engine may hold when nothing else is left
         self._deaths: Counter[str] = Counter()  # engines that died while they held the trace
+        self._machines: defaultdict[str, set[str | None]] = defaultdict(set)  # where they died
         self._held: dict[int, dict[str, Request]] = {}
         self._joined: set[int] = set()
         self._tokens: Counter[int] = Counter()
@@ -146,11 +147,13 @@ class Ledger:
         self._tokens[holder] = tokens
         return holder in self._held and not self._stopping
 
-    def revoke(self, holder: int, *, blamed: bool) -> int:
+    def revoke(self, holder: int, *, blamed: bool, machine: str | None = None) -> int:
         """Takes back what an engine holds that has died or cannot be reached; nothing it sends is accepted any more.
 
         Args:
             blamed: whether a request may have caused its death, which a lost machine rules out.
+            machine: where it died; None where the cluster has no other machine. A request is set aside only after deaths on
+                two machines, since one machine may be broken.
         Returns: how many traces wait again.
         """
         with self._lock:
@@ -158,7 +161,9 @@ class Ledger:
             suspects = self._take_suspects(mine)
             if blamed and suspects:
                 self._together = 1
-            if blamed and len(suspects) == 1:
+            for request in [*mine.values(), *suspects] if blamed else []:
+                self._machines[request.trace_id].add(machine)
+            if blamed and len(suspects) == 1 and self._may_be_deadly(suspects[0], machine):
                 found = suspects.pop()
                 self.summary.deadly[found.trace_id] = found.prompt_id
             self._suspects.extendleft(reversed(suspects))
@@ -167,6 +172,9 @@ class Ledger:
             self._suspects.extend(self._take_suspects(mine))
             self._returned.extendleft(reversed(mine.values()))
             return len(mine) + len(suspects)
+
+    def _may_be_deadly(self, request: Request, machine: str | None) -> bool:
+        return machine is None or len(self._machines[request.trace_id]) > 1
 
     def _take_suspects(self, held: dict[str, Request]) -> list[Request]:
         """Removes those of the requests that one more death will set aside."""

@@ -32,6 +32,14 @@ def room(options: JobOptions) -> tuple[Any, dict[str, Any]]:
     return group, {"num_cpus": 1, "scheduling_strategy": inside}  # vLLM's workers take the GPUs of the group
 
 
+def holding(options: JobOptions) -> int:
+    """Machines that are large enough for an engine, or for its part of one."""
+    import ray
+
+    kind, amount = needs(options)
+    return sum(int(n["Resources"].get(kind, 0)) >= amount for n in ray.nodes() if n["Alive"])
+
+
 def holds(options: JobOptions) -> int:
     """Engines that the cluster's machines hold now, at least 1."""
     import ray

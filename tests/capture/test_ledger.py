@@ -95,6 +95,20 @@ def test_a_request_that_kills_engines_is_found_among_its_neighbours_and_set_asid
     assert len(published) == 39
 
 
+def test_a_broken_machine_sets_no_request_aside() -> None:
+    made, published = ledger(1)
+    for holder in range(6):
+        made.join(holder)
+        assert ids(made.take(holder, 1)) == [0]
+        made.revoke(holder, blamed=True, machine="broken")
+    assert not made.summary.deadly
+    made.join(7)
+    assert ids(made.take(7, 1)) == [0]
+    made.revoke(7, blamed=True, machine="another")
+    assert list(made.summary.deadly.values()) == ["p0"]
+    assert made.status().waiting == 0
+
+
 def test_a_lost_machine_is_no_requests_fault() -> None:
     made, _ = ledger(2)
     for holder in range(5):
