@@ -96,7 +96,7 @@ def test_a_request_that_kills_engines_is_found_among_its_neighbours_and_set_asid
 
 
 def test_a_broken_machine_sets_no_request_aside() -> None:
-    made, published = ledger(1)
+    made, _ = ledger(1)
     for holder in range(6):
         made.join(holder)
         assert ids(made.take(holder, 1)) == [0]
