@@ -234,10 +234,10 @@ def test_real_engines_on_a_cluster_one_of_them_killed(cluster, tmp_path) -> None
     from tests import tiny
 
     teacher = tiny.save_model(tmp_path / "teacher", hidden_size=64, num_key_value_heads=2)
-    rows = [{"id": f"p{i}", "prompt": f"w{3 + i % 60} w{3 + i % 7}"} for i in range(600)]
+    rows = [{"id": f"p{i}", "prompt": f"w{3 + i % 60} w{3 + i % 7}"} for i in range(160)]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, rows)))
     settings = (
-        "--max-tokens 16 --unit-size 8 --top-k 16 --engine-arg max_num_seqs=4 --engine-arg max_model_len=64 "
+        "--max-tokens 16 --unit-size 4 --top-k 16 --engine-arg max_num_seqs=4 --engine-arg max_model_len=64 "
         "--dtype float32 --engine-arg enforce_eager=true --engine-arg kv_cache_memory_bytes=50000000"
     )
     command = [str(Path(sys.executable).with_name("logitcache")), "generate", str(tmp_path / "p.jsonl")]
@@ -253,5 +253,5 @@ def test_real_engines_on_a_cluster_one_of_them_killed(cluster, tmp_path) -> None
         process.kill()
     assert code == 0, said
     assert "traces wait again" in said
-    assert complete(tmp_path / "c", 600)
+    assert complete(tmp_path / "c", 160)
     wait_for(lambda: not engines(), 30)
