@@ -103,11 +103,13 @@ class _Job:
         deadline = None
         while True:
             status = self._status()
-            if (stop.signal or self.fatal) and deadline is None:
+            ending = (stop.signal or self.fatal) and deadline is None
+            if ending:
                 deadline = time.monotonic() + _PATIENCE if self.fatal else float("inf")
                 self._ask("stop")
+            if ending or not (status.waiting or status.held):
                 for engine in [e for e in self.engines.values() if e.number not in status.joined]:
-                    self._end(engine)  # it has nothing to publish
+                    self._end(engine)  # it still loads, and has nothing to publish
             if deadline is None:
                 self._start_missing(status)
             if not self.engines or (deadline and time.monotonic() > deadline):
