@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from logitcache.cache import arrow_file
 from logitcache.cache.columns import Column, Numbers, Texts, TraceIds
-from logitcache.cache.shard import ShardIndex
+from logitcache.cache.shard import ShardIndex, number_of
 from logitcache.cache.validate import FREE, UNIT
 from logitcache.errors import ShardCorruptError
 from logitcache.runtime.files import plain_json
@@ -140,7 +140,7 @@ class Compacted:
     @property
     def highest(self) -> int:
         """The highest number of a shard."""
-        return max(int(name.removeprefix("unit-")) for name in self.names)
+        return max(map(number_of, self.names))
 
     @property
     def hashes(self) -> list[str]:

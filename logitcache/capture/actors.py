@@ -11,10 +11,10 @@ from logitcache.cache.place import place_of
 from logitcache.cache.workers import Worker
 from logitcache.capture.filling import Filling
 from logitcache.capture.job import JobOptions
-from logitcache.capture.machines import cause_of
+from logitcache.capture.machines import get
 from logitcache.capture.runner import check, open_ledger
 from logitcache.capture.summary import Summary
-from logitcache.errors import EngineError, InputError, LogitcacheError, first_line
+from logitcache.errors import InputError, LogitcacheError
 from logitcache.identity import Identity
 from logitcache.runtime.files import LOCK
 
@@ -74,9 +74,6 @@ class EngineActor:
             lock: what the ledger wrote into the lock of a directory; this machine must see it too.
         Raises: InputError for a machine that differs; as `Filling.run`.
         """
-        import ray
-        from ray.exceptions import RayError, RayTaskError
-
         task, identity = options.task(reading=False)
         machine, place = socket.gethostname(), place_of(options.out)
         try:
@@ -90,12 +87,7 @@ class EngineActor:
             )
 
         def ask(method: str, *args: Any) -> Any:
-            try:
-                return ray.get(ledger.call.remote(method, number, *args))
-            except RayTaskError as e:
-                raise cause_of(e) from None
-            except RayError as e:
-                raise EngineError(f"the ledger cannot be reached ({first_line(e)})") from None
+            return get(ledger.call.remote(method, number, *args))
 
         filling = Filling(task, identity, place, ask, f"{begun.first} {number}", f"engine {number} on {machine}")
         try:

@@ -32,29 +32,30 @@ def room(options: JobOptions) -> tuple[Any, dict[str, Any]]:
     return group, {"num_cpus": 1, "scheduling_strategy": inside}  # vLLM's workers take the GPUs of the group
 
 
-def holding(options: JobOptions) -> int:
-    """Machines that are large enough for an engine, or for its part of one."""
+def _there_are(kind: str) -> list[int]:
+    """How much of a resource each machine of the cluster has."""
     import ray
 
+    return [int(n["Resources"].get(kind, 0)) for n in ray.nodes() if n["Alive"]]
+
+
+def holding(options: JobOptions) -> int:
+    """Machines that are large enough for an engine, or for its part of one."""
     kind, amount = needs(options)
-    return sum(int(n["Resources"].get(kind, 0)) >= amount for n in ray.nodes() if n["Alive"])
+    return sum(found >= amount for found in _there_are(kind))
 
 
 def holds(options: JobOptions) -> int:
     """Engines that the cluster's machines hold now, at least 1."""
-    import ray
-
     kind, amount = needs(options)
-    fits = sum(int(n["Resources"].get(kind, 0)) // amount for n in ray.nodes() if n["Alive"])
+    fits = sum(found // amount for found in _there_are(kind))
     return max(1, fits // options.nodes_per_engine)
 
 
 def waiting_for(options: JobOptions) -> str:
     """What an engine without a machine waits for."""
-    import ray
-
     kind, amount = needs(options)
-    largest = max((int(n["Resources"].get(kind, 0)) for n in ray.nodes() if n["Alive"]), default=0)
+    largest = max(_there_are(kind), default=0)
     what = f"{amount} {kind}{'s'[: amount > 1]}"
     if largest >= amount:
         return f"waiting for {options.nodes_per_engine} machine(s) with {what} free"

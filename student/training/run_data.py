@@ -5,14 +5,13 @@ import itertools
 import math
 import typing
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from logitcache.cache.reader import Cache
 from logitcache.errors import StudentError
 from logitcache.sections import SECTIONS
-from logitcache.storage.location import Location
+from logitcache.storage.location import Location, identified
 from logitcache.student.data.dataset import ExampleSource, Mixture, TraceDataset, check_tokenizers, matching
 from logitcache.student.data.fetch_ahead import in_turn
 from logitcache.student.data.held_out import split
@@ -40,8 +39,7 @@ def open_caches(options: TrainOptions, view: View) -> dict[Location, Cache]:
     for path, share in options.shares.items():
         if share is not None and not (0 < share < math.inf):
             raise StudentError(f"`mix` {path}={share}: give a share above 0")
-    places = [path.resolve() if isinstance(path, Path) else path for path in options.shares]
-    if len(set(places)) < len(options.caches) + len(options.mix):
+    if len({identified(path) for path in options.shares}) < len(options.caches) + len(options.mix):
         raise StudentError("a cache is given twice: name each once, and use `mix` CACHE=SHARE to give one more weight")
     caches = {path: Cache.open(path) for path in options.shares}
     for path, cache in caches.items():
